@@ -1,0 +1,1 @@
+"""Entry points, thin: each composes a config, calls the library and prints."""

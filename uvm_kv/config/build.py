@@ -1,0 +1,332 @@
+"""Assemble a job from a resolved config, run it, and write its run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from uvm_kv.config.resolve import Resolved
+from uvm_kv.engine import Engine
+from uvm_kv.hw.overlap import ceiling
+from uvm_kv.hw.roofline import Roofline
+from uvm_kv.kvcache.manager import KVCacheManager
+from uvm_kv.placement.base import PlacementContext, PlacementPolicy
+from uvm_kv.placement.registry import build_policy
+from uvm_kv.runner.base import ModelRunner
+from uvm_kv.runner.replay import ReplayRunner
+from uvm_kv.runner.sim import SimRunner
+from uvm_kv.runner.sim.runner import Hints
+from uvm_kv.sched.batching import Batching, ContinuousBatching, DynamicBatching, StaticBatching
+from uvm_kv.sched.request import Request
+from uvm_kv.sched.scheduler import Scheduler, SchedulerConfig
+from uvm_kv.telemetry.energy import PowerModel
+from uvm_kv.telemetry.provenance import manifest
+from uvm_kv.telemetry.recorder import Recorder
+from uvm_kv.telemetry.store import is_complete, read_plans, run_id, write_run
+from uvm_kv.telemetry.summary import SCHEMA_VERSION, summarize
+from uvm_kv.types import DTYPE_BYTES, NS_PER_S, Reach
+from uvm_kv.workload.lengths import Lengths, Quantiles, draw_lengths, mean_lengths
+from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, all_at_once, poisson
+from uvm_kv.workload.trace import TraceRow, read_trace
+
+REQUESTS_PER_CLIENT = 8
+"""A closed loop with fewer requests than this times batch_size has hardly a steady window."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    lengths: list[Lengths]
+    rows: list[TraceRow] | None
+    num_left_out: int
+    """Requests drawn again, or dropped from a trace, because they exceed the model's context."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: resolved config, repeat number, and where it goes."""
+
+    resolved: Resolved
+    repeat: int
+    directory: Path
+
+    @property
+    def seed(self) -> int:
+        return self.resolved.config.seed + self.repeat
+
+
+def jobs_of(resolved: Resolved, experiment: str) -> list[Job]:
+    """The repeats of a config. ValueError for anything that would only show once they run."""
+    folder = Path(resolved.config.results_dir) / experiment
+    determining = resolved.determining()
+    jobs = [
+        Job(resolved, repeat, folder / run_id(determining, repeat)) for repeat in range(resolved.config.num_repeats)
+    ]
+    check_requests_fit(resolved, build_workload(resolved, jobs[0].seed).lengths)
+    return jobs
+
+
+def is_done(job: Job) -> bool:
+    return is_complete(job.directory) and not job.resolved.config.rerun
+
+
+def build_workload(resolved: Resolved, seed: int) -> Workload:
+    workload, limit = resolved.config.workload, resolved.max_model_len
+    if workload.path is not None:
+        rows, left_out = [], 0
+        for row in read_trace(workload.path):
+            total = row.prompt_tokens + row.output_tokens
+            if total <= limit:
+                rows.append(row)
+            elif workload.too_long == "drop":
+                left_out += 1
+            else:
+                raise ValueError(
+                    f"workload.path={workload.path}, line {row.line}: {row.prompt_tokens} prompt and "
+                    f"{row.output_tokens} output tokens exceed the {limit} of model={resolved.model.name}; use "
+                    f"workload.too_long=drop to leave such rows out"
+                )
+        rows = rows[: workload.num_requests]
+        if not rows:
+            raise ValueError(f"workload.path={workload.path}: no row fits the {limit} tokens of the model")
+        return Workload([Lengths(r.prompt_tokens, r.output_tokens) for r in rows], rows, left_out)
+    assert workload.num_requests is not None
+    if workload.lengths is not None:
+        prompt, output = (
+            Quantiles(tuple(q.probabilities), tuple(q.values))
+            for q in (workload.lengths.prompt, workload.lengths.output)
+        )
+        if workload.too_long == "error" and prompt.values[-1] + output.values[-1] > limit:
+            raise ValueError(
+                f"workload={workload.name} reaches {prompt.values[-1]:.0f} prompt and {output.values[-1]:.0f} output "
+                f"tokens, beyond the {limit} of model={resolved.model.name}; use workload.too_long=drop"
+            )
+        rng = np.random.default_rng([seed, 0])
+        lengths, redrawn = draw_lengths(prompt, output, workload.num_requests, limit, rng)
+        return Workload(lengths, None, redrawn)
+    assert workload.prompt_tokens is not None and workload.output_tokens is not None
+    pair = Lengths(workload.prompt_tokens, workload.output_tokens)
+    return Workload([pair] * workload.num_requests, None, 0)
+
+
+def build_source(resolved: Resolved, workload: Workload, seed: int) -> RequestSource:
+    config = resolved.config
+    match config.workload.arrival:
+        case "closed_loop":
+            return ClosedLoop(workload.lengths, config.batch_size)
+        case "all_at_once":
+            return all_at_once(workload.lengths)
+        case "poisson":
+            assert config.workload.request_rate is not None
+            return poisson(workload.lengths, config.workload.request_rate, np.random.default_rng([seed, 1]))
+        case _:
+            assert workload.rows is not None
+            return OpenLoop(
+                [
+                    Request(i, *pair, arrival_ns=row.arrival_ns)
+                    for i, (pair, row) in enumerate(zip(workload.lengths, workload.rows, strict=True))
+                ]
+            )
+
+
+def build_roofline(resolved: Resolved) -> Roofline:
+    return Roofline(resolved.profile, resolved.model, DTYPE_BYTES[resolved.config.dtype])
+
+
+def build_placement(resolved: Resolved, roofline: Roofline) -> PlacementPolicy:
+    placement = resolved.config.placement
+    context = PlacementContext(
+        resolved.spec,
+        resolved.capacity,
+        resolved.memory,
+        roofline,
+        placement.num_layers_ahead,
+        Reach(placement.reach),
+    )
+    return build_policy(placement.name, context)
+
+
+def build_scheduler(resolved: Resolved, policy: PlacementPolicy) -> Scheduler:
+    config, options = resolved.config, resolved.config.scheduler
+    whole = config.allocation == "reserve_max"
+    kv = KVCacheManager(resolved.spec, resolved.capacity, contiguous=resolved.contiguous, whole_claim=whole)
+    batching: Batching
+    match options.name:
+        case "static":
+            batching = StaticBatching(config.batch_size)
+        case "dynamic":
+            batching = DynamicBatching(config.batch_size, round(options.window_s * NS_PER_S))
+        case _:
+            batching = ContinuousBatching(config.batch_size)
+    return Scheduler(
+        SchedulerConfig(
+            options.max_num_batched_tokens,
+            options.admission,  # type: ignore[arg-type]
+            options.preemption,  # type: ignore[arg-type]
+            options.watermark,
+            resolved.max_model_len if whole else None,
+        ),
+        batching,
+        kv,
+        policy,
+    )
+
+
+def build_runner(resolved: Resolved, roofline: Roofline) -> ModelRunner:
+    if resolved.config.runner == "replay":
+        assert resolved.config.replay.path is not None
+        return ReplayRunner(resolved.capacity, read_plans(Path(resolved.config.replay.path)))
+    hints = Hints(**dataclasses.asdict(resolved.config.hints))
+    return SimRunner(roofline, resolved.spec, resolved.capacity, resolved.memory, hints)
+
+
+def check_requests_fit(resolved: Resolved, lengths: list[Lengths]) -> None:
+    """ValueError if the longest request does not fit the KV budget."""
+    longest = max(sum(pair) for pair in lengths)
+    tokens = resolved.max_model_len if resolved.config.allocation == "reserve_max" else longest
+    needed = resolved.spec.num_blocks(tokens)
+    policy = build_placement(resolved, build_roofline(resolved))
+    device, host = resolved.capacity
+    have = device + host if policy.uses_host else device
+    if needed > have:
+        block = resolved.spec.block_bytes
+        raise ValueError(
+            f"the KV budget holds {have} blocks ({have * block / 1e9:.2f} GB), the longest request of {tokens} tokens "
+            f"needs {needed} ({needed * block / 1e9:.2f} GB); raise memory.device_kv_bytes"
+            + (
+                " or memory.host_kv_bytes"
+                if policy.uses_host
+                else ", use a memory with a host tier, or shorter requests"
+            )
+        )
+
+
+def closed_form(
+    resolved: Resolved, roofline: Roofline, policy: PlacementPolicy, lengths: list[Lengths]
+) -> dict[str, float] | None:
+    """The ceiling on the gain over device-only decoding at full device KV, of the placement's reach.
+
+    A device-only run of `n` sequences (as many as fit under worst-case admission) decodes at their mean context and
+    prefills n prompts per output; `link` is `uvm_kv.hw.overlap.ceiling` at that step. `stranded` is the room that n
+    whole requests leave unused on the device: a placement that may put a request's last blocks elsewhere fills it.
+    None without a reach, or where not even one request fits the device.
+    """
+    prompt, output = mean_lengths(lengths)
+    spec, profile = resolved.spec, resolved.profile
+    blocks = spec.num_blocks(round(prompt + output))
+    n = resolved.capacity.num_device_blocks // blocks
+    if policy.reach is None or n == 0:
+        return None
+    context = prompt + output / 2
+    decode_s = roofline.decode_step_s(n, n * context)
+    attention_s = spec.num_layers * roofline.decode_attention_s(n * context)
+    prefill_s = roofline.prefill_s(round(prompt)) * n / output
+    kv_bytes = n * context * spec.token_bytes
+    link_bytes_per_s = profile.link.h2d_bytes_per_s
+    if policy.reach is Reach.IN_PLACE:
+        link_bytes_per_s = profile.link.zero_copy_bytes_per_s(0)
+    link = ceiling(
+        policy.reach,
+        step_s=decode_s + prefill_s,
+        attention_s=attention_s,
+        kv_bytes=kv_bytes,
+        link_bytes_per_s=link_bytes_per_s,
+        hbm_bytes_per_s=profile.gpu.hbm_bytes_per_s,
+    )
+    stranded = resolved.capacity.num_device_blocks / (n * blocks) - 1
+    return {"total": link + stranded, "link": link, "stranded": stranded, "num_seqs": n, "step_s": decode_s + prefill_s}
+
+
+def run_job(job: Job, *, on_step: Callable[[int, int, int], None] | None = None) -> dict[str, Any]:
+    """Run and write one job; its summary. `on_step` gets steps done, requests done and requests in all."""
+    resolved, config = job.resolved, job.resolved.config
+    started, clock = datetime.now().astimezone().isoformat(timespec="seconds"), time.perf_counter()
+    roofline = build_roofline(resolved)
+    policy = build_placement(resolved, roofline)
+    workload = build_workload(resolved, job.seed)
+    check_requests_fit(resolved, workload.lengths)
+    recorder = Recorder()
+    if config.record_plans:
+        recorder.keep_plans()
+    runner = build_runner(resolved, roofline)
+    engine = Engine(build_scheduler(resolved, policy), runner, build_source(resolved, workload, job.seed), recorder)
+    total = len(workload.lengths)
+    hook = None if on_step is None else (lambda steps: on_step(steps, recorder.num_requests, total))
+    try:
+        complete = engine.run(max_steps=config.max_steps, on_step=hook)
+    finally:
+        runner.close()
+    steps, requests = recorder.steps(), recorder.requests()
+    power = PowerModel(**dataclasses.asdict(resolved.profile.power))
+    simulated = config.runner == "sim"
+    measured = summarize(steps, requests, spec=resolved.spec, power=power if simulated else None, complete=complete)
+    bound = closed_form(resolved, roofline, policy, workload.lengths)
+    if config.workload.arrival == "closed_loop" and total < REQUESTS_PER_CLIENT * config.batch_size:
+        measured["warnings"].append(
+            f"{total} requests for {config.batch_size} clients; {REQUESTS_PER_CLIENT} a client give a steady window"
+        )
+    summary = {
+        **identity(job),
+        **measured,
+        "num_left_out": workload.num_left_out,
+        "device_kv_bytes": resolved.capacity.num_device_blocks * resolved.spec.block_bytes,
+        "host_kv_bytes": resolved.capacity.num_host_blocks * resolved.spec.block_bytes,
+        "chunk_loss_bytes": resolved.spec.chunk_loss_bytes(sum(resolved.capacity))
+        if resolved.memory == "managed"
+        else None,
+        "closed_form_ceiling": None if bound is None else bound["total"],
+        "closed_form": bound,
+    }
+    write_run(
+        job.directory,
+        config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
+        manifest=manifest(seed=job.seed, repeat=job.repeat, started=started, duration_s=time.perf_counter() - clock),
+        steps=steps,
+        requests=requests,
+        summary=summary,
+        plans=recorder.plans,
+        replace=config.rerun,
+    )
+    return summary
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """What the run is of: the first fields of its summary."""
+    config = job.resolved.config
+    setting = json.dumps(job.resolved.setting(), sort_keys=True)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "origin": {"sim": "simulated", "replay": "replayed"}.get(config.runner, "measured"),
+        "runner": config.runner,
+        "hardware": config.hardware.name,
+        "model": job.resolved.model.name,
+        "mechanism": config.mechanism,
+        "memory": config.memory.kind,
+        "placement": config.placement.name,
+        "reach": config.placement.reach if config.placement.name == "bandwidth_balanced" else None,
+        "hints": dataclasses.asdict(config.hints),
+        "scheduler": config.scheduler.name,
+        "admission": config.scheduler.admission,
+        "preemption": config.scheduler.preemption,
+        "workload": config.workload.name,
+        "arrival": config.workload.arrival,
+        "prompt_tokens": config.workload.prompt_tokens,
+        "output_tokens": config.workload.output_tokens,
+        "layout": config.layout,
+        "block_size": config.block_size,
+        "allocation": config.allocation,
+        "dtype": config.dtype,
+        "offered_batch": config.batch_size,
+        "seed": config.seed,
+        "repeat": job.repeat,
+        "setting_id": hashlib.sha256(setting.encode()).hexdigest()[:8],
+    }

@@ -1,0 +1,72 @@
+"""Checks of what a user typed, with the nearest valid names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from uvm_kv.config.schema import ConfigSchema
+
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
+    """The error for an unknown name: what was given, the nearest, and all that is allowed."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return ValueError(f"{what} {given!r} is unknown; {hint}allowed: {', '.join(names)}")
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options, from the folders of `conf/`."""
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(CONF_DIR.iterdir())
+        if folder.is_dir()
+    }
+
+
+def _keys(node: DictConfig, prefix: str = "") -> set[str]:
+    found = set()
+    for key in node:
+        path = f"{prefix}{key!s}"
+        found.add(path)
+        child = node._get_node(str(key))
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            found |= _keys(child, path + ".")
+    return found
+
+
+def parse_overrides(arguments: list[str]) -> list[Override]:
+    try:
+        parsed: list[Override] = OverridesParser.create().parse_overrides(arguments)
+        return parsed
+    except OverrideParseException as error:
+        raise ValueError(f"{error.override!r} cannot be read; write key=value (several values: key=a,b)") from None
+
+
+def check_overrides(overrides: Iterable[Override]) -> None:
+    """Raise ValueError for a group option or a key that does not exist, before anything is composed."""
+    options, keys = groups(), _keys(OmegaConf.structured(ConfigSchema))
+    for override in overrides:
+        key = override.key_or_group
+        if key.startswith("hydra") or override.is_force_add():
+            continue
+        if key in options:
+            values = (
+                list(override.sweep_string_iterator())
+                if override.is_sweep_override() and override.is_discrete_sweep()
+                else [override.get_value_element_as_str()]
+            )
+            for value in values:
+                if value not in options[key] and value != "null":
+                    raise unknown(key, value.strip("'\""), options[key])
+        elif key not in keys and not key.startswith(("hardware.operators.", "hardware.sources.", "workload.lengths.")):
+            raise unknown("key", key, keys | set(options))

@@ -1,0 +1,340 @@
+"""From a composed config to plain values: every check that can be made before anything runs.
+
+All errors are ValueErrors of a few lines: what was given, what is allowed, how to mend it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from uvm_kv.config.names import CONF_DIR, unknown
+from uvm_kv.config.schema import ConfigSchema, HardwareSchema, HintsSchema, ModelSchema, OperatorSchema
+from uvm_kv.hw.budget import MemoryBudget, memory_budget
+from uvm_kv.hw.model import ModelGeometry
+from uvm_kv.hw.profile import Gpu, HardwareProfile, Link, ManagedDriver, OperatorCost, Power
+from uvm_kv.kvcache.manager import KVCapacity
+from uvm_kv.kvcache.spec import KVCacheSpec
+from uvm_kv.placement.registry import POLICIES, check_served
+from uvm_kv.types import DTYPE_BYTES, GIB, Layout, MemoryKind, Reach
+
+DEFAULT_HOST_KV_BYTES = 64 * GIB
+CHOICES = {
+    "runner": ("sim", "cpu", "cuda", "replay"),
+    "layout": ("auto", *Layout),
+    "allocation": ("paged", "reserve_max", "on_demand"),
+    "dtype": tuple(DTYPE_BYTES),
+    "memory.kind": tuple(MemoryKind),
+    "placement.name": tuple(POLICIES),
+    "placement.reach": tuple(Reach),
+    "hints.preferred_location": ("none", "device", "host", "by_tier"),
+    "scheduler.name": ("static", "dynamic", "continuous"),
+    "scheduler.admission": ("worst_case", "optimistic"),
+    "scheduler.preemption": ("none", "recompute", "swap"),
+    "workload.arrival": ("closed_loop", "all_at_once", "poisson", "trace"),
+    "workload.too_long": ("error", "drop"),
+    "tracking.name": ("none", "wandb"),
+    "tracking.mode": ("offline", "online"),
+}
+NOT_DETERMINING = ("results_dir", "tracking", "rerun", "num_repeats")
+"""What a run's result does not depend on, hence what its id leaves out."""
+MECHANISM_AXES = (
+    "mechanism",
+    "memory.kind",
+    "placement",
+    "hints",
+    "layout",
+    "scheduler.admission",
+    "scheduler.preemption",
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked job: the config with every default filled in, and what is built from it."""
+
+    config: ConfigSchema
+    profile: HardwareProfile
+    model: ModelGeometry
+    memory: MemoryKind
+    spec: KVCacheSpec
+    capacity: KVCapacity
+    budget: MemoryBudget
+    max_model_len: int
+    contiguous: bool
+
+    def determining(self) -> dict[str, Any]:
+        """What the run id is a hash of. Files count by content, not by path."""
+        tree: dict[str, Any] = dataclasses.asdict(self.config)
+        for key in NOT_DETERMINING:
+            del tree[key]
+        tree["hardware"].pop("sources")
+        tree["model"] = dataclasses.asdict(self.model)
+        if tree["workload"]["path"] is not None:
+            tree["workload"]["path"] = hashlib.sha256(Path(tree["workload"]["path"]).read_bytes()).hexdigest()
+        if tree["workload"]["lengths"] is not None:
+            tree["workload"]["lengths"].pop("source")
+        if tree["replay"]["path"] is not None:
+            recording = Path(tree["replay"]["path"]) / "plans.jsonl.gz"
+            tree["replay"]["path"] = hashlib.sha256(recording.read_bytes()).hexdigest()
+        return tree
+
+    def setting(self) -> dict[str, Any]:
+        """What two runs must share to be points of one comparison: all but mechanism, batch size and seed."""
+        tree = self.determining()
+        for path in (*MECHANISM_AXES, "batch_size", "seed", "workload.num_requests", "memory.host_kv_bytes"):
+            *parents, leaf = path.split(".")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            del node[leaf]
+        return tree
+
+
+def resolve(composed: DictConfig) -> Resolved:
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ValueError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, ConfigSchema)
+    _check_choices(config)
+    _check_numbers(config)
+    _check_mechanism(config)
+    _check_runner(config)
+    profile = build_profile(config.hardware)
+    model = build_model(config.model)
+    memory = MemoryKind(config.memory.kind)
+    check_served(config.placement.name, memory)
+    _check_axes(config, memory)
+    if config.layout == "auto":
+        whole_sequences = config.scheduler.preemption != "none"
+        config.layout = Layout.BLOCK_MAJOR.value if whole_sequences else Layout.LAYER_MAJOR.value
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={max_model_len} exceeds the context of {model.name}, {model.max_position_embeddings} tokens"
+        )
+    dtype_bytes = DTYPE_BYTES[config.dtype]
+    budget = memory_budget(
+        profile,
+        model,
+        dtype_bytes=dtype_bytes,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        batch_size=config.batch_size,
+        utilization=config.memory.gpu_memory_utilization,
+        device_kv_bytes=config.memory.device_kv_bytes,
+    )
+    if config.memory.host_kv_bytes is None:
+        config.memory.host_kv_bytes = 0 if memory is MemoryKind.DEVICE else DEFAULT_HOST_KV_BYTES
+    spec = KVCacheSpec(
+        model.num_layers, model.num_kv_heads, model.head_dim, dtype_bytes, config.block_size, Layout(config.layout)
+    )
+    capacity = KVCapacity(budget.kv_bytes // spec.block_bytes, config.memory.host_kv_bytes // spec.block_bytes)
+    config.memory.device_kv_bytes = budget.kv_bytes
+    _check_workload(config, max_model_len)
+    return Resolved(config, profile, model, memory, spec, capacity, budget, max_model_len, config.allocation != "paged")
+
+
+def build_profile(hardware: HardwareSchema) -> HardwareProfile:
+    def group(kind: type, node: Any) -> Any:
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in dataclasses.asdict(node).items()}
+        return kind(**values)
+
+    operators = {
+        name: group(OperatorCost, cost if isinstance(cost, OperatorSchema) else OperatorSchema(**cost))
+        for name, cost in hardware.operators.items()
+    }
+    return HardwareProfile(
+        hardware.name,
+        group(Gpu, hardware.gpu),
+        group(Link, hardware.link),
+        group(ManagedDriver, hardware.managed),
+        group(Power, hardware.power),
+        operators,
+        {str(k): str(v) for k, v in hardware.sources.items()},
+    )
+
+
+def build_model(model: ModelSchema) -> ModelGeometry:
+    if model.path is not None:
+        return ModelGeometry.from_hf_config(model.path)
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelGeometry)}
+    unset = [name for name, value in fields.items() if value is None]
+    if unset:
+        raise ValueError(f"model.{unset[0]} is not set; a model needs it, or model.path of a Hugging Face folder")
+    return ModelGeometry(**fields)
+
+
+def _value(config: ConfigSchema, path: str) -> Any:
+    node: Any = config
+    for part in path.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _check_choices(config: ConfigSchema) -> None:
+    for path, allowed in CHOICES.items():
+        value = _value(config, path)
+        if value is not None and value not in allowed:
+            raise unknown(path, str(value), [str(name) for name in allowed])
+
+
+def _check_numbers(config: ConfigSchema) -> None:
+    at_least_one = (
+        "batch_size",
+        "block_size",
+        "num_repeats",
+        "max_steps",
+        "max_model_len",
+        "scheduler.max_num_batched_tokens",
+        "workload.prompt_tokens",
+        "workload.output_tokens",
+        "workload.num_requests",
+        "memory.device_kv_bytes",
+    )
+    for path in at_least_one:
+        value = _value(config, path)
+        if value is not None and value < 1:
+            raise ValueError(f"{path}={value}; it must be at least 1")
+    utilization = config.memory.gpu_memory_utilization
+    if not 0 < utilization <= 1:
+        raise ValueError(f"memory.gpu_memory_utilization={utilization}; it is a share of the card, above 0 and up to 1")
+    if not 0 <= config.scheduler.watermark < 1:
+        raise ValueError(f"scheduler.watermark={config.scheduler.watermark}; it is a share, from 0 to below 1")
+    for path in ("scheduler.window_s", "workload.request_rate"):
+        value = _value(config, path)
+        if value is not None and not (0 < value < math.inf):
+            raise ValueError(f"{path}={value}; it must be positive")
+    host = config.memory.host_kv_bytes
+    if host is not None and host < 0:
+        raise ValueError(f"memory.host_kv_bytes={host}; it must be at least 0")
+    if config.scheduler.max_num_batched_tokens < config.batch_size:
+        raise ValueError(
+            f"scheduler.max_num_batched_tokens={config.scheduler.max_num_batched_tokens} is below "
+            f"batch_size={config.batch_size}; a decode step takes a token of every sequence, so raise it"
+        )
+
+
+def _check_mechanism(config: ConfigSchema) -> None:
+    """A label never lies: the axes must be those of conf/mechanism/<name>.yaml."""
+    if config.mechanism == "custom":
+        return
+    file = CONF_DIR / "mechanism" / f"{config.mechanism}.yaml"
+    if not file.is_file():
+        raise unknown("mechanism", config.mechanism, [f.stem for f in (CONF_DIR / "mechanism").glob("*.yaml")])
+    tree = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(tree, dict)
+    chosen = {next(iter(d)).removeprefix("override /"): next(iter(d.values())) for d in tree["defaults"]}
+    expected = {
+        "memory.kind": chosen["memory"],
+        "placement.name": chosen["placement"],
+        "scheduler.admission": tree["scheduler"]["admission"],
+        "scheduler.preemption": tree["scheduler"]["preemption"],
+    }
+    hints = OmegaConf.merge(HintsSchema, OmegaConf.load(CONF_DIR / "hints" / f"{chosen['hints']}.yaml"))
+    expected |= {f"hints.{key!s}": value for key, value in hints.items()}
+    for path, value in expected.items():
+        given = _value(config, path)
+        if given != value:
+            axis = path.removesuffix(".kind").removesuffix(".name")
+            raise ValueError(
+                f"mechanism={config.mechanism} means {axis}={value}, but {axis}={given} is given; drop one of the two, "
+                f"or say mechanism=custom"
+            )
+
+
+def _check_runner(config: ConfigSchema) -> None:
+    if config.runner == "cpu":
+        from importlib.util import find_spec
+
+        absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
+        if absent:
+            raise ValueError(
+                f"runner=cpu needs {' and '.join(absent)}, the extra 'torch': pip install -e '.[torch]'; "
+                f"runner=sim needs neither"
+            )
+        raise ValueError("runner=cpu is not part of this version yet; use runner=sim")
+    if config.runner == "cuda":
+        raise ValueError(
+            "runner=cuda needs an NVIDIA GPU and the CUDA extension, which this version does not have yet; use runner=sim"
+        )
+    if (config.runner == "replay") != (config.replay.path is not None):
+        raise ValueError(
+            f"runner={config.runner} with replay.path={config.replay.path}; "
+            f"runner=replay and replay.path=RUN_DIRECTORY go together"
+        )
+    if config.replay.path is not None and not (Path(config.replay.path) / "plans.jsonl.gz").is_file():
+        raise ValueError(
+            f"replay.path={config.replay.path} holds no plans.jsonl.gz; record a run with record_plans=true first"
+        )
+
+
+def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
+    scheduler = config.scheduler
+    if memory is MemoryKind.DEVICE and config.memory.host_kv_bytes:
+        raise ValueError(
+            f"memory.host_kv_bytes={config.memory.host_kv_bytes} with memory=device, which has no host tier; "
+            f"use memory=pinned, managed or vmm"
+        )
+    if memory is not MemoryKind.MANAGED and config.hints != HintsSchema():
+        raise ValueError(f"hints are advice on managed memory; with memory={memory} use hints=none")
+    if scheduler.admission == "optimistic" and scheduler.preemption == "none":
+        raise ValueError(
+            "scheduler.admission=optimistic needs scheduler.preemption=recompute or swap: growth may find no block"
+        )
+    if scheduler.preemption == "swap" and (memory is not MemoryKind.PINNED or config.placement.name != "resident"):
+        raise ValueError(
+            f"scheduler.preemption=swap needs memory=pinned and placement=resident, given are memory={memory} and "
+            f"placement={config.placement.name}"
+        )
+    if config.allocation == "paged":
+        return
+    if config.placement.name != "resident":
+        raise ValueError(
+            f"allocation={config.allocation} keeps a sequence in one piece and needs placement=resident, given is "
+            f"placement={config.placement.name}; other placements need allocation=paged"
+        )
+    needed = ("worst_case", "none") if config.allocation == "reserve_max" else ("optimistic", "recompute")
+    if (scheduler.admission, scheduler.preemption) != needed:
+        raise ValueError(
+            f"allocation={config.allocation} needs scheduler.admission={needed[0]} and preemption={needed[1]} "
+            f"(mechanism=device_{'resident' if needed[1] == 'none' else 'recompute'}), given are "
+            f"{scheduler.admission} and {scheduler.preemption}"
+        )
+
+
+def _check_workload(config: ConfigSchema, max_model_len: int) -> None:
+    workload = config.workload
+    kinds = [workload.prompt_tokens is not None, workload.lengths is not None, workload.path is not None]
+    if sum(kinds) != 1 or (workload.prompt_tokens is None) != (workload.output_tokens is None):
+        raise ValueError(
+            f"workload={workload.name} takes its lengths either from workload.prompt_tokens and output_tokens, or from "
+            f"a distribution (azure_conv, azure_code, sharegpt), or from a trace file; give exactly one"
+        )
+    if workload.arrival is None:
+        workload.arrival = "trace" if workload.path is not None else "closed_loop"
+    if workload.arrival == "trace" and workload.path is None:
+        raise ValueError(
+            "workload.arrival=trace needs workload=trace with workload.path=FILE; allowed here are closed_loop, "
+            "all_at_once and poisson"
+        )
+    if (workload.arrival == "poisson") != (workload.request_rate is not None):
+        raise ValueError(
+            f"workload.arrival={workload.arrival} with workload.request_rate={workload.request_rate}; a rate in "
+            f"requests per second goes with workload.arrival=poisson, and only with it"
+        )
+    if workload.prompt_tokens is not None and workload.output_tokens is not None:
+        total = workload.prompt_tokens + workload.output_tokens
+        if total > max_model_len:
+            raise ValueError(
+                f"workload.prompt_tokens={workload.prompt_tokens} plus output_tokens={workload.output_tokens} make "
+                f"{total} tokens, beyond the {max_model_len} of model={config.model.name}"
+            )
+    if workload.num_requests is None and workload.path is None:
+        workload.num_requests = 8 * config.batch_size

@@ -1,0 +1,189 @@
+"""Schemas of the config. A mistyped key or a value of the wrong type fails at composition with the field's name.
+
+Every field is explained in the YAML file of its group under `conf/`; this module holds types and defaults only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class GpuSchema:
+    memory_bytes: int = MISSING
+    hbm_gb_per_s: float = MISSING
+    hbm_efficiency: float = MISSING
+    tensor_tflop_per_s: float = MISSING
+    context_bytes: int = MISSING
+
+
+@dataclass
+class LinkSchema:
+    h2d_gb_per_s: float = MISSING
+    d2h_gb_per_s: float = MISSING
+    duplex_h2d: float = MISSING
+    duplex_d2h: float = MISSING
+    zero_copy_gib: list[float] = MISSING
+    zero_copy_share: list[float] = MISSING
+    prefetch_share: float = MISSING
+    copy_call_us: float = MISSING
+    prefetch_call_us: float = MISSING
+    prefetch_chunk_us: float = MISSING
+
+
+@dataclass
+class ManagedSchema:
+    services_per_chunk: int = MISSING
+    fault_service_us: float = MISSING
+    evict_fixed_us: float = MISSING
+
+
+@dataclass
+class PowerSchema:
+    idle_w: float = MISSING
+    active_w: float = MISSING
+    waiting_w: float = MISSING
+
+
+@dataclass
+class OperatorSchema:
+    overhead_us: float = MISSING
+    compute_efficiency: float = MISSING
+    memory_efficiency: float = MISSING
+    knee: float = MISSING
+
+
+@dataclass
+class HardwareSchema:
+    name: str = MISSING
+    gpu: GpuSchema = field(default_factory=GpuSchema)
+    link: LinkSchema = field(default_factory=LinkSchema)
+    managed: ManagedSchema = field(default_factory=ManagedSchema)
+    power: PowerSchema = field(default_factory=PowerSchema)
+    operators: dict[str, OperatorSchema] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ModelSchema:
+    name: str = MISSING
+    source: str | None = None
+    path: str | None = None
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    gated_mlp: bool = True
+    rope: bool = True
+    tied_embeddings: bool = False
+
+
+@dataclass
+class MemorySchema:
+    kind: str = MISSING
+    gpu_memory_utilization: float = 0.90
+    device_kv_bytes: int | None = None
+    host_kv_bytes: int | None = None
+
+
+@dataclass
+class PlacementSchema:
+    name: str = MISSING
+    num_layers_ahead: int = 2
+    reach: str = "both"
+
+
+@dataclass
+class HintsSchema:
+    preferred_location: str = "none"
+    accessed_by: bool = False
+    read_mostly: bool = False
+    discard_on_free: bool = False
+
+
+@dataclass
+class SchedulerSchema:
+    name: str = MISSING
+    max_num_batched_tokens: int = 2048
+    admission: str = "worst_case"
+    preemption: str = "none"
+    watermark: float = 0.01
+    window_s: float = 1.0
+
+
+@dataclass
+class QuantileSchema:
+    probabilities: list[float] = MISSING
+    values: list[float] = MISSING
+
+
+@dataclass
+class LengthsSchema:
+    source: str = MISSING
+    prompt: QuantileSchema = field(default_factory=QuantileSchema)
+    output: QuantileSchema = field(default_factory=QuantileSchema)
+
+
+@dataclass
+class WorkloadSchema:
+    name: str = MISSING
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    lengths: LengthsSchema | None = None
+    path: str | None = None
+    num_requests: int | None = None
+    arrival: str | None = None
+    request_rate: float | None = None
+    too_long: str | None = None
+
+
+@dataclass
+class TrackingSchema:
+    name: str = "none"
+    project: str = "uvm-kv"
+    mode: str = "offline"
+
+
+@dataclass
+class ReplaySchema:
+    path: str | None = None
+
+
+@dataclass
+class ConfigSchema:
+    hardware: HardwareSchema = field(default_factory=HardwareSchema)
+    model: ModelSchema = field(default_factory=ModelSchema)
+    mechanism: str = "custom"
+    memory: MemorySchema = field(default_factory=MemorySchema)
+    placement: PlacementSchema = field(default_factory=PlacementSchema)
+    hints: HintsSchema = field(default_factory=HintsSchema)
+    scheduler: SchedulerSchema = field(default_factory=SchedulerSchema)
+    workload: WorkloadSchema = field(default_factory=WorkloadSchema)
+    tracking: TrackingSchema = field(default_factory=TrackingSchema)
+    replay: ReplaySchema = field(default_factory=ReplaySchema)
+    runner: str = "sim"
+    layout: str = "auto"
+    block_size: int = 16
+    allocation: str = "paged"
+    batch_size: int = 16
+    max_model_len: int | None = None
+    dtype: str = "float16"
+    seed: int = 0
+    num_repeats: int = 1
+    max_steps: int | None = None
+    record_plans: bool = False
+    results_dir: str = "results/runs"
+    rerun: bool = False
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `config_schema`, the first entry of the defaults list."""
+    ConfigStore.instance().store(name="config_schema", node=ConfigSchema)

@@ -1,0 +1,45 @@
+"""Engine: admit, schedule, execute, update, record. It receives a runner and never asks which one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from uvm_kv.runner.base import ModelRunner
+from uvm_kv.sched.scheduler import Scheduler
+from uvm_kv.telemetry.recorder import Recorder
+from uvm_kv.workload.source import RequestSource
+
+
+class Engine:
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, source: RequestSource, recorder: Recorder) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.source = source
+        self.recorder = recorder
+
+    def run(self, *, max_steps: int | None = None, on_step: Callable[[int], None] | None = None) -> bool:
+        """Serve until the source is dry (True) or `max_steps` are done (False). `on_step` gets the steps done."""
+        scheduler, runner, source, recorder = self.scheduler, self.runner, self.source, self.recorder
+        while max_steps is None or recorder.num_steps < max_steps:
+            now_ns = runner.now_ns()
+            for request in source.arrivals(now_ns):
+                scheduler.add(request)
+                runner.add(request)
+            plan = scheduler.schedule(now_ns, more_to_come=source.more_to_come())
+            if plan is None:
+                times = [t for t in (source.next_arrival_ns(), scheduler.wake_ns()) if t is not None]
+                if not times:
+                    assert not scheduler.has_work(), "requests are left that no step can serve"
+                    return True
+                runner.wait_until_ns(min(times))
+                continue
+            output = runner.execute(plan)
+            finished = scheduler.update(plan, output)
+            recorder.step(plan, output, scheduler)
+            for request in finished:
+                runner.remove(request.id)
+                recorder.request(request)
+                source.finished(request, output.timing.end_ns)
+            if on_step is not None:
+                on_step(plan.step + 1)
+        return False

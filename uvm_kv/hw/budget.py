@@ -1,0 +1,82 @@
+"""Where a card's memory goes: the sum that is printed before every run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uvm_kv.hw.model import ModelGeometry
+from uvm_kv.hw.profile import HardwareProfile
+
+LOGIT_ROWS = 256
+"""Rows of logits that the activation peak is counted with, so that the KV budget does not move with the batch size."""
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes. Without an explicit KV size, kv = size * utilization - context - weights - activations."""
+
+    card_bytes: int
+    utilization: float
+    context_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    kv_bytes: int
+    kv_is_given: bool
+
+    def rows(self) -> list[tuple[str, int]]:
+        """What each line of the printed table says."""
+        if self.kv_is_given:
+            rest = self.card_bytes - self.context_bytes - self.weight_bytes - self.activation_bytes - self.kv_bytes
+            closing = [("KV budget (memory.device_kv_bytes)", self.kv_bytes), ("left free", rest)]
+        else:
+            usable = int(self.card_bytes * self.utilization)
+            closing = [
+                (f"left by gpu_memory_utilization {self.utilization:.2f}", usable - self.card_bytes),
+                ("KV budget", self.kv_bytes),
+            ]
+        return [
+            ("card", self.card_bytes),
+            ("CUDA context and libraries", -self.context_bytes),
+            ("weights", -self.weight_bytes),
+            ("activation peak", -self.activation_bytes),
+            *closing,
+        ]
+
+
+def memory_budget(
+    profile: HardwareProfile,
+    model: ModelGeometry,
+    *,
+    dtype_bytes: int,
+    max_num_batched_tokens: int,
+    batch_size: int,
+    utilization: float,
+    device_kv_bytes: int | None,
+) -> MemoryBudget:
+    """ValueError where weights, activations and KV do not fit the card."""
+    card = profile.gpu.memory_bytes
+    weights = model.weight_bytes(dtype_bytes)
+    activations = model.activation_bytes(max_num_batched_tokens, max(batch_size, LOGIT_ROWS), dtype_bytes)
+    fixed = f"weights {_gb(weights)} + activation peak {_gb(activations)}"
+    if device_kv_bytes is None:
+        kv = int(card * utilization) - profile.gpu.context_bytes - weights - activations
+        if kv <= 0:
+            raise ValueError(
+                f"{model.name} leaves no KV memory on {profile.name}: {fixed} + context "
+                f"{_gb(profile.gpu.context_bytes)} of {_gb(int(card * utilization))} (memory.gpu_memory_utilization="
+                f"{utilization} of {_gb(card)}); use a larger card, a smaller model or a higher utilization"
+            )
+    else:
+        kv = device_kv_bytes
+        if weights + activations + kv > card:
+            raise ValueError(
+                f"memory.device_kv_bytes={kv} does not fit {profile.name}: {fixed} + KV {_gb(kv)} exceed {_gb(card)}; "
+                f"at most {max(0, card - weights - activations)} is allowed"
+            )
+    return MemoryBudget(
+        card, utilization, profile.gpu.context_bytes, weights, activations, kv, device_kv_bytes is not None
+    )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

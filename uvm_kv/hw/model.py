@@ -1,0 +1,105 @@
+"""Model geometry: what the weights and the KV cache of a decoder-only transformer cost in bytes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """Shapes of a decoder-only transformer, named as in a Hugging Face `config.json`."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    gated_mlp: bool = True
+    rope: bool = True
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"model.{field.name}={value}; it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}"
+            )
+
+    @property
+    def kv_size(self) -> int:
+        """Width of K (or V) of one token in one layer, in elements."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights with embedding, head and norms; biases, under 0.1 % of any model here, are left out."""
+        h, i = self.hidden_size, self.intermediate_size
+        attention = h * (2 * self.q_size + 2 * self.kv_size)
+        mlp = h * i * (3 if self.gated_mlp else 2)
+        embedding = self.vocab_size * h * (1 if self.tied_embeddings else 2)
+        positions = 0 if self.rope else self.max_position_embeddings * h
+        return self.num_layers * (attention + mlp + 2 * h) + embedding + positions + h
+
+    def weight_bytes(self, dtype_bytes: int) -> int:
+        return self.num_parameters * dtype_bytes
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        return 2 * self.num_layers * self.kv_size * dtype_bytes
+
+    def activation_bytes(self, num_tokens: int, num_sequences: int, dtype_bytes: int) -> int:
+        """Peak of the activations of one step of `num_tokens` tokens that samples `num_sequences` rows.
+
+        The live set at the widest point is the MLP of one layer: residual, normed input and output (3 hidden) with
+        gate, up and their product (3 intermediate; 2 without a gate). The logits are kept in float32 beside it.
+        """
+        wide = 3 * self.hidden_size + (3 if self.gated_mlp else 2) * self.intermediate_size
+        return num_tokens * wide * dtype_bytes + num_sequences * self.vocab_size * 4
+
+    @classmethod
+    def from_hf_config(cls, path: str) -> ModelGeometry:
+        """Read the `config.json` of a Hugging Face model folder (or the file itself); no weights, no torch."""
+        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise ValueError(f"model.path={path}: no config.json there; give a folder of a Hugging Face model")
+        try:
+            raw: dict[str, Any] = json.loads(file.read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"model.path={path}: {file.name} is not JSON ({error})") from None
+
+        def get(*names: str) -> Any:
+            for name in names:
+                if raw.get(name) is not None:
+                    return raw[name]
+            raise ValueError(f"model.path={path}: config.json has none of {', '.join(names)}")
+
+        hidden = get("hidden_size", "n_embd")
+        heads = get("num_attention_heads", "n_head")
+        opt_like = raw.get("model_type") in ("opt", "gpt2")
+        return cls(
+            name=Path(path).resolve().name,
+            num_layers=get("num_hidden_layers", "n_layer"),
+            hidden_size=hidden,
+            num_heads=heads,
+            num_kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or hidden // heads,
+            intermediate_size=raw.get("intermediate_size") or raw.get("ffn_dim") or 4 * hidden,
+            vocab_size=get("vocab_size"),
+            max_position_embeddings=get("max_position_embeddings", "n_positions"),
+            gated_mlp=not opt_like and raw.get("model_type") != "gpt_neox",
+            rope=not opt_like,
+            tied_embeddings=bool(raw.get("tie_word_embeddings", opt_like)),
+        )

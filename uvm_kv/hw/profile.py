@@ -1,0 +1,123 @@
+"""HardwareProfile: the figures of one card, each with its unit in its name and its source beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    memory_bytes: int
+    hbm_gb_per_s: float
+    hbm_efficiency: float
+    """Share of `hbm_gb_per_s` that streaming reads reach; decode attention and staged copies run at this rate."""
+    tensor_tflop_per_s: float
+    """Dense half-precision peak with float32 accumulation."""
+    context_bytes: int
+    """CUDA context and libraries, taken before anything is allocated."""
+
+    @property
+    def hbm_bytes_per_s(self) -> float:
+        return self.hbm_gb_per_s * 1e9 * self.hbm_efficiency
+
+
+@dataclass(frozen=True)
+class Link:
+    h2d_gb_per_s: float
+    d2h_gb_per_s: float
+    duplex_h2d: float
+    duplex_d2h: float
+    """Share of the solo rate that is left while both directions are busy."""
+    zero_copy_gib: tuple[float, ...]
+    zero_copy_share: tuple[float, ...]
+    """Zero-copy reads as a share of `h2d_gb_per_s`, by footprint read in a step; linear in between."""
+    prefetch_share: float
+    """cudaMemPrefetchAsync as a share of a pinned copy."""
+    copy_call_us: float
+    prefetch_call_us: float
+    prefetch_chunk_us: float
+
+    @property
+    def h2d_bytes_per_s(self) -> float:
+        return self.h2d_gb_per_s * 1e9
+
+    @property
+    def d2h_bytes_per_s(self) -> float:
+        return self.d2h_gb_per_s * 1e9
+
+    def zero_copy_bytes_per_s(self, footprint_bytes: float) -> float:
+        x = footprint_bytes / 2**30
+        xs, ys = self.zero_copy_gib, self.zero_copy_share
+        if x <= xs[0]:
+            return self.h2d_bytes_per_s * ys[0]
+        for x0, x1, y0, y1 in zip(xs, xs[1:], ys, ys[1:], strict=False):
+            if x <= x1:
+                return self.h2d_bytes_per_s * (y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+        return self.h2d_bytes_per_s * ys[-1]
+
+
+@dataclass(frozen=True)
+class ManagedDriver:
+    """Costs of the Unified-Memory driver per 2 MiB chunk."""
+
+    services_per_chunk: int
+    """Fault services until the tree prefetcher has brought a sequentially read chunk in."""
+    fault_service_us: float
+    evict_fixed_us: float
+
+
+@dataclass(frozen=True)
+class Power:
+    idle_w: float
+    active_w: float
+    waiting_w: float
+
+
+@dataclass(frozen=True)
+class OperatorCost:
+    """time = overhead + (compute**k + memory**k)**(1/k): a roofline whose corner is rounded by the knee k."""
+
+    overhead_us: float
+    compute_efficiency: float
+    memory_efficiency: float
+    knee: float
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    name: str
+    gpu: Gpu
+    link: Link
+    managed: ManagedDriver
+    power: Power
+    operators: Mapping[str, OperatorCost]
+    sources: Mapping[str, str]
+    """Dotted path of a quantity, or of a group of quantities, to where the number comes from."""
+
+    def __post_init__(self) -> None:
+        for path, value in _quantities(self):
+            if not any(path == key or path.startswith(key + ".") for key in self.sources):
+                raise ValueError(f"hardware.{path} has no source; add it under hardware.sources")
+            numbers = value if isinstance(value, tuple) else (value,)
+            zero_ok = path.startswith("operators.") or path.endswith("_us") or path == "gpu.context_bytes"
+            if not numbers or any(n < 0 or (n == 0 and not zero_ok) for n in numbers):
+                raise ValueError(f"hardware.{path}={value}; it must be positive")
+            is_share = path.endswith(("_share", "hbm_efficiency")) or path.startswith("link.duplex")
+            if is_share and any(n > 1 for n in numbers):
+                raise ValueError(f"hardware.{path}={value}; a share lies between 0 and 1")
+        xs, ys = self.link.zero_copy_gib, self.link.zero_copy_share
+        if len(xs) != len(ys) or list(xs) != sorted(set(xs)):
+            raise ValueError(
+                f"hardware.link.zero_copy_gib={list(xs)} must rise and be as long as zero_copy_share={list(ys)}"
+            )
+
+
+def _quantities(node: object, prefix: str = "") -> list[tuple[str, float | tuple[float, ...]]]:
+    if isinstance(node, Mapping):
+        items = [(str(k), v) for k, v in node.items()]
+    elif is_dataclass(node):
+        items = [(f.name, getattr(node, f.name)) for f in fields(node) if f.name not in ("name", "sources")]
+    else:
+        return [(prefix.rstrip("."), node)]  # type: ignore[list-item]
+    return [q for key, value in items for q in _quantities(value, f"{prefix}{key}.")]

@@ -1,0 +1,241 @@
+"""KVCacheManager: the block tables of all sequences, what they have claimed, and how they grow.
+
+A sequence first *claims* blocks per tier and then takes them as its tokens come: under worst-case admission the claim
+is prompt plus output and growth inside it cannot fail; under optimistic admission the claim grows with the sequence.
+Device claims are used before host claims. Who may claim what is the placement policy's decision, not the manager's.
+
+A sequence is held (it has a table on the pool's blocks) or swapped out (its blocks lie in the host tier and nobody
+reads them), or unknown.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from uvm_kv.kvcache.block_pool import BlockPool
+from uvm_kv.kvcache.spec import KVCacheSpec
+from uvm_kv.types import Tier
+
+
+class KVCapacity(NamedTuple):
+    num_device_blocks: int
+    num_host_blocks: int
+
+
+class BlockTable:
+    """Blocks of one sequence, in token order; append-only but for a swap or a relocation."""
+
+    __slots__ = ("blocks", "device_claim", "host_claim", "num_device")
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self.num_device = self.device_claim = self.host_claim = 0
+
+
+class KVUsage(NamedTuple):
+    """Bytes of KV memory. reserved = used + lost_inside; lost_outside is free but too scattered to be allocated."""
+
+    reserved: int
+    used: int
+    lost_inside: int
+    lost_outside: int
+
+
+class KVCacheManager:
+    def __init__(
+        self, spec: KVCacheSpec, capacity: KVCapacity, *, contiguous: bool = False, whole_claim: bool = False
+    ) -> None:
+        """`contiguous`: a table is one run of blocks. `whole_claim`: take the claim at once (reserve_max)."""
+        self.spec = spec
+        self.capacity = capacity
+        self.pool = BlockPool(*capacity, contiguous=contiguous)
+        self._whole_claim = whole_claim
+        self._tables: dict[int, BlockTable] = {}
+        self._swapped: dict[int, BlockTable] = {}
+        self._claimed = {Tier.DEVICE: 0, Tier.HOST: 0}
+        self._host_blocks: tuple[int, ...] | None = ()
+        self._last_request = 1
+        """Blocks of the newest admission: what external fragmentation is measured against."""
+
+    def available(self, tier: Tier) -> int:
+        """Blocks that nobody has claimed."""
+        total = self.capacity.num_device_blocks if tier is Tier.DEVICE else self.capacity.num_host_blocks
+        return total - self._claimed[tier]
+
+    def claimed(self, tier: Tier) -> int:
+        return self._claimed[tier]
+
+    def blocks(self, request_id: int) -> list[int]:
+        return self._tables[request_id].blocks
+
+    def num_slots(self, request_id: int) -> int:
+        """Tokens that fit in the blocks already taken."""
+        return len(self._tables[request_id].blocks) * self.spec.block_size
+
+    @property
+    def host_blocks(self) -> tuple[int, ...]:
+        """Host blocks of all held sequences, in order of admission; the same object until they change."""
+        if self._host_blocks is None:
+            device = self.capacity.num_device_blocks
+            self._host_blocks = tuple(
+                b for t in self._tables.values() if t.num_device < len(t.blocks) for b in t.blocks if b >= device
+            )
+        return self._host_blocks
+
+    def open(self, request_id: int, num_device: int, num_host: int, num_tokens: int) -> list[int] | None:
+        """Claim blocks for a new table and take those of its first `num_tokens`; None if they cannot be had."""
+        assert request_id not in self._tables, f"request {request_id} already has a table"
+        if num_device > self.available(Tier.DEVICE) or num_host > self.available(Tier.HOST):
+            return None
+        self._tables[request_id] = BlockTable()
+        self.claim(request_id, num_device, num_host)
+        blocks = self.grow(request_id, num_tokens)
+        if blocks is None:
+            self.release(request_id)
+            return None
+        self._last_request = max(1, num_device + num_host)
+        return blocks
+
+    def claim(self, request_id: int, num_device: int, num_host: int) -> None:
+        assert num_device <= self.available(Tier.DEVICE) and num_host <= self.available(Tier.HOST)
+        table = self._tables[request_id]
+        table.device_claim += num_device
+        table.host_claim += num_host
+        self._claimed[Tier.DEVICE] += num_device
+        self._claimed[Tier.HOST] += num_host
+
+    def num_unclaimed(self, request_id: int, num_tokens: int) -> int:
+        """Blocks that a table of `num_tokens` tokens needs beyond its claim."""
+        table = self._tables[request_id]
+        return max(0, self.spec.num_blocks(num_tokens) - table.device_claim - table.host_claim)
+
+    def grow(self, request_id: int, num_tokens: int) -> list[int] | None:
+        """Take claimed blocks until `num_tokens` tokens fit; the new blocks. None where no run of blocks is free."""
+        table = self._tables[request_id]
+        target = table.device_claim + table.host_claim if self._whole_claim else self.spec.num_blocks(num_tokens)
+        missing = target - len(table.blocks)
+        if missing <= 0:
+            return []
+        num_device = min(missing, table.device_claim - table.num_device)
+        num_host = missing - num_device
+        assert len(table.blocks) - table.num_device + num_host <= table.host_claim, "growth beyond the claim"
+        if self.pool.contiguous:
+            assert not (num_device and num_host), "one run cannot lie in two tiers"
+            tier = Tier.DEVICE if num_device else Tier.HOST
+            new = self.pool.extend(table.blocks, missing) if table.blocks else self.pool.allocate(tier, missing)
+            if new is None:
+                return None
+        else:
+            new = []
+            if num_device:
+                new = self.pool.allocate(Tier.DEVICE, num_device)
+            if num_host:
+                host = self.pool.allocate(Tier.HOST, num_host)
+                assert new is not None and host is not None, "a claimed block is missing"
+                new += host
+            assert new is not None, "a claimed block is missing"
+        table.blocks += new
+        table.num_device += num_device
+        if num_host:
+            self._host_blocks = None
+        return new
+
+    def relocate(self, request_id: int, num_tokens: int) -> tuple[list[int], list[int]] | None:
+        """Move a contiguous table to a run with room for `num_tokens`: (old blocks, new table), None if there is none.
+
+        The claim must already cover `num_tokens`.
+        """
+        table = self._tables[request_id]
+        old = table.blocks
+        new = self.pool.allocate(self.pool.tier_of(old[0]), self.spec.num_blocks(num_tokens))
+        if new is None:
+            return None
+        self.pool.free(old)
+        table.blocks = new
+        table.num_device = len(new) if self.pool.tier_of(new[0]) is Tier.DEVICE else 0
+        self._host_blocks = None
+        return old, new
+
+    def release(self, request_id: int) -> list[int]:
+        """Free the table of a held or swapped sequence with its claim; the blocks that were its own."""
+        table = self._tables.pop(request_id, None)
+        if table is None:
+            table = self._swapped.pop(request_id)
+        elif table.num_device < len(table.blocks):
+            self._host_blocks = None
+        self._claimed[Tier.DEVICE] -= table.device_claim
+        self._claimed[Tier.HOST] -= table.host_claim
+        self.pool.free(table.blocks)
+        return table.blocks
+
+    def swap_out(self, request_id: int) -> tuple[list[int], list[int]] | None:
+        """Move a table that lies wholly on the device to the host: (device blocks, host blocks), None without room."""
+        table = self._tables[request_id]
+        num_blocks = len(table.blocks)
+        assert table.num_device == num_blocks, "swap moves tables that lie on the device"
+        if num_blocks > self.available(Tier.HOST):
+            return None
+        host = self.pool.allocate(Tier.HOST, num_blocks)
+        if host is None:
+            return None
+        old = table.blocks
+        self.pool.free(old)
+        self._claimed[Tier.DEVICE] -= table.device_claim
+        self._claimed[Tier.HOST] += num_blocks
+        table.blocks, table.num_device, table.device_claim, table.host_claim = host, 0, 0, num_blocks
+        self._swapped[request_id] = self._tables.pop(request_id)
+        return old, host
+
+    def num_swapped_blocks(self, request_id: int) -> int:
+        return len(self._swapped[request_id].blocks)
+
+    def swap_in(self, request_id: int, device_claim: int) -> tuple[list[int], list[int]] | None:
+        """Bring a swapped table back: (host blocks, device blocks), None without room."""
+        table = self._swapped[request_id]
+        num_blocks = len(table.blocks)
+        if max(device_claim, num_blocks) > self.available(Tier.DEVICE):
+            return None
+        device = self.pool.allocate(Tier.DEVICE, num_blocks)
+        if device is None:
+            return None
+        old = table.blocks
+        self.pool.free(old)
+        self._claimed[Tier.HOST] -= table.host_claim
+        self._claimed[Tier.DEVICE] += device_claim
+        table.blocks, table.num_device, table.device_claim, table.host_claim = device, num_blocks, device_claim, 0
+        self._tables[request_id] = self._swapped.pop(request_id)
+        return old, device
+
+    def num_lost_outside(self) -> int:
+        """Free blocks too scattered for a request like the last admitted one; 0 when paged."""
+        if not self.pool.contiguous:
+            return 0
+        return sum(self.pool.num_unusable(tier, self._last_request) for tier in Tier)
+
+    def usage(self, num_tokens: int) -> KVUsage:
+        """`num_tokens`: tokens that hold KV, over all sequences that have a table or are swapped out."""
+        block_bytes = self.spec.block_bytes
+        reserved = (self._claimed[Tier.DEVICE] + self._claimed[Tier.HOST]) * block_bytes
+        used = num_tokens * self.spec.token_bytes
+        return KVUsage(reserved, used, reserved - used, self.num_lost_outside() * block_bytes)
+
+    def check_integrity(self) -> None:
+        """Every block of every table is held once, counted, and in the tier that the table says."""
+        self.pool.check_integrity()
+        tables = [*self._tables.values(), *self._swapped.values()]
+        blocks = [b for t in tables for b in t.blocks]
+        assert len(set(blocks)) == len(blocks), "two tables hold the same block"
+        device = self.capacity.num_device_blocks
+        for table in tables:
+            assert sum(b < device for b in table.blocks) == table.num_device <= table.device_claim
+            assert len(table.blocks) <= table.device_claim + table.host_claim
+            assert all(self.pool.references(b) >= 1 for b in table.blocks), "a held block counts as free"
+        in_use = sum(1 for b in range(sum(self.capacity)) if self.pool.references(b))
+        assert in_use == len(blocks), "a block is in use by nobody"
+        for tier, claims in (
+            (Tier.DEVICE, sum(t.device_claim for t in tables)),
+            (Tier.HOST, sum(t.host_claim for t in tables)),
+        ):
+            assert self._claimed[tier] == claims and self.available(tier) >= 0
+        expected = [b for t in self._tables.values() for b in t.blocks if b >= device]
+        assert list(self.host_blocks) == expected, "the list of host blocks is stale"

@@ -1,0 +1,1 @@
+"""Records, run directories, provenance, energy. A number travels with its origin."""

@@ -1,0 +1,167 @@
+"""Run directories: written under a temporary name and renamed, so that what has its name is whole.
+
+    <results_dir>/<experiment>/<run id>/
+        config.yaml  manifest.json  steps.parquet  requests.parquet  summary.json  [plans.jsonl.gz]
+
+summary, steps and requests hold no path and no wall clock, so that equal runs are byte-identical; those are in the
+manifest. Without pyarrow the tables are `.jsonl.gz` of the same columns.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from uvm_kv.sched.plan import StepOutput, StepPlan
+from uvm_kv.telemetry.recorder import Table
+
+TEMPORARY = ".tmp-"
+
+
+def run_id(determining: dict[str, Any], repeat: int) -> str:
+    """Hash of everything that determines the result, and the repeat number."""
+    text = json.dumps(determining, sort_keys=True, separators=(",", ":"))
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:12]}-r{repeat}"
+
+
+def is_complete(directory: Path) -> bool:
+    return (directory / "summary.json").is_file()
+
+
+def completed_runs(folder: Path) -> list[Path]:
+    """Finished run directories below a folder, in a stable order."""
+    found = (path.parent for path in folder.rglob("summary.json"))
+    return sorted(p for p in found if not any(part.startswith(TEMPORARY) for part in p.parts))
+
+
+def write_run(
+    directory: Path,
+    *,
+    config_yaml: str,
+    manifest: dict[str, Any],
+    steps: Table,
+    requests: Table,
+    summary: dict[str, Any],
+    plans: Iterable[tuple[StepPlan, StepOutput]] | None = None,
+    replace: bool = False,
+) -> bool:
+    """Write a whole run directory or nothing. `replace` a finished one of that name (rerun); without it, False if
+    another process finished the same run first."""
+    parent = directory.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(directory)
+    temporary = parent / f"{TEMPORARY}{directory.name}-{os.getpid()}"
+    try:
+        temporary.mkdir()
+        (temporary / "config.yaml").write_text(config_yaml)
+        (temporary / "manifest.json").write_text(_json(manifest))
+        _write_table(temporary / "steps", steps)
+        _write_table(temporary / "requests", requests)
+        if plans is not None:
+            lines = (json.dumps([plan.to_json(), output.to_json()]) for plan, output in plans)
+            _write_gzip(temporary / "plans.jsonl.gz", lines)
+        (temporary / "summary.json").write_text(_json(summary))
+        return _publish(temporary, directory, replace)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, directory: Path, replace: bool) -> bool:
+    if replace and directory.exists():
+        old = temporary.with_name(temporary.name + "-old")
+        directory.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        temporary.rename(directory)
+    except OSError:
+        if is_complete(directory):
+            return False
+        raise
+    return True
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Delete what killed processes left of this run."""
+    for path in directory.parent.glob(f"{TEMPORARY}{directory.name}-*"):
+        pid = path.name.removeprefix(f"{TEMPORARY}{directory.name}-").removesuffix("-old")
+        if not pid.isdigit() or not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+def _write_gzip(path: Path, lines: Iterable[str]) -> None:
+    # No name and no time in the header: equal content gives equal bytes.
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+        with io.TextIOWrapper(packed, "utf-8", newline="\n") as text:
+            for line in lines:
+                text.write(line + "\n")
+
+
+def _write_table(stem: Path, table: Table) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        rows = (json.dumps(dict(zip(table, row, strict=True))) for row in zip(*table.values(), strict=True))
+        _write_gzip(stem.with_suffix(".jsonl.gz"), rows)
+        return
+    kinds = {name: pa.bool_() if name == "measured" else pa.int64() for name in table}
+    columns = {name: pa.array(values, kinds[name]) for name, values in table.items()}
+    pq.write_table(pa.table(columns), stem.with_suffix(".parquet"))
+
+
+def read_table(directory: Path, name: str) -> Table:
+    """`steps` or `requests` of a run, whichever way it was written."""
+    parquet = directory / f"{name}.parquet"
+    if parquet.is_file():
+        try:
+            import pyarrow.parquet as pq
+        except ImportError:
+            raise ValueError(f"{parquet}: reading it needs pyarrow; install it with pip install pyarrow") from None
+        columns: Table = pq.read_table(parquet).to_pydict()
+        return columns
+    path = directory / f"{name}.jsonl.gz"
+    if not path.is_file():
+        raise ValueError(f"{directory}: it holds neither {name}.parquet nor {name}.jsonl.gz")
+    table: Table = {}
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            for key, value in json.loads(line).items():
+                table.setdefault(key, []).append(value)
+    return table
+
+
+def read_plans(directory: Path) -> Iterator[tuple[StepPlan, StepOutput]]:
+    """The recorded plans of a run made with record_plans=true."""
+    path = directory / "plans.jsonl.gz"
+    if not path.is_file():
+        raise ValueError(f"replay.path={directory}: it holds no plans.jsonl.gz; record one with record_plans=true")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            plan, output = json.loads(line)
+            yield StepPlan.from_json(plan), StepOutput.from_json(output)

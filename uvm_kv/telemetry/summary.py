@@ -1,0 +1,138 @@
+"""summary.json: the numbers of one run, computed from its step and request rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from uvm_kv.kvcache.ops import MemoryCounters
+from uvm_kv.kvcache.spec import KVCacheSpec
+from uvm_kv.telemetry.energy import PowerModel, energy_j
+from uvm_kv.telemetry.recorder import Table
+from uvm_kv.types import NS_PER_S
+
+SCHEMA_VERSION = 1
+PERCENTILES = (50, 90, 99)
+
+
+def summarize(
+    steps: Table, requests: Table, *, spec: KVCacheSpec, power: PowerModel | None, complete: bool
+) -> dict[str, Any]:
+    """Measured quantities of a run; `complete` is False where max_steps stopped it.
+
+    Throughput is taken over the steady window, from the first completion to the last admission; batch and KV means
+    over the same window where there is one, weighted by time. Latencies are those of measured requests only: TTFT
+    from arrival to first token, TPOT the mean gap between an output's tokens.
+    """
+    warnings = []
+    if not complete:
+        warnings.append("stopped by max_steps before all requests were served")
+    start, end = _ints(steps, "start_ns"), _ints(steps, "end_ns")
+    duration_ns = int(end[-1]) if len(end) else 0
+    tokens = _ints(steps, "num_output_tokens")
+    window = _steady_window(requests)
+    inside = np.zeros(len(end), bool)
+    steady = None
+    if window is not None:
+        inside = (end > window[0]) & (end <= window[1])
+        steady = float(tokens[inside].sum() * NS_PER_S / (window[1] - window[0]))
+    else:
+        warnings.append("no steady window: no admission follows the first completion; raise workload.num_requests")
+    weights = (end - start).astype(float)
+    if inside.any():
+        weights = weights * inside
+    running = _ints(steps, "num_running")
+    claimed = _ints(steps, "claimed_device_blocks") + _ints(steps, "claimed_host_blocks")
+    kv_tokens, lost_outside = _ints(steps, "kv_tokens"), _ints(steps, "lost_outside_blocks")
+    reserved = _mean(claimed, weights, spec.block_bytes)
+    used = _mean(kv_tokens, weights, spec.token_bytes)
+    totals = {name: _total(steps, name) for name in MemoryCounters._fields}
+    measured = [i for i, is_measured in enumerate(requests["measured"]) if is_measured]
+    stall_s = None if totals["stall_ns"] is None else totals["stall_ns"] / NS_PER_S
+    busy_s = float((end - start).sum()) / NS_PER_S
+    energy = None
+    if power is not None and stall_s is not None:
+        energy = energy_j(power, duration_s=duration_ns / NS_PER_S, busy_s=busy_s, stall_s=stall_s)
+    num_tokens = int(tokens.sum())
+    last = len(end) - 1
+    preemptions = {kind: steps[f"preemptions_{kind}"][last] if last >= 0 else 0 for kind in ("recompute", "swap")}
+    return {
+        "running_batch_mean": _mean(running, weights, 1),
+        "running_batch_max": int(running.max()) if len(running) else 0,
+        "num_requests": len(requests["request_id"]),
+        "num_measured_requests": len(measured),
+        "num_steps": len(end),
+        "num_output_tokens": num_tokens,
+        "duration_s": duration_ns / NS_PER_S,
+        "steady_window_s": None if window is None else [t / NS_PER_S for t in window],
+        "output_tokens_per_s": steady,
+        "output_tokens_per_s_whole_run": num_tokens * NS_PER_S / duration_ns if duration_ns else None,
+        "ttft_s": _distribution(_ttft(requests, measured)),
+        "tpot_s": _distribution(_tpot(requests, measured)),
+        "kv_bytes_mean": {
+            "reserved": reserved,
+            "used": used,
+            "lost_inside": None if reserved is None or used is None else reserved - used,
+            "lost_outside": _mean(lost_outside, weights, spec.block_bytes),
+        },
+        "h2d_bytes": _sum_of(totals, "h2d_"),
+        "d2h_bytes": _sum_of(totals, "d2h_"),
+        "link_bytes_by_cause": {k: v for k, v in totals.items() if k.startswith(("h2d_", "d2h_"))},
+        "gpu_fault_groups": totals["gpu_fault_groups"],
+        "evicted_chunks": totals["evicted_chunks"],
+        "preemptions": sum(p or 0 for p in preemptions.values()),
+        "preemptions_by_kind": preemptions,
+        "stall_s": stall_s,
+        "energy_j": energy,
+        "energy_j_per_output_token": energy / num_tokens if energy is not None and num_tokens else None,
+        "warnings": warnings,
+    }
+
+
+def _ints(table: Table, name: str) -> NDArray[np.int64]:
+    return np.array(table[name], np.int64)
+
+
+def _total(table: Table, name: str) -> int | None:
+    values = table[name]
+    return None if any(v is None for v in values) else sum(v or 0 for v in values)
+
+
+def _sum_of(totals: dict[str, int | None], prefix: str) -> int | None:
+    parts = [v for k, v in totals.items() if k.startswith(prefix)]
+    return None if any(v is None for v in parts) else sum(v or 0 for v in parts)
+
+
+def _mean(values: NDArray[np.int64], weights: NDArray[np.float64], unit: int) -> float | None:
+    total = weights.sum()
+    return float((values * weights).sum() / total * unit) if total else None
+
+
+def _steady_window(requests: Table) -> tuple[int, int] | None:
+    finishes = [t for t in requests["finish_ns"] if t is not None]
+    admissions = [t for t in requests["admitted_ns"] if t is not None]
+    if not finishes or max(admissions) <= min(finishes):
+        return None
+    return min(finishes), max(admissions)
+
+
+def _ttft(requests: Table, rows: list[int]) -> NDArray[np.float64]:
+    arrival, first = requests["arrival_ns"], requests["first_token_ns"]
+    return np.array([(first[i] or 0) - (arrival[i] or 0) for i in rows]) / NS_PER_S
+
+
+def _tpot(requests: Table, rows: list[int]) -> NDArray[np.float64]:
+    first, finish, tokens = requests["first_token_ns"], requests["finish_ns"], requests["output_tokens"]
+    gaps = [((finish[i] or 0) - (first[i] or 0)) / n for i in rows if (n := (tokens[i] or 0) - 1) > 0]
+    return np.array(gaps) / NS_PER_S
+
+
+def _distribution(values: NDArray[np.float64]) -> dict[str, float | None]:
+    if not len(values):
+        return dict.fromkeys(["mean", *(f"p{p}" for p in PERCENTILES)])
+    result: dict[str, float | None] = {"mean": float(values.mean())}
+    for p, x in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True):
+        result[f"p{p}"] = float(x)
+    return result

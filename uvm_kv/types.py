@@ -1,0 +1,62 @@
+"""Ids, enums and units that every room shares. Imports nothing of the project.
+
+Sizes are in bytes, times in integer nanoseconds at every public boundary (`_ns`) or in float seconds inside a
+formula (`_s`), rates in bytes per second.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, StrEnum
+from typing import NewType
+
+BlockId = NewType("BlockId", int)
+"""Index of a KV block. Device blocks are [0, D), host blocks [D, D + H)."""
+
+RequestId = NewType("RequestId", int)
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+NS_PER_S = 1_000_000_000
+
+CHUNK_BYTES = 2 * MIB
+"""Unit of residency of managed memory: one VA block, one root chunk (NVIDIA open-gpu-kernel-modules 595.45.04)."""
+
+
+class Tier(Enum):
+    DEVICE = "device"
+    HOST = "host"
+
+
+class Phase(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class MemoryKind(StrEnum):
+    """How the KV slabs are allocated (design, section 3)."""
+
+    DEVICE = "device"
+    PINNED = "pinned"
+    MANAGED = "managed"
+    VMM = "vmm"
+
+
+class Layout(StrEnum):
+    LAYER_MAJOR = "layer_major"
+    BLOCK_MAJOR = "block_major"
+
+
+class Reach(StrEnum):
+    """When in a step a placement may use the link for host KV, hence which ceiling bounds its gain."""
+
+    IN_PLACE = "in_place"
+    COPY_AHEAD = "copy_ahead"
+    BOTH = "both"
+
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

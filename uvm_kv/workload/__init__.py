@@ -1,0 +1,1 @@
+"""Traces, length distributions and arrival processes. All randomness comes from one seed."""

@@ -1,0 +1,103 @@
+"""RequestSource: where requests come from, in open loop (given arrival times) or closed loop (given clients)."""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from uvm_kv.sched.request import Request
+from uvm_kv.types import NS_PER_S
+from uvm_kv.workload.lengths import Lengths
+
+
+class RequestSource(ABC):
+    @abstractmethod
+    def arrivals(self, now_ns: int) -> list[Request]:
+        """Take the requests that have arrived by now, in order of arrival."""
+
+    @abstractmethod
+    def next_arrival_ns(self) -> int | None:
+        """When the next request arrives, as far as it is known; None if none is on its way."""
+
+    @abstractmethod
+    def finished(self, request: Request, now_ns: int) -> None:
+        """A request has ended."""
+
+    @abstractmethod
+    def more_to_come(self) -> bool:
+        """Whether any request will still arrive."""
+
+
+class OpenLoop(RequestSource):
+    """Arrival times do not depend on the system."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._pending = deque(sorted(requests, key=lambda r: (r.arrival_ns, r.id)))
+
+    def arrivals(self, now_ns: int) -> list[Request]:
+        arrived = []
+        while self._pending and self._pending[0].arrival_ns <= now_ns:
+            arrived.append(self._pending.popleft())
+        return arrived
+
+    def next_arrival_ns(self) -> int | None:
+        return self._pending[0].arrival_ns if self._pending else None
+
+    def finished(self, request: Request, now_ns: int) -> None:
+        pass
+
+    def more_to_come(self) -> bool:
+        return bool(self._pending)
+
+
+class ClosedLoop(RequestSource):
+    """`num_clients` clients, each sending its next request as its last one ends, until all lengths are used up.
+
+    Client i's first request generates i / num_clients of its output, so that the clients do not march in step; it
+    only brings the system into its steady state and is not measured.
+    """
+
+    def __init__(self, lengths: Sequence[Lengths], num_clients: int) -> None:
+        self._num_started = min(num_clients, len(lengths))
+        self._lengths = deque(lengths[self._num_started :])
+        self._next_id = self._num_started
+        self._pending: list[tuple[int, int, Request]] = []
+        for i in range(self._num_started):
+            prompt, output = lengths[i]
+            first = Request(i, prompt, max(1, output * i // num_clients), 0, measured=False)
+            self._pending.append((0, i, first))
+
+    def arrivals(self, now_ns: int) -> list[Request]:
+        arrived = []
+        while self._pending and self._pending[0][0] <= now_ns:
+            arrived.append(heapq.heappop(self._pending)[2])
+        return arrived
+
+    def next_arrival_ns(self) -> int | None:
+        return self._pending[0][0] if self._pending else None
+
+    def finished(self, request: Request, now_ns: int) -> None:
+        if self._lengths:
+            prompt, output = self._lengths.popleft()
+            request = Request(self._next_id, prompt, output, now_ns)
+            heapq.heappush(self._pending, (now_ns, self._next_id, request))
+            self._next_id += 1
+
+    def more_to_come(self) -> bool:
+        return bool(self._pending or self._lengths)
+
+
+def all_at_once(lengths: Sequence[Lengths]) -> OpenLoop:
+    return OpenLoop([Request(i, *pair) for i, pair in enumerate(lengths)])
+
+
+def poisson(lengths: Sequence[Lengths], requests_per_s: float, rng: np.random.Generator) -> OpenLoop:
+    """Exponential gaps with mean 1 / requests_per_s."""
+    times = np.cumsum(rng.exponential(1 / requests_per_s, len(lengths))) * NS_PER_S
+    return OpenLoop(
+        [Request(i, *pair, arrival_ns=int(t)) for i, (pair, t) in enumerate(zip(lengths, times, strict=True))]
+    )

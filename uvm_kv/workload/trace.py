@@ -1,0 +1,85 @@
+"""Trace files: Azure's LLM inference format, or arrival_s, prompt_tokens, output_tokens."""
+
+from __future__ import annotations
+
+import csv
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from uvm_kv.types import NS_PER_S
+
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+PLAIN = ("arrival_s", "prompt_tokens", "output_tokens")
+
+
+class TraceRow(NamedTuple):
+    line: int
+    arrival_ns: int
+    """Since the first arrival of the file."""
+    prompt_tokens: int
+    output_tokens: int
+
+
+def read_trace(path: str) -> list[TraceRow]:
+    """Rows in order of arrival. ValueError names the file and the line of what cannot be read."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"workload.path={path}: there is no such file")
+    with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+        reader = csv.reader(stream)
+        header = [name.strip() for name in next(reader, [])]
+        columns = next((c for c in (AZURE, PLAIN) if set(c) <= set(header)), None)
+        if columns is None:
+            raise ValueError(
+                f"workload.path={path}, line 1: the columns are {', '.join(header) or 'missing'}; they must be "
+                f"{', '.join(PLAIN)} or {', '.join(AZURE)}"
+            )
+        index = [header.index(name) for name in columns]
+        rows = []
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            where = f"workload.path={path}, line {reader.line_num}"
+            if len(cells) <= max(index):
+                raise ValueError(f"{where}: {len(cells)} cells where the header has {len(header)}")
+            arrival, prompt, output = (cells[i].strip() for i in index)
+            rows.append(
+                TraceRow(
+                    reader.line_num,
+                    _arrival_ns(arrival, columns is AZURE, f"{where}: {columns[0]}"),
+                    _length(prompt, f"{where}: {columns[1]}"),
+                    _length(output, f"{where}: {columns[2]}"),
+                )
+            )
+    if not rows:
+        raise ValueError(f"workload.path={path}: the trace has no rows")
+    rows.sort(key=lambda row: row.arrival_ns)
+    first = rows[0].arrival_ns
+    return [row._replace(arrival_ns=row.arrival_ns - first) for row in rows]
+
+
+def _length(text: str, where: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise ValueError(f"{where} is {text!r}; it must be a whole number of tokens") from None
+    if value < 1:
+        raise ValueError(f"{where} is {value}; it must be at least 1 token")
+    return value
+
+
+def _arrival_ns(text: str, is_timestamp: bool, where: str) -> int:
+    try:
+        if is_timestamp:
+            # Azure writes 100 ns ticks; datetime reads six digits of a second.
+            whole, _, fraction = text.partition(".")
+            moment = datetime.fromisoformat(whole)
+            seconds = int((moment - datetime(1970, 1, 1)).total_seconds())
+            return seconds * NS_PER_S + (int(fraction.ljust(9, "0")[:9]) if fraction else 0)
+        value = float(text)
+    except (ValueError, TypeError):
+        raise ValueError(f"{where} is {text!r}; it must be a {'date and time' if is_timestamp else 'number'}") from None
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{where} is {text}; it must be at least 0")
+    return round(value * NS_PER_S)

@@ -246,7 +246,7 @@ def closed_form(
     return {"total": link + stranded, "link": link, "stranded": stranded, "num_seqs": n, "step_s": decode_s + prefill_s}
 
 
-def run_job(job: Job, *, on_step: Callable[[int, int, int], None] | None = None) -> dict[str, Any]:
+def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], None] | None = None) -> dict[str, Any]:
     """Run and write one job; its summary. `on_step` gets steps done, requests done and requests in all."""
     resolved, config = job.resolved, job.resolved.config
     started, clock = datetime.now().astimezone().isoformat(timespec="seconds"), time.perf_counter()
@@ -278,6 +278,7 @@ def run_job(job: Job, *, on_step: Callable[[int, int, int], None] | None = None)
         **identity(job),
         **measured,
         "num_left_out": workload.num_left_out,
+        "memory_budget": resolved.budget.rows(),
         "device_kv_bytes": resolved.capacity.num_device_blocks * resolved.spec.block_bytes,
         "host_kv_bytes": resolved.capacity.num_host_blocks * resolved.spec.block_bytes,
         "chunk_loss_bytes": resolved.spec.chunk_loss_bytes(sum(resolved.capacity))
@@ -289,7 +290,9 @@ def run_job(job: Job, *, on_step: Callable[[int, int, int], None] | None = None)
     write_run(
         job.directory,
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
-        manifest=manifest(seed=job.seed, repeat=job.repeat, started=started, duration_s=time.perf_counter() - clock),
+        manifest=manifest(
+            argv=argv, seed=job.seed, repeat=job.repeat, started=started, duration_s=time.perf_counter() - clock
+        ),
         steps=steps,
         requests=requests,
         summary=summary,

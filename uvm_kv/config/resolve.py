@@ -262,7 +262,7 @@ def _check_runner(config: ConfigSchema) -> None:
         raise ValueError("runner=cpu is not part of this version yet; use runner=sim")
     if config.runner == "cuda":
         raise ValueError(
-            "runner=cuda needs an NVIDIA GPU and the CUDA extension, which this version does not have yet; use runner=sim"
+            "runner=cuda needs an NVIDIA GPU and the CUDA extension, not part of this version yet; use runner=sim"
         )
     if (config.runner == "replay") != (config.replay.path is not None):
         raise ValueError(

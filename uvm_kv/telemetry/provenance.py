@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,8 +63,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def manifest(*, seed: int, repeat: int, started: str, duration_s: float) -> dict[str, Any]:
-    """`started`: local time in ISO 8601; `duration_s`: wall clock of the run itself."""
+def manifest(*, argv: list[str], seed: int, repeat: int, started: str, duration_s: float) -> dict[str, Any]:
+    """`argv`: the command that was typed.
+
+    `started`: local time in ISO 8601; `duration_s`: wall clock of the run itself."""
     return {
         **git_state(),
         "versions": versions(),
@@ -73,7 +74,7 @@ def manifest(*, seed: int, repeat: int, started: str, duration_s: float) -> dict
         "gpu": gpu(),
         "seed": seed,
         "repeat": repeat,
-        "argv": sys.argv,
+        "argv": argv,
         "started": started,
         "duration_s": round(duration_s, 3),
     }

@@ -1,0 +1,52 @@
+# Two commands for a newcomer: make demo, make test. Everything lives in .venv; nothing else is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    the main job: install, sweep batch sizes on a simulated RTX 3090, print the verdict"
+	@echo "make test    install what the tests need and run the whole suite"
+	@echo "make lint    ruff, types, import contract"
+	@echo "make bench   speed of the simulator and the engine"
+	@echo "make clean   remove .venv and caches; results stay"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("uvm-kv needs Python 3.11 or newer, this is %s; make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing uvm-kv into .venv ..."
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@echo "Installing what tests and lint need into .venv ..."
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+demo: .venv/.installed
+	$(BIN)/python -m experiments.run -m experiment=demo
+	@echo "Next: change a mechanism or a size, as in"
+	@echo "  .venv/bin/python -m experiments.run mechanism=pinned_balanced batch_size=24"
+	@echo "  .venv/bin/python -m experiments.run -m experiment=batch_sweep    (both models, both workloads)"
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -n auto
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed-dev
+	$(BIN)/python -m experiments.bench
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

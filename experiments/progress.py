@@ -1,0 +1,109 @@
+"""Progress of a sweep: jobs append one line each to a shared file, the parent shows and collects them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+ENVIRONMENT = "UVM_KV_SWEEP_LOG"
+POLL_S = 0.2
+PLAIN_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """How one run ended: done, skipped (it was complete), or failed with an error of a few lines."""
+
+    status: str
+    label: str
+    directory: str | None = None
+    error: str | None = None
+
+
+def report_event(event: Event) -> None:
+    """Called in a job: one line, appended in one write so that jobs do not mix theirs."""
+    path = os.environ.get(ENVIRONMENT)
+    if path is not None:
+        with Path(path).open("a") as log:
+            log.write(json.dumps(asdict(event)) + "\n")
+
+
+class SweepLog:
+    """The parent's end: every event so far."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.events: list[Event] = []
+
+    def poll(self) -> None:
+        lines = self._path.read_text().splitlines()
+        self.events = [Event(**json.loads(line)) for line in lines]
+
+    def count(self, status: str) -> int:
+        return sum(e.status == status for e in self.events)
+
+
+@contextmanager
+def sweep_log(num_jobs: int, name: str) -> Iterator[SweepLog]:
+    """Show progress on stderr while a sweep runs: a bar on a terminal, a line now and then elsewhere."""
+    with tempfile.TemporaryDirectory(prefix="uvm-kv-") as folder:
+        path = Path(folder) / "events.jsonl"
+        path.touch()
+        os.environ[ENVIRONMENT] = str(path)
+        log, stop = SweepLog(path), threading.Event()
+        thread = threading.Thread(target=_show, args=(log, num_jobs, name, stop), daemon=True)
+        thread.start()
+        try:
+            yield log
+        finally:
+            stop.set()
+            thread.join()
+            log.poll()
+            del os.environ[ENVIRONMENT]
+
+
+def _show(log: SweepLog, num_jobs: int, name: str, stop: threading.Event) -> None:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        started, said = time.monotonic(), time.monotonic()
+        while not stop.wait(POLL_S):
+            log.poll()
+            if time.monotonic() - said >= PLAIN_EVERY_S and log.events:
+                said = time.monotonic()
+                left = (said - started) / len(log.events) * (num_jobs - len(log.events))
+                print(
+                    f"{name}: {_counts(log)} of {num_jobs} jobs, about {left:.0f} s left", file=sys.stderr, flush=True
+                )
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[counts]}"),
+    )
+    with Progress(*columns, console=console, transient=False) as progress:
+        task = progress.add_task(name, total=num_jobs, counts="")
+        while True:
+            ended = stop.wait(POLL_S)
+            log.poll()
+            progress.update(task, completed=len(log.events), counts=_counts(log))
+            if ended:
+                return
+
+
+def _counts(log: SweepLog) -> str:
+    return ", ".join(f"{log.count(s)} {s}" for s in ("done", "skipped", "failed") if s == "done" or log.count(s))

@@ -1,0 +1,211 @@
+"""Run one job, or with -m a sweep of jobs and the report of its results.
+
+    python -m experiments.run mechanism=pinned_balanced batch_size=24
+    python -m experiments.run -m experiment=batch_sweep
+
+A sweep that was stopped goes on where it was: what is complete is skipped. A job that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from experiments.progress import Event, report_event, sweep_log
+from uvm_kv.config.build import Job, is_done, jobs_of, run_job
+from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
+from uvm_kv.config.resolve import resolve
+from uvm_kv.config.schema import register
+
+ARGV = "UVM_KV_ARGV"
+"""Carries the command that was typed into the worker processes."""
+EXPERIMENT_WITHOUT_FILE = "adhoc"
+SHOW_EVERY_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    experiment: str
+    results_dir: Path
+    num_jobs: int
+
+
+def preflight(arguments: list[str]) -> Request:
+    """Check names, and that results can be written, before Hydra composes anything; ValueError if not."""
+    overrides = parse_overrides([a for a in arguments if not a.startswith("-")])
+    check_overrides(overrides)
+    by_key = {o.key_or_group: o for o in overrides}
+    experiment = by_key["experiment"].get_value_element_as_str() if "experiment" in by_key else None
+    if experiment == "null":
+        experiment = None
+    if experiment is not None:
+        file = OmegaConf.load(CONF_DIR / "experiment" / f"{experiment}.yaml")
+        params = OmegaConf.select(file, "hydra.sweeper.params") or {}
+        swept = parse_overrides([f"{key}={value}" for key, value in params.items()])
+        check_overrides(swept)
+        by_key = {o.key_or_group: o for o in swept} | by_key
+    sweeps = [o for o in by_key.values() if o.is_sweep_override() and o.is_discrete_sweep()]
+    num_jobs = prod(len(list(o.sweep_string_iterator())) for o in sweeps)
+    results_dir = by_key["results_dir"].value() if "results_dir" in by_key else "results/runs"
+    folder = Path(str(results_dir))
+    _check_writable(folder)
+    return Request(experiment or EXPERIMENT_WITHOUT_FILE, folder, num_jobs)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise ValueError(
+            f"results_dir={folder} cannot be written ({error.strerror or error}); give another: results_dir=DIR"
+        ) from None
+
+
+def _label(composed: DictConfig) -> str:
+    return f"{composed.model.name} {composed.workload.name} {composed.mechanism} batch {composed.batch_size}"
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; free some space or give another results_dir=DIR"
+    return str(error)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")  # type: ignore[untyped-decorator]
+def _task(composed: DictConfig) -> None:
+    """One job of Hydra's, in this process or in a worker. Failures are reported, never raised: see `main`."""
+    label = _label(composed)
+    try:
+        experiment = HydraConfig.get().runtime.choices.get("experiment") or EXPERIMENT_WITHOUT_FILE
+        jobs = jobs_of(resolve(composed), experiment)
+    except (ValueError, OSError) as error:
+        report_event(Event("failed", label, error=_message(error)))
+        return
+    for job in jobs:
+        name = f"{label} repeat {job.repeat}" if len(jobs) > 1 else label
+        if is_done(job):
+            report_event(Event("skipped", name, str(job.directory)))
+            continue
+        try:
+            _run(job, alone=not _in_sweep())
+        except (ValueError, OSError) as error:
+            report_event(Event("failed", name, str(job.directory), _message(error)))
+        else:
+            report_event(Event("done", name, str(job.directory)))
+
+
+def _in_sweep() -> bool:
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def _run(job: Job, *, alone: bool) -> None:
+    argv = json.loads(os.environ[ARGV])
+    if not alone:
+        run_job(job, argv=argv)
+        return
+    from rich.progress import Progress
+
+    from uvm_kv.analysis.terminal import print_memory
+
+    console = Console(stderr=True)
+    resolved = job.resolved
+    title = f"{resolved.model.name} in {resolved.config.dtype} on {resolved.profile.name}"
+    print_memory(title, resolved.budget.rows(), Console())
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("requests served", total=None)
+
+        def on_step(steps: int, done: int, total: int) -> None:
+            if steps % SHOW_EVERY_STEPS == 0:
+                progress.update(bar, completed=done, total=total)
+
+        run_job(job, argv=argv, on_step=on_step if console.is_terminal else None)
+
+
+def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int:
+    """Tables, verdict, failures; the exit status."""
+    from uvm_kv.analysis.report import write_report
+    from uvm_kv.analysis.terminal import print_report, print_summary
+    from uvm_kv.telemetry.store import read_json
+
+    console = Console()
+    finished = [Path(e.directory) for e in events if e.directory is not None and e.status != "failed"]
+    failed = [e for e in events if e.status == "failed"]
+    if sweep and finished:
+        print_report(write_report(finished, request.results_dir / request.experiment / "report"), console)
+    elif finished:
+        for directory in finished:
+            print_summary(read_json(directory / "summary.json"), console)
+            console.print(f"run: {directory}", markup=False, highlight=False, soft_wrap=True)
+        if any(e.status == "skipped" for e in events):
+            print("it was complete already; rerun=true runs it again", file=sys.stderr)
+    for event in failed:
+        where = f"{event.label}: " if sweep else ""
+        print(f"error: {where}{event.error}", file=sys.stderr)
+    if sweep:
+        skipped = sum(e.status == "skipped" for e in events)
+        note = f" ({skipped} were complete already)" if skipped else ""
+        print(f"{len(finished)} of {request.num_jobs} jobs are complete{note}, {len(failed)} failed.", file=sys.stderr)
+    return 1 if failed or not finished else 0
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    register()
+    if any(a.startswith("-") and a not in ("-m", "--multirun") for a in arguments):
+        _task()  # Hydra's own: --help, --cfg job, --info, --shell-completion ...
+        return 0
+    sweep = bool({"-m", "--multirun"} & set(arguments))
+    try:
+        request = preflight(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not sweep and request.num_jobs > 1:
+        print(f"error: {request.num_jobs} jobs are asked for; a sweep needs -m", file=sys.stderr)
+        return 2
+    os.environ[ARGV] = json.dumps(["python", "-m", "experiments.run", *arguments])
+    log = None
+    try:
+        with sweep_log(request.num_jobs, request.experiment if sweep else "") as log:
+            _task()
+    except KeyboardInterrupt:
+        _stop_workers()
+        done = 0 if log is None else len([e for e in log.events if e.status != "failed"])
+        print(
+            f"\ninterrupted: {done} of {request.num_jobs} jobs are complete and stay in "
+            f"{request.results_dir / request.experiment}; the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    try:
+        return _print_outcome(request, log.events, sweep=sweep)
+    except OSError as error:
+        print(f"error: the report cannot be written: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+def _stop_workers() -> None:
+    from joblib.externals.loky import get_reusable_executor
+
+    executor: Any = get_reusable_executor()
+    executor.shutdown(wait=False, kill_workers=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Figures of a batch-size sweep: throughput, gain with its ceiling, and throughput at a latency."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from uvm_kv.analysis.load import GROUP
+from uvm_kv.analysis.verdict import BASELINES, title_of
+
+# Okabe and Ito's colours, told apart by the colour-blind too; baselines are grey and black.
+STYLES: dict[str, tuple[str, str, str]] = {
+    "device_resident": ("#888888", "-", "o"),
+    "device_recompute": ("#000000", "-", "s"),
+    "pinned_swap": ("#0072B2", "-", "^"),
+    "pinned_zero_copy": ("#E69F00", "-", "v"),
+    "pinned_prefetch_ahead": ("#56B4E9", "-", "D"),
+    "pinned_balanced": ("#009E73", "-", "P"),
+    "managed_demand": ("#D55E00", "--", "X"),
+    "managed_by_tier": ("#CC79A7", "--", "*"),
+}
+_SPARE = ["#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A"]
+
+
+def style_of(mechanism: str, others: list[str]) -> tuple[str, str, str]:
+    if mechanism in STYLES:
+        return STYLES[mechanism]
+    return _SPARE[others.index(mechanism) % len(_SPARE)], ":", "."
+
+
+def sweep_figure(table: pd.DataFrame) -> Any:
+    """One row of panels per group of comparable points; `table` as `with_gains` returns it."""
+    groups = [part for _, part in table.groupby(GROUP, sort=True)]
+    figure, axes = plt.subplots(
+        len(groups), 3, figsize=(16.5, 4.9 * len(groups) + 0.9), squeeze=False, layout="constrained"
+    )
+    others = sorted(set(table["mechanism"]) - set(STYLES))
+    shown: dict[str, Any] = {}
+    for row, part in zip(axes, groups, strict=True):
+        _panels(row, part, others, shown)
+    order = [m for m in (*STYLES, *others) if m in shown]
+    figure.legend(
+        [shown[m] for m in order],
+        [f"{m} (baseline)" if m in BASELINES else m for m in order],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
+    return figure
+
+
+def _panels(axes: Any, part: pd.DataFrame, others: list[str], shown: dict[str, Any]) -> None:
+    by_batch, gain, latency = axes
+    for mechanism, rows in part.groupby("mechanism", sort=True):
+        name = str(mechanism)
+        colour, line, marker = style_of(name, others)
+        rows = rows.sort_values("offered_batch")
+        look = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.6}
+        spread = rows["throughput_std"].fillna(0.0)
+        shown[name] = by_batch.errorbar(
+            rows["offered_batch"], rows["throughput"], yerr=spread if spread.any() else None, capsize=2, **look
+        )
+        latency.plot(rows["tpot_s.p99"] * 1e3, rows["throughput"], **look)
+        gain.plot(rows["offered_batch"], rows["gain_over_resident"], **look)
+        bound = rows["closed_form_ceiling"].astype(float)
+        if bound.notna().any():
+            gain.plot(rows["offered_batch"], bound, color=colour, linestyle=(0, (1, 2)), linewidth=1.0)
+    batches = part["offered_batch"]
+    powers = [2**n for n in range(24) if batches.min() <= 2**n <= batches.max()]
+    for axis in (by_batch, gain):
+        axis.set_xscale("log", base=2)
+        if len(powers) > 1:
+            axis.set_xticks(powers, [str(b) for b in powers])
+        axis.minorticks_off()
+        axis.set_xlabel("offered batch (clients)")
+    by_batch.set_ylabel("output tokens per second")
+    by_batch.set_ylim(bottom=0)
+    by_batch.set_title(title_of(part), fontsize=10, loc="left")
+    gain.axhline(0, color="black", linewidth=0.8)
+    ceiling = part["closed_form_ceiling"].astype(float).max()
+    top = max(0.05, float(part["gain_over_resident"].max()), 0.0 if pd.isna(ceiling) else min(float(ceiling), 1.0))
+    gain.set_ylim(-0.5, top * 1.25)
+    gain.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    gain.set_ylabel("gain over the best of device_resident")
+    gain.set_title("dotted: closed-form ceiling of the reach; cut off at -50 %", fontsize=9, loc="left")
+    latency.set_xscale("log")
+    latency.set_ylim(bottom=0)
+    latency.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    latency.set_xlabel("p99 TPOT (ms)")
+    latency.set_ylabel("output tokens per second")
+    latency.set_title("throughput at a latency: up and left is better", fontsize=9, loc="left")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: Any, stem: Path) -> list[Path]:
+    """PNG and PDF without a date in them, so that equal results give equal files."""
+    paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
+    figure.savefig(paths[0], dpi=130, metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    plt.close(figure)
+    return paths

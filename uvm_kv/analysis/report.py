@@ -1,0 +1,194 @@
+"""The report of a set of runs: verdicts, tables, figure, as files and as one HTML page that opens from disk."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from uvm_kv.analysis.figures import save_figure, sweep_figure
+from uvm_kv.analysis.load import GROUP, load_runs, points
+from uvm_kv.analysis.verdict import Verdict, title_of, verdicts, with_gains
+
+COLUMNS = {
+    "mechanism": "mechanism",
+    "offered_batch": "batch",
+    "running_batch_mean": "running",
+    "throughput": "tok/s",
+    "gain": "gain",
+    "gain_same_admission": "own",
+    "closed_form_ceiling": "ceiling",
+    "ttft_s.p50": "TTFT p50",
+    "tpot_s.p99": "TPOT p99",
+    "stall_share": "stall",
+    "h2d_bytes": "H2D",
+    "d2h_bytes": "D2H",
+    "gpu_fault_groups": "faults",
+    "evicted_chunks": "evicted",
+    "preemptions": "preempt.",
+    "energy_j_per_output_token": "J/token",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    verdicts: list[Verdict]
+    best: dict[str, pd.DataFrame]
+    """Per group title: the best point of each mechanism, formatted."""
+    memory: list[tuple[str, list[tuple[str, int]]]]
+    """Per model and card: where its memory goes, in bytes."""
+    warnings: list[str]
+    figure: list[Path]
+    table: Path
+    page: Path
+
+
+def write_report(directories: list[Path], out: Path) -> Report:
+    """Write figure.png, figure.pdf, points.csv and report.html below `out`."""
+    runs = load_runs(directories)
+    table = with_gains(points(runs))
+    if table.empty:
+        raise ValueError("the runs are all of runner=cpu, whose throughput says nothing about memory kinds")
+    table["stall_share"] = table["stall_s"].astype(float) / table["duration_s"].astype(float)
+    out.mkdir(parents=True, exist_ok=True)
+    found = verdicts(table)
+    best = {title_of(part): format_points(_best_points(part)) for _, part in table.groupby(GROUP, sort=True)}
+    figure = save_figure(sweep_figure(table), out / "figure")
+    table.to_csv(out / "points.csv", index=False)
+    memory, warnings = _memory(runs), _warnings(runs)
+    page = out / "report.html"
+    page.write_text(_page(runs, table, found, best, memory, warnings, figure[0]), encoding="utf-8")
+    return Report(found, best, memory, warnings, figure, out / "points.csv", page)
+
+
+def _best_points(part: pd.DataFrame) -> pd.DataFrame:
+    rows = part.sort_values(["throughput", "offered_batch"], ascending=[False, True])
+    return rows.drop_duplicates("mechanism")
+
+
+def format_points(part: pd.DataFrame) -> pd.DataFrame:
+    """Points as text with units, for people; `-` where there is no value."""
+
+    def number(spec: str, scale: float = 1.0, unit: str = "") -> Callable[[Any], str]:
+        return lambda x: "-" if pd.isna(x) else format(float(x) * scale, spec) + unit
+
+    formats = {
+        "offered_batch": number(".0f"),
+        "running_batch_mean": number(".1f"),
+        "throughput": number(".1f"),
+        "gain": number("+.1%"),
+        "gain_same_admission": number("+.1%"),
+        "closed_form_ceiling": number("+.1%"),
+        "ttft_s.p50": number(".3g", 1, " s"),
+        "tpot_s.p99": number(".1f", 1e3, " ms"),
+        "stall_share": number(".1%"),
+        "h2d_bytes": number(".1f", 1e-9, " GB"),
+        "d2h_bytes": number(".1f", 1e-9, " GB"),
+        "gpu_fault_groups": number(".0f"),
+        "evicted_chunks": number(".0f"),
+        "preemptions": number(".0f"),
+        "energy_j_per_output_token": number(".2f"),
+    }
+    text = pd.DataFrame(index=part.index)
+    for column, name in COLUMNS.items():
+        values = part[column]
+        text[name] = values.map(formats[column]) if column in formats else values
+    return text
+
+
+def _memory(runs: pd.DataFrame) -> list[tuple[str, list[tuple[str, int]]]]:
+    tables: dict[str, list[tuple[str, int]]] = {}
+    for _, run in runs.iterrows():
+        rows = [(str(name), int(value)) for name, value in run["memory_budget"]]
+        tables.setdefault(f"{run['model']} in {run['dtype']} on {run['hardware']}", rows)
+    return sorted(tables.items())
+
+
+def _warnings(runs: pd.DataFrame) -> list[str]:
+    found = []
+    for _, run in runs.iterrows():
+        found += [f"{run['mechanism']}, batch {run['offered_batch']}: {text}" for text in run["warnings"]]
+    commits = sorted({str(sha) for sha in runs["git_sha"]})
+    if len(commits) > 1:
+        found.append(
+            f"the runs come from {len(commits)} commits ({', '.join(c[:12] for c in commits)}): run them again"
+        )
+    if runs["git_dirty"].eq(True).any():
+        found.append("some runs come from a checkout with uncommitted changes")
+    return list(dict.fromkeys(found))
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #1a1a1a; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd; } th { background: #f4f4f4; }
+td:first-child, th:first-child { text-align: left; }
+.verdict { background: #eef6f1; border-left: 4px solid #009e73; padding: .7em 1em; margin: .7em 0; }
+.warning { background: #fdf3e4; border-left: 4px solid #e69f00; padding: .3em 1em; margin: .3em 0; }
+img { max-width: 100%; } .scroll { overflow-x: auto; } small { color: #555; }
+"""
+
+
+def _page(
+    runs: pd.DataFrame,
+    table: pd.DataFrame,
+    found: list[Verdict],
+    best: dict[str, pd.DataFrame],
+    memory: list[tuple[str, list[tuple[str, int]]]],
+    warnings: list[str],
+    picture: Path,
+) -> str:
+    esc = html.escape
+    origins = ", ".join(sorted(set(runs["origin"])))
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><title>uvm-kv report</title>",
+        f"<style>{_STYLE}</style>",
+        "<h1>Does CPU-backed KV cache raise throughput?</h1>",
+        f"<p>{len(runs)} runs: {esc(origins)}.",
+        " The gain is over the best point of the better of device_resident and device_recompute; beside it, over the one "
+        "of the same admission. The ceiling bounds the latter: the closed form of the placement's reach (what the link "
+        "can carry in a step), plus the room that whole requests leave stranded on the device. Throughput is output "
+        "tokens per second over the steady window.</p>",
+        *(f"<div class=verdict>{esc(v.line())}</div>" for v in found),
+        *(f"<div class=warning>{esc(w)}</div>" for w in warnings[:20]),
+        f"<p><small>and {len(warnings) - 20} more warnings in the summaries</small></p>" if len(warnings) > 20 else "",
+        "<h2>Figure</h2>",
+        f'<img alt="throughput, gain and latency by mechanism" src="data:image/png;base64,'
+        f'{base64.b64encode(picture.read_bytes()).decode()}">',
+    ]
+    for title, rows in best.items():
+        parts += [f"<h2>Best point of each mechanism: {esc(title)}</h2>", _html_table(rows)]
+    parts.append(
+        "<h2>Where it starts to lose</h2><p>The smallest offered batch at which a mechanism is more than 1 % "
+        "below the better baseline at that batch.</p>"
+    )
+    for verdict in found:
+        rows = pd.DataFrame(
+            [(m, "never" if b is None else str(b)) for m, b in verdict.loses_from.items()],
+            columns=["mechanism", "loses from batch"],
+        )
+        parts += [f"<p>{esc(verdict.title)}</p>", _html_table(rows)]
+    parts.append("<h2>Memory of the card</h2>")
+    for title, account in memory:
+        rows = pd.DataFrame([(name, f"{value / 1e9:.2f} GB") for name, value in account], columns=[title, "bytes"])
+        parts.append(_html_table(rows))
+    parts.append("<h2>All points</h2>")
+    for _, part in table.groupby(GROUP, sort=True):
+        rows = format_points(part.sort_values(["mechanism", "offered_batch"]))
+        parts += [f"<p>{esc(title_of(part))}</p>", _html_table(rows)]
+    commits = ", ".join(sorted({str(sha)[:12] for sha in runs["git_sha"]}))
+    parts.append(
+        f"<p><small>Commit {esc(commits)}. Every number above is rebuilt from the run directories, each of "
+        "which holds its config, manifest and raw step and request tables.</small></p></html>"
+    )
+    return "\n".join(parts)
+
+
+def _html_table(rows: pd.DataFrame) -> str:
+    return f"<div class=scroll>{rows.to_html(index=False, border=0)}</div>"

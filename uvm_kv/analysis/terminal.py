@@ -1,0 +1,96 @@
+"""Print a report, a memory account and one run's summary to the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from uvm_kv.analysis.report import Report
+
+MAX_WARNINGS = 5
+LOOK: dict[str, Any] = {
+    "title_justify": "left",
+    "box": SIMPLE_HEAD,
+    "padding": (0, 1, 0, 0),
+    "show_edge": False,
+}
+BEST_COLUMNS = ["mechanism", "batch", "running", "tok/s", "gain", "own", "ceiling", "TPOT p99"]
+"""What fits 80 columns; the HTML page and points.csv have all."""
+LEGEND = (
+    "gain: over the best device-only point; own: over the best device-only point of the same admission, which the "
+    "ceiling bounds"
+)
+
+
+def print_memory(title: str, rows: list[tuple[str, int]], console: Console) -> None:
+    table = Table(show_header=False, **LOOK)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows:
+        table.add_row(f"  {name}", f"{value / 1e9:.2f} GB")
+    console.print(f"Memory of the card: {title}", style="italic")
+    console.print(table)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Tables, verdicts and paths. Lines that people copy are printed unwrapped."""
+    for title, account in report.memory:
+        print_memory(title, account, console)
+    for title, rows in report.best.items():
+        table = Table(title=f"Best point of each mechanism: {title}", **LOOK)
+        for name in BEST_COLUMNS:
+            table.add_column(name, justify="left" if name == "mechanism" else "right", no_wrap=True)
+        for cells in rows[BEST_COLUMNS].itertuples(index=False):
+            table.add_row(*cells)
+        console.print(table)
+    console.print(LEGEND, style="dim")
+    for text in report.warnings[:MAX_WARNINGS]:
+        console.print(f"warning: {text}", markup=False, soft_wrap=True)
+    if len(report.warnings) > MAX_WARNINGS:
+        console.print(f"warning: {len(report.warnings) - MAX_WARNINGS} more in the report", markup=False)
+    for verdict in report.verdicts:
+        console.print(verdict.line(), markup=False, highlight=False, soft_wrap=True)
+    for name, paths in (("figure", report.figure), ("table", [report.table]), ("report", [report.page])):
+        console.print(f"{name}: {'  '.join(map(str, paths))}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """One run: what was asked, and its main numbers."""
+    title = (
+        f"{summary['mechanism']} at batch {summary['offered_batch']}: {summary['model']}, {summary['workload']}, "
+        f"{summary['origin']} {summary['hardware']}"
+    )
+    table = Table(show_header=False, **LOOK)
+    table.add_column()
+    table.add_column(justify="right")
+
+    def row(name: str, value: float | None, spec: str, unit: str) -> None:
+        table.add_row(f"  {name}", "not observed" if value is None else f"{value:{spec}} {unit}".rstrip())
+
+    row("output tokens/s, steady window", summary["output_tokens_per_s"], ".1f", "")
+    row("output tokens/s, whole run", summary["output_tokens_per_s_whole_run"], ".1f", "")
+    row("running batch, mean", summary["running_batch_mean"], ".1f", "")
+    for name in ("ttft_s", "tpot_s"):
+        for point in ("p50", "p99"):
+            value = summary[name][point]
+            row(f"{name[:4].upper()} {point}", None if value is None else value * 1e3, ".1f", "ms")
+    row("link, host to device", _scaled(summary["h2d_bytes"], 1e-9), ".2f", "GB")
+    row("link, device to host", _scaled(summary["d2h_bytes"], 1e-9), ".2f", "GB")
+    row("GPU fault groups", summary["gpu_fault_groups"], "d", "")
+    row("evicted 2 MiB chunks", summary["evicted_chunks"], "d", "")
+    row("preemptions", summary["preemptions"], "d", "")
+    row("stall", summary["stall_s"], ".2f", f"s of {summary['duration_s']:.2f} s")
+    row("energy", summary["energy_j_per_output_token"], ".2f", "J per output token")
+    if summary["closed_form_ceiling"] is not None:
+        row("closed-form ceiling of the gain", summary["closed_form_ceiling"], "+.1%", "")
+    console.print(title, style="italic", soft_wrap=True)
+    console.print(table)
+    for text in summary["warnings"]:
+        console.print(f"warning: {text}", markup=False, soft_wrap=True)
+
+
+def _scaled(value: int | None, factor: float) -> float | None:
+    return None if value is None else value * factor

@@ -8,6 +8,7 @@ A sweep that was stopped goes on where it was: what is complete is skipped. A jo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from uvm_kv.config.build import Job, is_done, jobs_of, run_job
 from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
+from uvm_kv.telemetry.store import completed_runs, read_json
 
 ARGV = "UVM_KV_ARGV"
 """Carries the command that was typed into the worker processes."""
@@ -49,15 +51,19 @@ def preflight(arguments: list[str]) -> Request:
     overrides = parse_overrides([a for a in arguments if not a.startswith("-")])
     check_overrides(overrides)
     by_key = {o.key_or_group: o for o in overrides}
-    experiment = by_key["experiment"].get_value_element_as_str() if "experiment" in by_key else None
-    if experiment == "null":
-        experiment = None
+    experiment = None
+    if "experiment" in by_key:
+        if by_key["experiment"].is_sweep_override():
+            raise ValueError("experiment takes one name; sweep its parts instead, or start it once a name")
+        experiment = by_key["experiment"].value()
     if experiment is not None:
         file = OmegaConf.load(CONF_DIR / "experiment" / f"{experiment}.yaml")
         params = OmegaConf.select(file, "hydra.sweeper.params") or {}
         swept = parse_overrides([f"{key}={value}" for key, value in params.items()])
         check_overrides(swept)
         by_key = {o.key_or_group: o for o in swept} | by_key
+    if any(key.startswith("workload.lengths.") for key in by_key) and not {"workload", "experiment"} & set(by_key):
+        raise ValueError("workload.lengths belongs to workload=azure_conv, azure_code or sharegpt; give one of them")
     sweeps = [o for o in by_key.values() if o.is_sweep_override() and o.is_discrete_sweep()]
     num_jobs = prod(len(list(o.sweep_string_iterator())) for o in sweeps)
     results_dir = by_key["results_dir"].value() if "results_dir" in by_key else "results/runs"
@@ -82,9 +88,13 @@ def _label(composed: DictConfig) -> str:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; free some space or give another results_dir=DIR"
-    return str(error)
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno == errno.ENOSPC:
+        return (
+            "no space is left for the results; free some and start again (what is finished stays), or give results_dir"
+        )
+    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")  # type: ignore[untyped-decorator]
@@ -141,7 +151,6 @@ def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int
     """Tables, verdict, failures; the exit status."""
     from uvm_kv.analysis.report import write_report
     from uvm_kv.analysis.terminal import print_report, print_summary
-    from uvm_kv.telemetry.store import read_json
 
     console = Console()
     finished = [Path(e.directory) for e in events if e.directory is not None and e.status != "failed"]
@@ -180,16 +189,15 @@ def main() -> int:
         print(f"error: {request.num_jobs} jobs are asked for; a sweep needs -m", file=sys.stderr)
         return 2
     os.environ[ARGV] = json.dumps(["python", "-m", "experiments.run", *arguments])
-    log = None
     try:
         with sweep_log(request.num_jobs, request.experiment if sweep else "") as log:
             _task()
     except KeyboardInterrupt:
         _stop_workers()
-        done = 0 if log is None else len([e for e in log.events if e.status != "failed"])
+        folder = request.results_dir / request.experiment
         print(
-            f"\ninterrupted: {done} of {request.num_jobs} jobs are complete and stay in "
-            f"{request.results_dir / request.experiment}; the same command goes on from there",
+            f"\ninterrupted: {len(completed_runs(folder))} finished runs stay in {folder}; the same command goes on "
+            f"from there",
             file=sys.stderr,
         )
         return 130

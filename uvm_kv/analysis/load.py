@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from uvm_kv.telemetry.store import completed_runs, read_json
@@ -52,6 +53,10 @@ def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, int | float | np.number)
+
+
 def points(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs averaged over their repeats and seeds: one row per group, mechanism and offered batch.
 
@@ -62,7 +67,9 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     usable["throughput"] = usable["output_tokens_per_s"].astype(float)
     usable["throughput"] = usable["throughput"].fillna(usable["output_tokens_per_s_whole_run"].astype(float))
     key = [*GROUP, "mechanism", "offered_batch"]
-    numeric = [c for c in usable.columns if c not in key and pd.api.types.is_numeric_dtype(usable[c])]
+    numeric = [c for c in usable.columns if c not in key and usable[c].map(_is_number).all()]
+    # A column that is None in every run is still a column of numbers, none of them observed.
+    usable[numeric] = usable[numeric].apply(pd.to_numeric)
     grouped = usable.groupby(key, sort=True, dropna=False)
     table = grouped[numeric].mean()
     table["throughput_std"] = grouped["throughput"].std()

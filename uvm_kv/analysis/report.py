@@ -151,7 +151,7 @@ def _page(
         f"<style>{_STYLE}</style>",
         "<h1>Does CPU-backed KV cache raise throughput?</h1>",
         f"<p>{len(runs)} runs: {esc(origins)}.",
-        " The gain is over the best point of the better of device_resident and device_recompute; beside it, over the one "
+        " The gain is over the best point of the better of device_resident and device_recompute; own is over the one "
         "of the same admission. The ceiling bounds the latter: the closed form of the placement's reach (what the link "
         "can carry in a step), plus the room that whole requests leave stranded on the device. Throughput is output "
         "tokens per second over the steady window.</p>",

@@ -10,8 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from uvm_kv.config.schema import ConfigSchema
+from uvm_kv.config.schema import ConfigSchema, LengthsSchema, WorkloadSchema
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -52,21 +53,40 @@ def parse_overrides(arguments: list[str]) -> list[Override]:
         raise ValueError(f"{error.override!r} cannot be read; write key=value (several values: key=a,b)") from None
 
 
+def _swept_values(override: Override) -> list[str]:
+    if override.is_sweep_override() and override.is_discrete_sweep():
+        return list(override.sweep_string_iterator())
+    return [override.get_value_element_as_str()]
+
+
 def check_overrides(overrides: Iterable[Override]) -> None:
-    """Raise ValueError for a group option or a key that does not exist, before anything is composed."""
-    options, keys = groups(), _keys(OmegaConf.structured(ConfigSchema))
+    """ValueError for a group option or key that does not exist, or a value of the wrong type, before Hydra composes."""
+    options = groups()
+    schema = OmegaConf.structured(ConfigSchema(workload=WorkloadSchema(lengths=LengthsSchema())))
+    keys = _keys(schema)
     for override in overrides:
         key = override.key_or_group
-        if key.startswith("hydra") or override.is_force_add():
+        if key.startswith("hydra") or override.is_force_add() or override.is_delete():
             continue
         if key in options:
-            values = (
-                list(override.sweep_string_iterator())
-                if override.is_sweep_override() and override.is_discrete_sweep()
-                else [override.get_value_element_as_str()]
-            )
-            for value in values:
+            for value in _swept_values(override):
                 if value not in options[key] and value != "null":
                     raise unknown(key, value.strip("'\""), options[key])
-        elif key not in keys and not key.startswith(("hardware.operators.", "hardware.sources.", "workload.lengths.")):
-            raise unknown("key", key, keys | set(options))
+        elif key.startswith(("hardware.operators.", "hardware.sources.")):
+            continue
+        elif key not in keys:
+            group = key.rpartition(".")[0] + "." if "." in key else ""
+            siblings = {k for k in keys | set(options) if k.startswith(group) and "." not in k[len(group) :]}
+            raise unknown("key", key, siblings or {k for k in keys | set(options) if "." not in k})
+        else:
+            for value in _swept_values(override):
+                _check_type(schema, key, value)
+
+
+def _check_type(schema: DictConfig, key: str, text: str) -> None:
+    try:
+        value = OverridesParser.create().parse_override(f"{key}={text}").value()
+        OmegaConf.update(schema, key, value)
+    except (OmegaConfBaseException, OverrideParseException) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{key}={text} is not of the right type: {reason[:1].lower()}{reason[1:]}") from None

@@ -98,9 +98,6 @@ class Resolved:
 
 
 def resolve(composed: DictConfig) -> Resolved:
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ValueError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, ConfigSchema)
     _check_choices(config)
@@ -162,6 +159,8 @@ def build_profile(hardware: HardwareSchema) -> HardwareProfile:
 
 
 def build_model(model: ModelSchema) -> ModelGeometry:
+    if model.name == "hf" and model.path is None:
+        raise ValueError("model=hf needs a model folder in Hugging Face format: model.path=DIR")
     if model.path is not None:
         return ModelGeometry.from_hf_config(model.path)
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelGeometry)}
@@ -311,6 +310,10 @@ def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
 
 def _check_workload(config: ConfigSchema, max_model_len: int) -> None:
     workload = config.workload
+    if workload.name == "trace" and workload.path is None:
+        raise ValueError("workload=trace needs a trace file: workload.path=FILE")
+    if workload.path is not None and not Path(workload.path).is_file():
+        raise ValueError(f"workload.path={workload.path}: there is no such file")
     kinds = [workload.prompt_tokens is not None, workload.lengths is not None, workload.path is not None]
     if sum(kinds) != 1 or (workload.prompt_tokens is None) != (workload.output_tokens is None):
         raise ValueError(

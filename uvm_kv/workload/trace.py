@@ -24,8 +24,6 @@ class TraceRow(NamedTuple):
 def read_trace(path: str) -> list[TraceRow]:
     """Rows in order of arrival. ValueError names the file and the line of what cannot be read."""
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"workload.path={path}: there is no such file")
     with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         reader = csv.reader(stream)
         header = [name.strip() for name in next(reader, [])]

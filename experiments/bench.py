@@ -125,11 +125,11 @@ def demo_sweep() -> float:
 
 def main() -> None:
     register()
-    lengths = ("workload.prompt_tokens=128", "workload.output_tokens=256")
+    lengths = ("workload.prompt_tokens=128", "workload.output_tokens=192")
     results = []
     for num_seqs, target in ((30, 7000), (64, 4000)):
         # Room for all of them, or for all but what the host holds.
-        most = num_seqs * 384 * 2**19 * 95 // 100
+        most = num_seqs * 320 * 2**19 * 95 // 100
         for mechanism, kv_bytes in (("device_resident", 12_000_000_000), ("pinned_balanced", most)):
             size = f"memory.device_kv_bytes={kv_bytes}"
             job = compose_job(f"mechanism={mechanism}", f"batch_size={num_seqs}", size, *lengths)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from uvm_kv.analysis.figures import save_figure, sweep_figure
@@ -23,6 +24,7 @@ COLUMNS = {
     "gain": "gain",
     "gain_same_admission": "own",
     "closed_form_ceiling": "ceiling",
+    "closed_form.link": "of it link",
     "ttft_s.p50": "TTFT p50",
     "tpot_s.p99": "TPOT p99",
     "stall_share": "stall",
@@ -84,6 +86,7 @@ def format_points(part: pd.DataFrame) -> pd.DataFrame:
         "gain": number("+.1%"),
         "gain_same_admission": number("+.1%"),
         "closed_form_ceiling": number("+.1%"),
+        "closed_form.link": number("+.1%"),
         "ttft_s.p50": number(".3g", 1, " s"),
         "tpot_s.p99": number(".1f", 1e3, " ms"),
         "stall_share": number(".1%"),
@@ -96,7 +99,7 @@ def format_points(part: pd.DataFrame) -> pd.DataFrame:
     }
     text = pd.DataFrame(index=part.index)
     for column, name in COLUMNS.items():
-        values = part[column]
+        values = part[column] if column in part else pd.Series(np.nan, part.index)
         text[name] = values.map(formats[column]) if column in formats else values
     return text
 
@@ -152,9 +155,10 @@ def _page(
         "<h1>Does CPU-backed KV cache raise throughput?</h1>",
         f"<p>{len(runs)} runs: {esc(origins)}.",
         " The gain is over the best point of the better of device_resident and device_recompute; own is over the one "
-        "of the same admission. The ceiling bounds the latter: the closed form of the placement's reach (what the link "
-        "can carry in a step), plus the room that whole requests leave stranded on the device. Throughput is output "
-        "tokens per second over the steady window.</p>",
+        "of the same admission. The ceiling bounds the latter, for worst-case admission: what the link can carry in a "
+        "step by the placement's reach, plus the device KV that a device-only run leaves idle (reserved but empty, or "
+        "too little for a whole request) and that a host tier lets a placement fill. Throughput is output tokens per "
+        "second over the steady window.</p>",
         *(f"<div class=verdict>{esc(v.line())}</div>" for v in found),
         *(f"<div class=warning>{esc(w)}</div>" for w in warnings[:20]),
         f"<p><small>and {len(warnings) - 20} more warnings in the summaries</small></p>" if len(warnings) > 20 else "",

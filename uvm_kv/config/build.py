@@ -215,11 +215,13 @@ def check_requests_fit(resolved: Resolved, lengths: list[Lengths]) -> None:
 def closed_form(
     resolved: Resolved, roofline: Roofline, policy: PlacementPolicy, lengths: list[Lengths]
 ) -> dict[str, float] | None:
-    """The ceiling on the gain over device-only decoding at full device KV, of the placement's reach.
+    """The ceiling on the gain over device-only serving under worst-case admission, for the placement's reach.
 
-    A device-only run of `n` sequences (as many as fit under worst-case admission) decodes at their mean context and
-    prefills n prompts per output; `link` is `uvm_kv.hw.overlap.ceiling` at that step. `stranded` is the room that n
-    whole requests leave unused on the device: a placement that may put a request's last blocks elsewhere fills it.
+    A device-only run of n sequences (as many as fit with prompt plus output) reads C = n * mean context bytes of KV in
+    a step of length t, prefill of n prompts per output included. `link`: what the reach can carry in that step
+    (`uvm_kv.hw.overlap.ceiling`). `idle`: the device KV that such a run leaves unused, reserved but empty or too little
+    for a whole request, which a placement with a host tier can fill; D / C - 1 for a device tier of D bytes. With n' =
+    (D + H) / (C / n) sequences and H <= BW_link * t', the gain n' t / (n t') - 1 is at most idle + link.
     None without a reach, or where not even one request fits the device.
     """
     prompt, output = mean_lengths(lengths)
@@ -244,8 +246,8 @@ def closed_form(
         link_bytes_per_s=link_bytes_per_s,
         hbm_bytes_per_s=profile.gpu.hbm_bytes_per_s,
     )
-    stranded = resolved.capacity.num_device_blocks / (n * blocks) - 1
-    return {"total": link + stranded, "link": link, "stranded": stranded, "num_seqs": n, "step_s": decode_s + prefill_s}
+    idle = resolved.capacity.num_device_blocks * spec.block_bytes / kv_bytes - 1
+    return {"total": link + idle, "link": link, "idle": idle, "num_seqs": n, "step_s": decode_s + prefill_s}
 
 
 def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], None] | None = None) -> dict[str, Any]:

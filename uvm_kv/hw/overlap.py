@@ -104,10 +104,12 @@ def ceiling(
     """Closed-form bound on the gain over device-only decoding, as a fraction (design, section 1).
 
     `step_s` and its part `attention_s` are those of a device-only step that reads `kv_bytes` of KV in use. The link
-    may carry BW_link * (its share of the step); a copied byte costs 2 / BW_hbm of step time.
+    may carry BW_link * (its share of the step); a copied byte costs 2 / BW_hbm of step time. Where the KV in use is
+    smaller still than what the link moves in a step, even in-place reads that nothing hides pay: with more and more of
+    them the step becomes H / BW_link, and the gain tends to BW_link * t / C - 1.
     """
-    in_place = link_bytes_per_s * attention_s / kv_bytes
     copied_whole_step = link_bytes_per_s * step_s / kv_bytes
+    in_place = max(link_bytes_per_s * attention_s / kv_bytes, copied_whole_step - 1)
     copy_cost = 2 * link_bytes_per_s / hbm_bytes_per_s
     match reach:
         case Reach.IN_PLACE:

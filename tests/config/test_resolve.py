@@ -1,0 +1,185 @@
+"""Every way to get a config wrong is a ValueError that says what was given, what is allowed and how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import open_dict
+
+from tests.jobs import MECHANISMS, composed, job, resolved
+from uvm_kv.config.names import CONF_DIR, check_overrides, groups, parse_overrides
+from uvm_kv.config.resolve import CHOICES, resolve
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model=lama_7b", r"model 'lama_7b' is unknown; did you mean llama_7b"),
+        ("hardware=rtx309", r"hardware 'rtx309' is unknown; did you mean rtx3090"),
+        ("mechanism=pinned_balance", r"mechanism 'pinned_balance' is unknown; did you mean pinned_balanced"),
+        ("mechanism=device_resident,pinned_swop", r"mechanism 'pinned_swop' is unknown; did you mean pinned_swap"),
+        ("batchsize=3", r"key 'batchsize' is unknown; did you mean batch_size"),
+        ("memory.device_kv_gib=3", r"key 'memory.device_kv_gib' is unknown; did you mean memory.device_kv_bytes"),
+        ("hardware.link.h2d_gbps=3", r"did you mean hardware.link.h2d_gb_per_s"),
+        ("batch_size=many", r"batch_size=many is not of the right type"),
+        ("batch_size=8,many", r"batch_size=many is not of the right type"),
+        ("seed=1.5", r"seed=1.5 is not of the right type"),
+        ("memory.device_kv_bytes=8GB", r"memory.device_kv_bytes=8GB is not of the right type"),
+        ("batch_size", r"'batch_size' cannot be read; write key=value"),
+    ],
+)
+def test_names_and_types_are_checked_before_composition(override: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_overrides(parse_overrides([override]))
+
+
+def test_good_overrides_pass_the_name_check() -> None:
+    good = [
+        "mechanism=device_resident,pinned_swap",
+        "batch_size=1,2",
+        "hardware.link.h2d_gb_per_s=0.1",
+        "hardware.operators.q_proj.knee=2",
+        "max_steps=null",
+        "workload.path=/some/where.csv",
+        "hydra.launcher.n_jobs=1",
+    ]
+    check_overrides(parse_overrides(good))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["batch_size=0"], "batch_size=0; it must be at least 1"),
+        (["block_size=0"], "block_size=0"),
+        (["num_repeats=0"], "num_repeats=0"),
+        (["runner=gpu"], "runner 'gpu' is unknown.*sim"),
+        (["dtype=float8"], "dtype 'float8' is unknown; did you mean float"),
+        (["layout=layer"], "layout 'layer' is unknown"),
+        (["workload.prompt_tokens=2000"], "make 2512 tokens, beyond the 2048 of model=llama_7b"),
+        (["max_model_len=4096"], "max_model_len=4096 exceeds the context of llama_7b, 2048"),
+        (["memory.device_kv_bytes=20000000000"], "does not fit rtx3090: weights 13.48 GB .* exceed 25.77 GB; at most"),
+        (["model=llama2_13b"], "leaves no KV memory on rtx3090"),
+        (["memory.gpu_memory_utilization=1.5"], "gpu_memory_utilization=1.5; it is a share"),
+        (["memory.host_kv_bytes=1073741824"], "memory=device, which has no host tier; use memory=pinned"),
+        (["memory=pinned", "memory.host_kv_bytes=-1"], "host_kv_bytes=-1; it must be at least 0"),
+        (["placement=demand"], "placement=demand cannot be served by memory=device; it needs memory=managed"),
+        (["memory=managed", "placement=bandwidth_balanced"], "needs memory=pinned or vmm"),
+        (["mechanism=pinned_balanced", "memory=device"], "pinned_balanced means memory=pinned, but memory=device"),
+        (["mechanism=device_recompute", "scheduler.preemption=none"], "means scheduler.preemption=recompute, but"),
+        (["mechanism=managed_demand", "hints=by_tier"], "means hints.preferred_location=none, but"),
+        (["hints=by_tier"], "hints are advice on managed memory; with memory=device use hints=none"),
+        (["scheduler.admission=optimistic"], "needs scheduler.preemption=recompute or swap"),
+        (["scheduler.admission=optimistic", "scheduler.preemption=swap"], "swap needs memory=pinned"),
+        (["scheduler.max_num_batched_tokens=8"], "is below batch_size=16"),
+        (["mechanism=pinned_zero_copy", "allocation=reserve_max"], "needs placement=resident"),
+        (["mechanism=device_resident", "allocation=on_demand"], r"needs .*optimistic.*mechanism=device_recompute"),
+        (["workload=trace"], "workload=trace needs a trace file: workload.path=FILE"),
+        (["workload=trace", "workload.path=/no/such.csv"], "/no/such.csv: there is no such file"),
+        (["workload.arrival=trace"], "arrival=trace needs workload=trace"),
+        (["workload.arrival=poisson"], "request_rate=None; a rate"),
+        (["workload.arrival=poisson", "workload.request_rate=0"], "request_rate=0.0; it must be positive"),
+        (["workload=azure_conv", "workload.prompt_tokens=5"], "give exactly one"),
+        (["runner=replay"], "runner=replay and replay.path=RUN_DIRECTORY go together"),
+        (["runner=cuda"], "runner=cuda needs an NVIDIA GPU"),
+        (["model=hf"], "model.path=DIR"),
+        (["hardware.link.h2d_gb_per_s=0"], r"hardware.link.h2d_gb_per_s=0.0; it must be positive"),
+        (["hardware.gpu.hbm_efficiency=1.2"], "hbm_efficiency=1.2; a share lies between 0 and 1"),
+    ],
+)  # fmt: skip
+def test_contradictions_and_impossible_values_are_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        resolved(*overrides)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_runner_cpu_names_the_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"runner=cpu needs torch and transformers.*\[torch\]"):
+        resolved("runner=cpu")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["memory.device_kv_bytes=1000000"], "KV budget holds 0 blocks"),
+        (["memory.device_kv_bytes=500000000"], "longest request of 1024 tokens needs 64"),
+        (["workload=azure_conv", "workload.too_long=error"], "use workload.too_long=drop"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused_before_the_run(
+    tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        job(tmp_path, *overrides)
+
+
+def test_a_trace_row_beyond_the_context_names_its_line_or_is_dropped(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,10\n1,3000,10\n")
+    shared = ("workload=trace", f"workload.path={trace}")
+    with pytest.raises(ValueError, match="line 3: 3000 prompt"):
+        job(tmp_path, *shared)
+    assert job(tmp_path, *shared, "workload.too_long=drop")
+
+
+@pytest.mark.parametrize("name", groups()["mechanism"])
+def test_every_mechanism_resolves_and_keeps_its_label(name: str) -> None:
+    assert resolved(f"mechanism={name}").config.mechanism == name
+
+
+def test_the_mechanisms_of_the_main_job_exist() -> None:
+    assert set(MECHANISMS) <= set(groups()["mechanism"])
+
+
+@pytest.mark.parametrize("name", groups()["hardware"])
+def test_every_card_resolves_and_every_number_has_a_source(name: str) -> None:
+    profile = resolved(f"hardware={name}").profile
+    assert profile.name == name
+
+
+def test_a_number_without_a_source_is_refused() -> None:
+    config = composed()
+    with open_dict(config):
+        del config.hardware.sources["link.h2d_gb_per_s"]
+    with pytest.raises(ValueError, match=r"hardware\.link\.h2d_gb_per_s has no source"):
+        resolve(config)
+
+
+@pytest.mark.parametrize("name", [n for n in groups()["model"] if n != "hf"])
+def test_every_model_resolves_on_a_large_card(name: str) -> None:
+    assert resolved(f"model={name}", "hardware=a6000").model.name == name
+
+
+def test_a_hugging_face_folder_gives_the_geometry(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, '
+        '"num_hidden_layers": 3, "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 4096}'
+    )
+    model = resolved("model=hf", f"model.path={tmp_path}", "placement.num_layers_ahead=1").model
+    assert (model.num_layers, model.num_kv_heads, model.head_dim) == (3, 2, 16)
+    with pytest.raises(ValueError, match=r"no config\.json there"):
+        resolved("model=hf", "model.path=/no/such/folder")
+
+
+def test_layout_follows_the_preemption_unless_given() -> None:
+    assert resolved("mechanism=pinned_swap").spec.layout == "block_major"
+    assert resolved("mechanism=managed_demand").spec.layout == "layer_major"
+    assert resolved("mechanism=managed_demand", "layout=block_major").spec.layout == "block_major"
+
+
+def test_reach_defaults_to_both() -> None:
+    assert resolved("mechanism=pinned_balanced").config.placement.reach == "both"
+
+
+def test_choices_cover_what_the_groups_offer() -> None:
+    names = groups()
+    assert set(names["placement"]) == set(CHOICES["placement.name"])
+    assert set(names["memory"]) == set(CHOICES["memory.kind"])
+    assert set(names["scheduler"]) == set(CHOICES["scheduler.name"])
+    assert set(names["tracking"]) == set(CHOICES["tracking.name"])
+
+
+def test_every_config_file_says_what_it_is() -> None:
+    for file in CONF_DIR.rglob("*.yaml"):
+        assert any(line.startswith("#") and len(line) > 8 for line in file.read_text().splitlines()[:3]), file

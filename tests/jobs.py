@@ -1,0 +1,44 @@
+"""Compose and run whole jobs in this process, as `python -m experiments.run` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from uvm_kv.config.build import Job, jobs_of, run_job
+from uvm_kv.config.names import CONF_DIR
+from uvm_kv.config.resolve import Resolved, resolve
+from uvm_kv.config.schema import register
+
+MECHANISMS = (
+    "device_resident",
+    "device_recompute",
+    "pinned_swap",
+    "pinned_zero_copy",
+    "pinned_prefetch_ahead",
+    "pinned_balanced",
+    "managed_demand",
+    "managed_by_tier",
+)
+
+
+def composed(*overrides: str) -> DictConfig:
+    register()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def resolved(*overrides: str) -> Resolved:
+    return resolve(composed(*overrides))
+
+
+def job(results_dir: Path, *overrides: str) -> Job:
+    return jobs_of(resolved(*overrides, f"results_dir={results_dir}"), "test")[0]
+
+
+def run(results_dir: Path, *overrides: str) -> dict[str, Any]:
+    """The summary of one run."""
+    return run_job(job(results_dir, *overrides), argv=["test"])

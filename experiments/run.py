@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,6 +30,7 @@ from uvm_kv.config.build import Job, is_done, jobs_of, run_job
 from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
+from uvm_kv.runner.replay import PlanMismatch
 from uvm_kv.telemetry.store import completed_runs, read_json
 
 ARGV = "UVM_KV_ARGV"
@@ -88,8 +90,11 @@ def _label(composed: DictConfig) -> str:
 
 
 def _message(error: Exception) -> str:
-    if not isinstance(error, OSError):
+    """A line for what a user can mend; the traceback only for what is our fault."""
+    if isinstance(error, ValueError | PlanMismatch):
         return str(error)
+    if not isinstance(error, OSError):
+        return "this is a bug in uvm-kv:\n" + "".join(traceback.format_exception(error))
     if error.errno == errno.ENOSPC:
         return (
             "no space is left for the results; free some and start again (what is finished stays), or give results_dir"
@@ -104,7 +109,7 @@ def _task(composed: DictConfig) -> None:
     try:
         experiment = HydraConfig.get().runtime.choices.get("experiment") or EXPERIMENT_WITHOUT_FILE
         jobs = jobs_of(resolve(composed), experiment)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         report_event(Event("failed", label, error=_message(error)))
         return
     for job in jobs:
@@ -114,7 +119,7 @@ def _task(composed: DictConfig) -> None:
             continue
         try:
             _run(job, alone=not _in_sweep())
-        except (ValueError, OSError) as error:
+        except Exception as error:
             report_event(Event("failed", name, str(job.directory), _message(error)))
         else:
             report_event(Event("done", name, str(job.directory)))
@@ -149,13 +154,14 @@ def _run(job: Job, *, alone: bool) -> None:
 
 def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int:
     """Tables, verdict, failures; the exit status."""
-    from uvm_kv.analysis.report import write_report
     from uvm_kv.analysis.terminal import print_report, print_summary
 
     console = Console()
     finished = [Path(e.directory) for e in events if e.directory is not None and e.status != "failed"]
     failed = [e for e in events if e.status == "failed"]
     if sweep and finished:
+        from uvm_kv.analysis.report import write_report  # pandas and matplotlib: a single run does without
+
         print_report(write_report(finished, request.results_dir / request.experiment / "report"), console)
     elif finished:
         for directory in finished:

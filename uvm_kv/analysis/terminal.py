@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from uvm_kv.analysis.report import Report
+if TYPE_CHECKING:  # pandas and matplotlib, which a single run does without
+    from uvm_kv.analysis.report import Report
 
 MAX_WARNINGS = 5
 LOOK: dict[str, Any] = {

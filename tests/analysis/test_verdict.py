@@ -1,0 +1,115 @@
+"""The verdict against made-up points whose answer is known."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from uvm_kv.analysis.load import points
+from uvm_kv.analysis.verdict import verdicts, with_gains
+
+
+def table(rows: list[tuple[str, int, float, float]]) -> pd.DataFrame:
+    """Mechanism, batch, tokens per second and p99 TPOT in seconds -> runs as `load_runs` returns them."""
+    made = []
+    for mechanism, batch, throughput, tpot in rows:
+        device = mechanism.startswith("device")
+        optimistic = mechanism in ("device_recompute", "pinned_swap")
+        made.append(
+            {
+                "runner": "sim",
+                "origin": "simulated",
+                "hardware": "rtx3090",
+                "model": "llama_7b",
+                "workload": "fixed",
+                "setting_id": "x",
+                "mechanism": mechanism,
+                "offered_batch": batch,
+                "output_tokens_per_s": throughput,
+                "output_tokens_per_s_whole_run": 1.0,
+                "tpot_s.p99": tpot,
+                "admission": "optimistic" if optimistic else "worst_case",
+                "memory": "device" if device else "pinned",
+                "placement": "resident",
+                "prompt_tokens": 512,
+                "output_tokens": 512,
+            }
+        )
+    return pd.DataFrame(made)
+
+
+BASE = [("device_resident", 8, 100.0, 0.020), ("device_resident", 16, 105.0, 0.021)]
+RECOMPUTE = [("device_recompute", 8, 100.0, 0.020), ("device_recompute", 16, 120.0, 0.030)]
+
+
+def test_the_baseline_is_the_better_of_the_two() -> None:
+    rows = [*BASE, *RECOMPUTE, ("pinned_balanced", 16, 115.0, 0.022)]
+    (verdict,) = verdicts(points(table(rows)))
+    assert verdict.baseline is not None
+    assert verdict.baseline.mechanism == "device_recompute"
+    assert verdict.gain == pytest.approx(115 / 120 - 1)
+    assert verdict.gain_same_admission == pytest.approx(115 / 105 - 1)
+    assert verdict.line().startswith("Verdict: llama_7b, fixed 512+512, on a simulated rtx3090: no, CPU-backed KV")
+
+
+def test_yes_names_mechanism_batch_and_where_it_loses() -> None:
+    rows = [*BASE, *RECOMPUTE, ("pinned_swap", 8, 130.0, 0.035), ("pinned_swap", 16, 90.0, 0.050)]
+    (verdict,) = verdicts(points(table(rows)))
+    assert verdict.challenger is not None
+    assert (verdict.challenger.mechanism, verdict.challenger.batch) == ("pinned_swap", 8)
+    assert verdict.loses_from == {"pinned_swap": 16}
+    line = verdict.line()
+    assert "yes, CPU-backed KV raised the best throughput by +8.3%" in line
+    assert "it loses from batch 16 on" in line
+    assert "most at an equal batch: +30.0%, by pinned_swap at batch 8" in line
+
+
+def test_equal_tpot_compares_only_points_that_are_as_fast() -> None:
+    """The best swap point is slower per token than the baseline's best; the other one is not."""
+    rows = [*RECOMPUTE, ("pinned_swap", 8, 110.0, 0.029), ("pinned_swap", 16, 150.0, 0.060)]
+    (verdict,) = verdicts(points(table(rows)))
+    assert verdict.equal_tpot is not None
+    assert verdict.equal_tpot.batch == 8
+    assert verdict.gain_equal_tpot == pytest.approx(110 / 120 - 1)
+
+
+def test_within_one_per_cent_is_no_difference() -> None:
+    (verdict,) = verdicts(points(table([*BASE, ("pinned_balanced", 16, 105.5, 0.021)])))
+    assert "no difference" in verdict.line()
+
+
+@pytest.mark.parametrize("rows", [BASE, [("pinned_swap", 8, 110.0, 0.02)]])
+def test_without_both_sides_there_is_no_verdict(rows: list[tuple[str, int, float, float]]) -> None:
+    (verdict,) = verdicts(points(table(rows)))
+    assert ": none, because no " in verdict.line()
+
+
+def test_groups_are_never_mixed() -> None:
+    runs = table([*BASE, ("pinned_swap", 8, 110.0, 0.02)])
+    other = runs.assign(setting_id="y", output_tokens_per_s=runs["output_tokens_per_s"] * 10)
+    replayed = runs.assign(origin="replayed")
+    found = verdicts(points(pd.concat([runs, other, replayed])))
+    assert len(found) == 3
+    assert len({v.gain for v in found}) == 1
+
+
+def test_cpu_runs_are_kept_out_and_repeats_are_averaged() -> None:
+    runs = table([*BASE, ("pinned_swap", 8, 110.0, 0.02), ("pinned_swap", 8, 120.0, 0.02)])
+    cpu = runs.assign(runner="cpu", output_tokens_per_s=1e9)
+    found = points(pd.concat([runs, cpu]))
+    swap = found[found["mechanism"] == "pinned_swap"].iloc[0]
+    assert swap["throughput"] == pytest.approx(115.0)
+    assert swap["num_runs"] == 2
+    assert swap["throughput_std"] == pytest.approx(50**0.5)
+
+
+def test_a_run_without_a_steady_window_counts_by_its_whole_run() -> None:
+    runs = table([*BASE]).assign(output_tokens_per_s=None, output_tokens_per_s_whole_run=77.0)
+    assert set(points(runs)["throughput"]) == {77.0}
+
+
+def test_gains_are_over_the_best_baseline_point() -> None:
+    rows = with_gains(points(table([*BASE, *RECOMPUTE, ("pinned_balanced", 8, 60.0, 0.02)])))
+    balanced = rows[rows["mechanism"] == "pinned_balanced"].iloc[0]
+    assert balanced["gain"] == pytest.approx(-0.5)
+    assert balanced["gain_same_admission"] == balanced["gain_over_resident"] == pytest.approx(60 / 105 - 1)

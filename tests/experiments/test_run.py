@@ -1,0 +1,194 @@
+"""The command itself, in processes of its own: errors, sweeps, interruption, resumption."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import REPOSITORY
+from uvm_kv.config.names import groups
+from uvm_kv.telemetry.store import completed_runs, read_json
+
+COMMAND = [sys.executable, "-m", "experiments.run"]
+QUICK = ("workload.prompt_tokens=32", "workload.output_tokens=16")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=240,
+    )
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Of every finished run: when its directory and its summary were written."""
+    return {r.name: (r.stat().st_ino, (r / "summary.json").stat().st_mtime_ns) for r in completed_runs(folder)}
+
+
+def test_a_single_run_prints_the_memory_account_and_its_numbers(tmp_path: Path) -> None:
+    done = run("mechanism=pinned_balanced", "batch_size=4", *QUICK, f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    for text in ("KV budget", "weights", "activation peak", "output tokens/s", "TPOT p99", f"run: {tmp_path}/adhoc/"):
+        assert text in done.stdout
+    again = run("mechanism=pinned_balanced", "batch_size=4", *QUICK, f"results_dir={tmp_path}")
+    assert again.returncode == 0
+    assert "complete already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model=lama_7b"],
+        ["batch_size=zero"],
+        ["batch_size=0"],
+        ["experiment=nothing"],
+        ["experiment=demo"],
+        ["mechanism=pinned_swap", "memory=device"],
+        ["workload=trace", "workload.path=/no/such/trace.csv"],
+        ["runner=cuda"],
+        ["results_dir=/dev/null/results"],
+    ],
+)
+def test_errors_are_short_and_without_a_traceback(tmp_path: Path, arguments: list[str]) -> None:
+    where = [] if any(a.startswith("results_dir") for a in arguments) else [f"results_dir={tmp_path}"]
+    failed = run(*where, *arguments)
+    assert failed.returncode in (1, 2)
+    assert failed.stderr.startswith("error: ")
+    assert len(failed.stderr.splitlines()) <= 3
+    assert "Traceback" not in failed.stdout + failed.stderr
+    assert completed_runs(tmp_path) == []
+
+
+def test_a_sweep_reports_skips_and_survives_a_bad_job(tmp_path: Path) -> None:
+    """Batch 0 fails, the other jobs finish; the second start runs nothing again."""
+    sweep = ["-m", "mechanism=device_resident,pinned_balanced", "batch_size=0,2,4", *QUICK, f"results_dir={tmp_path}"]
+    first = run(*sweep)
+    assert first.returncode == 1
+    assert first.stderr.count("batch_size=0; it must be at least 1") == 2
+    assert "4 of 6 jobs are complete, 2 failed." in first.stderr
+    lines = first.stdout.splitlines()
+    assert any(line.startswith("Verdict: ") for line in lines)
+    assert any(line.startswith("report: ") and line.endswith("report.html") for line in lines)
+    before = stamps(tmp_path)
+    assert len(before) == 4
+    second = run(*sweep)
+    assert "(4 were complete already)" in second.stderr
+    assert stamps(tmp_path) == before
+
+
+def test_workers_record_the_command_that_was_typed(tmp_path: Path) -> None:
+    assert run("-m", "batch_size=1,2", *QUICK, f"results_dir={tmp_path}").returncode == 0
+    for directory in completed_runs(tmp_path):
+        assert read_json(directory / "manifest.json")["argv"][:4] == ["python", "-m", "experiments.run", "-m"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_sweep_keeps_what_is_finished_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    sweep = ["-m", "batch_size=1,2,3,4,5,6,7,8", "workload.prompt_tokens=512", f"results_dir={tmp_path}"]
+    process = subprocess.Popen(
+        [*COMMAND, *sweep], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(completed_runs(tmp_path)) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    before = stamps(tmp_path)
+    assert len(before) >= 2
+    if number is signal.SIGINT and len(before) < 8:
+        assert process.returncode == 130
+        assert "interrupted:" in output
+        assert "Traceback" not in output
+    again = run(*sweep)
+    assert again.returncode == 0, again.stderr
+    after = stamps(tmp_path)
+    assert len(after) == 8
+    assert {name: after[name] for name in before} == before
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_two_sweeps_into_one_folder_at_once(tmp_path: Path) -> None:
+    command = [*COMMAND, "-m", "batch_size=1,2,3,4", *QUICK, f"results_dir={tmp_path}"]
+    both = [
+        subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert len(completed_runs(tmp_path)) == 4
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs to mount a small tmpfs")
+def test_a_full_disk_is_said_and_nothing_half_written_stays(tmp_path: Path) -> None:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("this machine may not mount a tmpfs")
+    try:
+        failed = run("-m", "batch_size=1,2,3,4", f"results_dir={tmp_path}")
+        assert failed.returncode == 1
+        assert "no space is left" in failed.stderr
+        assert "Traceback" not in failed.stderr
+        for directory in completed_runs(tmp_path):
+            assert read_json(directory / "summary.json")["num_steps"] > 0
+        assert not list(tmp_path.rglob(".tmp-*"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("experiment", groups()["experiment"])
+def test_every_experiment_runs_for_a_few_steps(tmp_path: Path, experiment: str) -> None:
+    """The file itself, with its sweep cut to two batch sizes that are among its own."""
+    done = run(
+        "-m", f"experiment={experiment}", "max_steps=3", "batch_size=8,32", "model=llama_7b", f"results_dir={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Verdict: " in done.stdout
+    assert len(completed_runs(tmp_path / experiment)) >= 16
+
+
+def test_a_recorded_run_replays_to_the_same_numbers(tmp_path: Path) -> None:
+    """runner=replay re-executes the plans of a run and refuses a config that plans otherwise."""
+    base = (
+        "mechanism=device_recompute",
+        "memory.device_kv_bytes=1073741824",
+        "batch_size=8",
+        f"results_dir={tmp_path}",
+    )
+    assert run(*base, "workload.arrival=all_at_once", "record_plans=true").returncode == 0
+    (recorded,) = completed_runs(tmp_path)
+    replay = ("runner=replay", f"replay.path={recorded}", "workload.arrival=all_at_once")
+    done = run(*base, *replay)
+    assert done.returncode == 0, done.stderr
+    (replayed,) = (r for r in completed_runs(tmp_path) if r != recorded)
+    one, two = (read_json(r / "summary.json") for r in (recorded, replayed))
+    assert two["origin"] == "replayed"
+    assert one["output_tokens_per_s_whole_run"] == two["output_tokens_per_s_whole_run"]
+    assert one["preemptions"] == two["preemptions"] > 0
+    other = run(*base, *replay, "workload.output_tokens=500")
+    assert other.returncode == 1
+    assert "step " in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_the_simulated_path_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['run', 'batch_size=2', 'max_steps=3', 'results_dir=" + str(tmp_path) + "'];"
+        "from experiments.run import main; assert main() == 0;"
+        "assert not {'torch', 'transformers', 'matplotlib', 'pandas', 'wandb'} & set(sys.modules), 'slow import'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

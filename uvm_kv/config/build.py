@@ -21,7 +21,7 @@ from uvm_kv.engine import Engine
 from uvm_kv.hw.overlap import ceiling
 from uvm_kv.hw.roofline import Roofline
 from uvm_kv.kvcache.manager import KVCacheManager
-from uvm_kv.placement.base import PlacementContext, PlacementPolicy
+from uvm_kv.placement.base import PlacementContext, PlacementPolicy, empty_view
 from uvm_kv.placement.registry import build_policy
 from uvm_kv.runner.base import ModelRunner
 from uvm_kv.runner.replay import ReplayRunner
@@ -199,7 +199,7 @@ def check_requests_fit(resolved: Resolved, lengths: list[Lengths]) -> None:
     policy = build_placement(resolved, build_roofline(resolved))
     device, host = resolved.capacity
     have = device + host if policy.uses_host else device
-    if needed > have:
+    if needed > have or policy.place(empty_view(resolved.capacity), needed, admitting=True) is None:
         block = resolved.spec.block_bytes
         raise ValueError(
             f"the KV budget holds {have} blocks ({have * block / 1e9:.2f} GB), the longest request of {tokens} tokens "

@@ -22,7 +22,7 @@ from uvm_kv.hw.profile import Gpu, HardwareProfile, Link, ManagedDriver, Operato
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.placement.registry import POLICIES, check_served
-from uvm_kv.types import DTYPE_BYTES, GIB, Layout, MemoryKind, Reach
+from uvm_kv.types import CHUNK_BYTES, DTYPE_BYTES, GIB, Layout, MemoryKind, Reach
 
 DEFAULT_HOST_KV_BYTES = 64 * GIB
 CHOICES = {
@@ -132,7 +132,10 @@ def resolve(composed: DictConfig) -> Resolved:
     spec = KVCacheSpec(
         model.num_layers, model.num_kv_heads, model.head_dim, dtype_bytes, config.block_size, Layout(config.layout)
     )
-    capacity = KVCapacity(budget.kv_bytes // spec.block_bytes, config.memory.host_kv_bytes // spec.block_bytes)
+    num_device = budget.kv_bytes // spec.block_bytes
+    if memory is MemoryKind.MANAGED:  # Its unit is the chunk: whole blocks are packed into whole chunks.
+        num_device = spec.num_blocks_in_chunks(budget.kv_bytes // CHUNK_BYTES)
+    capacity = KVCapacity(num_device, config.memory.host_kv_bytes // spec.block_bytes)
     config.memory.device_kv_bytes = budget.kv_bytes
     _check_workload(config, max_model_len)
     return Resolved(config, profile, model, memory, spec, capacity, budget, max_model_len, config.allocation != "paged")

@@ -154,7 +154,7 @@ class KVCacheManager:
         table.blocks = new
         table.num_device = len(new) if self.pool.tier_of(new[0]) is Tier.DEVICE else 0
         self._host_blocks = None
-        return old, new
+        return old, list(new)
 
     def release(self, request_id: int) -> list[int]:
         """Free the table of a held or swapped sequence with its claim; the blocks that were its own."""
@@ -204,7 +204,7 @@ class KVCacheManager:
         self._claimed[Tier.DEVICE] += device_claim
         table.blocks, table.num_device, table.device_claim, table.host_claim = device, num_blocks, device_claim, 0
         self._tables[request_id] = self._swapped.pop(request_id)
-        return old, device
+        return old, list(device)
 
     def num_lost_outside(self) -> int:
         """Free blocks too scattered for a request like the last admitted one; 0 when paged."""

@@ -68,6 +68,11 @@ class KVCacheSpec:
         groups = ceil_div(num_blocks, self.pieces_per_chunk) * self.chunks_per_piece
         return groups * (self.num_layers if self.layout is Layout.LAYER_MAJOR else 1)
 
+    def num_blocks_in_chunks(self, num_chunks: int) -> int:
+        """The most blocks whose chunks are no more than `num_chunks`."""
+        per_group = self.chunks_per_piece * (self.num_layers if self.layout is Layout.LAYER_MAJOR else 1)
+        return num_chunks // per_group * self.pieces_per_chunk
+
     def chunk_loss_bytes(self, num_blocks: int) -> int:
         """Bytes of those chunks that no block can use."""
         return self.num_chunks(num_blocks) * CHUNK_BYTES - num_blocks * self.block_bytes

@@ -40,7 +40,7 @@ class BandwidthBalanced(PlacementPolicy):
         super().__init__(context)
         self._copies = CopyAhead(context)
         self._planned_for: tuple[int, ...] = ()
-        self._ops: tuple[MemoryOp, ...] = ()
+        self._copied: tuple[int, ...] = ()
 
     @property
     def reach(self) -> Reach | None:
@@ -73,11 +73,13 @@ class BandwidthBalanced(PlacementPolicy):
         return int(layer_s * roofline.profile.link.h2d_bytes_per_s / spec.layer_block_bytes)
 
     def place(self, view: PlacementView, num_blocks: int, *, admitting: bool) -> Share | None:
+        alone = view.num_running + admitting <= 1
         if self.context.reach is Reach.IN_PLACE:
             share = device_then_host(view, num_blocks)
         else:
-            share = self._copies.place(view, num_blocks, self._link_bound(view))
-        if share is None or share.host == 0 or (admitting and not view.num_running):
+            max_host = self.context.capacity.num_host_blocks if alone else self._link_bound(view)
+            share = self._copies.place(view, num_blocks, max_host)
+        if share is None or share.host == 0 or alone:
             return share  # What fits on the card needs no link; what runs alone, slowly, beats what never runs.
         block_size = self.context.spec.block_size
         num_seqs = view.num_running + admitting
@@ -96,7 +98,7 @@ class BandwidthBalanced(PlacementPolicy):
     def plan(self, view: PlacementView) -> tuple[MemoryOp, ...]:
         blocks = view.host_blocks
         if blocks is self._planned_for:
-            return self._ops
+            return self._copies.ops(self._copied)
         self._planned_for = blocks
         copied: tuple[int, ...] = ()
         if blocks and self.context.reach is not Reach.IN_PLACE:
@@ -104,5 +106,5 @@ class BandwidthBalanced(PlacementPolicy):
             num_host = min(len(blocks) * block_size, view.num_context_tokens)
             num_in_place = self._predict(view.num_running, view.num_context_tokens, num_host).num_in_place
             copied = blocks[: len(blocks) - num_in_place // block_size]
-        self._ops = self._copies.ops(copied)
-        return self._ops
+        self._copied = copied
+        return self._copies.ops(copied)

@@ -31,6 +31,11 @@ class PlacementView(NamedTuple):
     """Block tables of the running sequences in schedule order, for policies that `needs_tables`."""
 
 
+def empty_view(capacity: KVCapacity) -> PlacementView:
+    """What a policy sees before the first request."""
+    return PlacementView(*capacity, 0, 0, 0, 0, 0, (), ())
+
+
 class Share(NamedTuple):
     """How many blocks go to which tier."""
 

@@ -19,13 +19,14 @@ class DemandCapped(PlacementPolicy):
     def __init__(self, context: PlacementContext) -> None:
         super().__init__(context)
         spec = context.spec
-        per_layer = spec.layout is Layout.LAYER_MAJOR
-        self._layers = spec.num_layers if per_layer else 1
+        if spec.layout is not Layout.LAYER_MAJOR:
+            raise ValueError(
+                f"placement=demand_capped needs layout=layer_major, given is {spec.layout}: over block_major "
+                f"every layer touches every block, and no cap below the whole set can be kept"
+            )
+        # A unit is one chunk of one layer, or the chunks of one block and layer where that is larger than a chunk.
         self._group = spec.pieces_per_chunk
-        self._num_blocks = sum(context.capacity)
-        # A unit is one chunk, or the chunks of one block where a block is larger than a chunk.
-        num_groups = context.capacity.num_device_blocks // self._group
-        self._cap = num_groups * self._layers
+        self._cap = spec.num_chunks(context.capacity.num_device_blocks) // spec.chunks_per_piece
         self._first_in: dict[tuple[int, int], None] = {}
 
     @property
@@ -38,18 +39,22 @@ class DemandCapped(PlacementPolicy):
     def plan(self, view: PlacementView) -> tuple[MemoryOp, ...]:
         assert view.tables is not None
         groups = dict.fromkeys(b // self._group for table in view.tables for b in table)
+        num_blocks = sum(self.context.capacity)
         first_in, ops = self._first_in, []
-        for layer in range(self._layers):
+        for layer in range(self.context.spec.num_layers):
             incoming = [key for group in groups if (key := (layer, group)) not in first_in]
             excess = len(first_in) + len(incoming) - self._cap
             victims: dict[int, list[int]] = {}
-            for _ in range(min(excess, len(first_in))):
-                data_layer, group = next(iter(first_in))
-                del first_in[data_layer, group]
-                stop = min((group + 1) * self._group, self._num_blocks)
+            while excess > 0 and first_in:
+                data_layer, group = key = next(iter(first_in))
+                del first_in[key]
+                stop = min((group + 1) * self._group, num_blocks)
                 victims.setdefault(data_layer, []).extend(range(group * self._group, stop))
+                if data_layer == layer and group in groups:
+                    incoming.append(key)  # It faults back within this very layer.
+                else:
+                    excess -= 1
             first_in.update(dict.fromkeys(incoming))
             for data_layer, blocks in victims.items():
-                last = data_layer + 1 if self._layers > 1 else self.context.spec.num_layers
-                ops.append(MemoryOp(OpKind.EVICT, tuple(blocks), data_layer, last, data_layer - layer))
+                ops.append(MemoryOp(OpKind.EVICT, tuple(blocks), data_layer, data_layer + 1, data_layer - layer))
         return tuple(ops)

@@ -23,7 +23,7 @@ class StepPlan(NamedTuple):
     scheduled: tuple[ScheduledSequence, ...]
     ops: tuple[MemoryOp, ...]
     dropped: tuple[int, ...] = ()
-    """Requests whose block table the runner must forget first: preempted, swapped, relocated or cancelled."""
+    """Requests whose block table the runner must forget first: preempted, swapped out or relocated."""
 
     def to_json(self) -> dict[str, Any]:
         return {

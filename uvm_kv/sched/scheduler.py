@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from uvm_kv.kvcache.manager import KVCacheManager
 from uvm_kv.kvcache.ops import MemoryOp, OpKind
-from uvm_kv.placement.base import PlacementPolicy, PlacementView
+from uvm_kv.placement.base import PlacementPolicy, PlacementView, empty_view
 from uvm_kv.sched.batching import Batching
 from uvm_kv.sched.plan import ScheduledSequence, StepOutput, StepPlan
 from uvm_kv.sched.request import Request, Status
@@ -64,6 +64,8 @@ class Scheduler:
         self.num_sampled = self.num_scheduled_tokens = 0
         """Tokens that the last step put out, and took in."""
         self._dropped: list[int] = []
+        self._owed = 0
+        """Requests of a batch that is being formed whose admission waits only for the token budget of the next step."""
         self._in_flight: list[Request] = []
         self._watermark = int(config.watermark * kv.capacity.num_device_blocks)
 
@@ -71,14 +73,18 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request; ValueError if it could not even run alone."""
-        capacity = self.kv.capacity
-        blocks = self.kv.spec.num_blocks(self.config.reserve_tokens or request.max_tokens)
-        limit = capacity.num_device_blocks + (capacity.num_host_blocks if self._policy.uses_host else 0)
-        if blocks > limit:
+        capacity, reserved = self.kv.capacity, self.config.reserve_tokens
+        if reserved is not None and request.max_tokens > reserved:
+            raise ValueError(
+                f"request {request.id} of {request.max_tokens} tokens is longer than the {reserved} reserved a request"
+            )
+        blocks = self.kv.spec.num_blocks(reserved or request.max_tokens)
+        if self._policy.place(empty_view(capacity), blocks, admitting=True) is None:
             raise ValueError(
                 f"request {request.id} needs {blocks} KV blocks ({request.prompt_tokens} prompt + "
-                f"{request.output_tokens} output tokens), the KV budget has {limit}; raise memory.device_kv_bytes, "
-                f"or give it a host tier"
+                f"{request.output_tokens} output tokens); the budget of {capacity.num_device_blocks} device and "
+                f"{capacity.num_host_blocks} host blocks cannot serve it; raise memory.device_kv_bytes, or give it a "
+                f"host tier"
             )
         self.waiting.append(request)
 
@@ -90,6 +96,8 @@ class Scheduler:
                     queue.remove(request)
                     if request.status is not Status.WAITING:
                         self._forget(request)
+                    if request_id in self._dropped:
+                        self._dropped.remove(request_id)
                     request.status = Status.CANCELLED
                     return True
         return False
@@ -114,7 +122,8 @@ class Scheduler:
         while index < len(running):
             request = running[index]
             context = request.num_computed
-            num_new = request.num_tokens - context
+            remaining = request.num_tokens - context
+            num_new = remaining
             if num_new > budget:
                 num_new = budget
                 if not budget:
@@ -125,16 +134,18 @@ class Scheduler:
                 if grown is None:
                     break  # It preempted itself, hence was the last.
                 new_blocks = grown
-            phase = DECODE if num_new == 1 and context >= request.prompt_tokens else PREFILL
+            phase = DECODE if remaining == 1 and context >= request.prompt_tokens else PREFILL
             scheduled.append(ScheduledSequence(request.id, phase, num_new, context, new_blocks))
             in_flight.append(request)
             budget -= num_new
             index += 1
-        if self.num_recomputed + self.num_swapped_out == before:
+        # A lone sequence that preempted itself (a contiguous one that must start anew) may come back at once.
+        if not running or self.num_recomputed + self.num_swapped_out == before:
             budget = self._resume(budget, scheduled, in_flight, ops)
             if self.waiting and not self.swapped:
                 self._admit(budget, now_ns, more_to_come, scheduled, in_flight)
         if not scheduled:
+            assert not ops, "memory is moved for a step that nobody takes"
             return None
         moves = self._policy.plan(self._view())
         dropped, self._dropped = tuple(self._dropped), []
@@ -251,9 +262,9 @@ class Scheduler:
                 ops.append(MemoryOp(OpKind.COPY_IN, tuple(source), 0, kv.spec.num_layers, 0, tuple(target)))
             self.num_swapped_tokens -= context
             self.num_context_tokens += context
-            new = kv.grow(request.id, context + num_new)
-            assert new is not None, "a claimed block is missing"
-            self._start(request, num_new, (*target, *new), scheduled, in_flight)
+            grown = kv.grow(request.id, context + num_new)
+            assert grown is not None, "a claimed block is missing"
+            self._start(request, num_new, tuple(kv.blocks(request.id)), scheduled, in_flight)
             budget -= num_new
         return budget
 
@@ -273,6 +284,8 @@ class Scheduler:
             num_running=len(self.running),
             more_to_come=more_to_come,
         )
+        admissible = max(admissible, self._owed)
+        self._owed = 0
         while waiting and admissible > 0 and budget:
             request = waiting[0]
             claim_tokens = request.max_tokens if config.admission == "worst_case" else request.num_tokens
@@ -290,6 +303,8 @@ class Scheduler:
             self._start(request, num_new, tuple(blocks), scheduled, in_flight)
             budget -= num_new
             admissible -= 1
+        if waiting and not budget:
+            self._owed = admissible
 
     def _start(
         self,
@@ -303,7 +318,8 @@ class Scheduler:
         request.status = Status.RUNNING
         request.num_slots = self.kv.num_slots(request.id)
         self.running.append(request)
-        phase = DECODE if num_new == 1 and context >= request.prompt_tokens else PREFILL
+        decodes = num_new == 1 == request.num_tokens - context and context >= request.prompt_tokens
+        phase = DECODE if decodes else PREFILL
         scheduled.append(ScheduledSequence(request.id, phase, num_new, context, blocks))
         in_flight.append(request)
 
@@ -311,13 +327,13 @@ class Scheduler:
         """Book the step's tokens; the requests that it finished."""
         now_ns, token_ids = output.timing.end_ns, output.token_ids
         finished: list[Request] = []
-        num_sampled = num_scheduled = 0
+        num_sampled = num_scheduled = num_cancelled = 0
         for request, sequence in zip(self._in_flight, plan.scheduled, strict=True):
             num_new = sequence.num_new_tokens
             computed = request.num_computed + num_new
             samples = sequence.context_len + num_new == request.num_tokens
             if request.status is not Status.RUNNING:  # Cancelled while the step ran.
-                num_sampled += samples
+                num_cancelled += samples
                 continue
             request.num_computed = computed
             num_scheduled += num_new
@@ -328,7 +344,7 @@ class Scheduler:
                 request.first_token_ns = now_ns
             ended = computed + 1 >= request.prompt_tokens + request.output_tokens
             if token_ids is not None:
-                token = token_ids[num_sampled]
+                token = token_ids[num_sampled + num_cancelled]
                 request.token_ids.append(token)
                 ended = ended or token == request.stop_token
             num_sampled += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ def read_trace(path: str) -> list[TraceRow]:
             )
         index = [header.index(name) for name in columns]
         rows = []
-        for cells in reader:
+        for cells in _rows(reader, path):
             if not any(cell.strip() for cell in cells):
                 continue
             where = f"workload.path={path}, line {reader.line_num}"
@@ -55,6 +56,18 @@ def read_trace(path: str) -> list[TraceRow]:
     rows.sort(key=lambda row: row.arrival_ns)
     first = rows[0].arrival_ns
     return [row._replace(arrival_ns=row.arrival_ns - first) for row in rows]
+
+
+def _rows(reader: Iterator[list[str]], path: str) -> Iterator[list[str]]:
+    number = 1
+    while True:
+        number += 1
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"workload.path={path}, line {number}: not CSV ({error})") from None
 
 
 def _length(text: str, where: str) -> int:

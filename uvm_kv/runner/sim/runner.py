@@ -102,8 +102,7 @@ class SimRunner(ModelRunner):
             if getattr(hints, name):
                 raise ValueError(f"hints.{name}=true is not modelled by runner=sim; leave it false")
         total = sum(self._capacity)
-        # Device bytes that chunks may fill; a chunk that packing leaves partly empty still takes all of itself.
-        device_chunks = self._capacity.num_device_blocks * self._spec.block_bytes // CHUNK_BYTES
+        device_chunks = self._spec.num_chunks(self._capacity.num_device_blocks)
         self._managed = ManagedMemory(self._spec.num_chunks(total), device_chunks)
         match hints.preferred_location:
             case "none" | "device":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -35,6 +36,7 @@ from uvm_kv.telemetry.store import completed_runs, read_json
 
 ARGV = "UVM_KV_ARGV"
 """Carries the command that was typed into the worker processes."""
+MAIN_PID = "UVM_KV_MAIN_PID"
 EXPERIMENT_WITHOUT_FILE = "adhoc"
 SHOW_EVERY_STEPS = 200
 
@@ -106,6 +108,8 @@ def _message(error: Exception) -> str:
 def _task(composed: DictConfig) -> None:
     """One job of Hydra's, in this process or in a worker. Failures are reported, never raised: see `main`."""
     label = _label(composed)
+    if os.getpid() != int(os.environ[MAIN_PID]):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent hears Ctrl-C and ends its workers.
     try:
         experiment = HydraConfig.get().runtime.choices.get("experiment") or EXPERIMENT_WITHOUT_FILE
         jobs = jobs_of(resolve(composed), experiment)
@@ -194,6 +198,7 @@ def main() -> int:
     if not sweep and request.num_jobs > 1:
         print(f"error: {request.num_jobs} jobs are asked for; a sweep needs -m", file=sys.stderr)
         return 2
+    os.environ[MAIN_PID] = str(os.getpid())
     os.environ[ARGV] = json.dumps(["python", "-m", "experiments.run", *arguments])
     try:
         with sweep_log(request.num_jobs, request.experiment if sweep else "") as log:

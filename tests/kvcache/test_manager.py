@@ -41,9 +41,10 @@ def test_open_claims_the_worst_case_and_takes_only_what_the_prompt_needs() -> No
     assert state(kv) == state(make_manager(8))
 
 
-def test_device_claims_are_used_before_host_claims() -> None:
+def test_blocks_of_both_tiers_come_in_the_proportion_of_the_claim() -> None:
+    """A claim of 2 + 2: every second block lies on the host, at any length of the sequence."""
     kv = make_manager(2, 4)
-    assert kv.open(1, 2, 2, num_tokens=9) == [0, 1, 2]
+    assert kv.open(1, 2, 2, num_tokens=9) == [0, 2, 1]
     assert kv.host_blocks == (2,)
     before = kv.host_blocks
     assert kv.grow(1, 12) == []
@@ -52,6 +53,20 @@ def test_device_claims_are_used_before_host_claims() -> None:
     assert kv.host_blocks == (2, 3)
     kv.release(1)
     assert kv.host_blocks == ()
+    kv.check_integrity()
+
+
+@pytest.mark.parametrize("device", [0, 1, 3, 7, 8])
+def test_a_split_claim_is_used_up_exactly_whatever_the_steps(device: int) -> None:
+    host = 8 - device
+    kv = make_manager(8, 8)
+    kv.open(1, device, host, num_tokens=1)
+    for num_tokens in range(1, 8 * kv.spec.block_size + 1):
+        assert kv.grow(1, num_tokens) is not None
+        blocks = kv.blocks(1)
+        num_host = sum(b >= 8 for b in blocks)
+        assert abs(num_host - len(blocks) * host / 8) < 1
+    assert len(kv.host_blocks) == host
     kv.check_integrity()
 
 

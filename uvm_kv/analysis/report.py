@@ -156,9 +156,8 @@ def _page(
         f"<p>{len(runs)} runs: {esc(origins)}.",
         " The gain is over the best point of the better of device_resident and device_recompute; own is over the one "
         "of the same admission. The ceiling bounds the latter, for worst-case admission: what the link can carry in a "
-        "step by the placement's reach, plus the device KV that a device-only run leaves idle (reserved but empty, or "
-        "too little for a whole request) and that a host tier lets a placement fill. Throughput is output tokens per "
-        "second over the steady window.</p>",
+        "step by the placement's reach, plus the device blocks that whole requests leave over and a placement with a "
+        "host tier can fill. Throughput is output tokens per second over the steady window.</p>",
         *(f"<div class=verdict>{esc(v.line())}</div>" for v in found),
         *(f"<div class=warning>{esc(w)}</div>" for w in warnings[:20]),
         f"<p><small>and {len(warnings) - 20} more warnings in the summaries</small></p>" if len(warnings) > 20 else "",

@@ -219,9 +219,9 @@ def closed_form(
 
     A device-only run of n sequences (as many as fit with prompt plus output) reads C = n * mean context bytes of KV in
     a step of length t, prefill of n prompts per output included. `link`: what the reach can carry in that step
-    (`uvm_kv.hw.overlap.ceiling`). `idle`: the device KV that such a run leaves unused, reserved but empty or too little
-    for a whole request, which a placement with a host tier can fill; D / C - 1 for a device tier of D bytes. With n' =
-    (D + H) / (C / n) sequences and H <= BW_link * t', the gain n' t / (n t') - 1 is at most idle + link.
+    (`uvm_kv.hw.overlap.ceiling`). `stranded`: the device blocks that n whole requests leave over, too few for another,
+    which a placement that may split a request fills. Both tiers' claims fill at the same pace (`KVCacheManager`), so n'
+    sequences need n' C / n <= C (1 + stranded) + BW_link t' bytes, and n' t / (n t') - 1 is at most stranded + link.
     None without a reach, or where not even one request fits the device.
     """
     prompt, output = mean_lengths(lengths)
@@ -246,8 +246,8 @@ def closed_form(
         link_bytes_per_s=link_bytes_per_s,
         hbm_bytes_per_s=profile.gpu.hbm_bytes_per_s,
     )
-    idle = resolved.capacity.num_device_blocks * spec.block_bytes / kv_bytes - 1
-    return {"total": link + idle, "link": link, "idle": idle, "num_seqs": n, "step_s": decode_s + prefill_s}
+    stranded = resolved.capacity.num_device_blocks / (n * blocks) - 1
+    return {"total": link + stranded, "link": link, "stranded": stranded, "num_seqs": n, "step_s": decode_s + prefill_s}
 
 
 def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], None] | None = None) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 A sequence first *claims* blocks per tier and then takes them as its tokens come: under worst-case admission the claim
 is prompt plus output and growth inside it cannot fail; under optimistic admission the claim grows with the sequence.
-Device claims are used before host claims. Who may claim what is the placement policy's decision, not the manager's.
+Who may claim what is the placement policy's decision, not the manager's.
+
+A table takes device and host blocks in the proportion of its claims, all along. So claims on both tiers fill at the
+same pace, a host claim is not an empty insurance that lets worst-case admission admit like an optimistic one (no
+comparison may mix the two), and the link's load is the same at every token of a sequence.
 
 A sequence is held (it has a table on the pool's blocks) or swapped out (its blocks lie in the host tier and nobody
 reads them), or unknown.
@@ -116,28 +120,35 @@ class KVCacheManager:
         missing = target - len(table.blocks)
         if missing <= 0:
             return []
-        num_device = min(missing, table.device_claim - table.num_device)
-        num_host = missing - num_device
-        assert len(table.blocks) - table.num_device + num_host <= table.host_claim, "growth beyond the claim"
+        new: list[int] | None
         if self.pool.contiguous:
-            assert not (num_device and num_host), "one run cannot lie in two tiers"
-            tier = Tier.DEVICE if num_device else Tier.HOST
+            tier = Tier.HOST if table.host_claim else Tier.DEVICE
             new = self.pool.extend(table.blocks, missing) if table.blocks else self.pool.allocate(tier, missing)
             if new is None:
                 return None
+        elif table.host_claim:
+            new = self._take_from_both(table, target)
         else:
-            new = []
-            if num_device:
-                new = self.pool.allocate(Tier.DEVICE, num_device)
-            if num_host:
-                host = self.pool.allocate(Tier.HOST, num_host)
-                assert new is not None and host is not None, "a claimed block is missing"
-                new += host
+            new = self.pool.allocate(Tier.DEVICE, missing)
             assert new is not None, "a claimed block is missing"
         table.blocks += new
-        table.num_device += num_device
+        num_host = sum(block >= self.capacity.num_device_blocks for block in new) if table.host_claim else 0
+        table.num_device += len(new) - num_host
+        assert len(table.blocks) <= table.device_claim + table.host_claim, "growth beyond the claim"
         if num_host:
             self._host_blocks = None
+        return new
+
+    def _take_from_both(self, table: BlockTable, target: int) -> list[int]:
+        """The next blocks up to `target`, each of the tier whose turn it is by the claim's proportion."""
+        claim, num_host = table.device_claim + table.host_claim, len(table.blocks) - table.num_device
+        new: list[int] = []
+        for count in range(len(table.blocks) + 1, target + 1):
+            due = max(count * table.host_claim // claim, count - table.device_claim)
+            taken = self.pool.allocate(Tier.HOST if due > num_host else Tier.DEVICE, 1)
+            assert taken is not None, "a claimed block is missing"
+            num_host += due > num_host
+            new += taken
         return new
 
     def relocate(self, request_id: int, num_tokens: int) -> tuple[list[int], list[int]] | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-MAX_REDRAWS = 1000
+MAX_ROUNDS = 1000
 
 
 class Lengths(NamedTuple):
@@ -41,19 +41,25 @@ class Quantiles:
 def draw_lengths(
     prompt: Quantiles, output: Quantiles, count: int, max_tokens: int, rng: np.random.Generator
 ) -> tuple[list[Lengths], int]:
-    """`count` independent draws of (prompt, output), and how many were drawn again because prompt + output exceeded
-    `max_tokens`: what does not fit the model's context is left out, as serving benchmarks do."""
+    """`count` draws of (prompt, output), and how many were drawn again because prompt + output exceeded `max_tokens`:
+    what does not fit the model's context is left out, as serving benchmarks do.
+
+    Prompts and outputs are independent, and each is stratified: one draw from each of `count` equal slices of its
+    distribution, in random order. So samples of any size have nearly the same means, and points of a sweep that differ
+    in their number of requests can be compared.
+    """
     lengths: list[Lengths] = []
     redrawn = 0
-    while len(lengths) < count:
-        pair = Lengths(prompt.at(rng.random()), output.at(rng.random()))
-        if sum(pair) <= max_tokens:
-            lengths.append(pair)
-            continue
-        redrawn += 1
-        if redrawn > MAX_REDRAWS * count:
-            raise ValueError(f"hardly any drawn request fits a context of {max_tokens} tokens; use a model with more")
-    return lengths, redrawn
+    for _ in range(MAX_ROUNDS):
+        missing = count - len(lengths)
+        if not missing:
+            return lengths, redrawn
+        sides = [(rng.permutation(missing) + rng.random(missing)) / missing for _ in range(2)]
+        pairs = [Lengths(prompt.at(u), output.at(v)) for u, v in zip(*sides, strict=True)]
+        fitting = [pair for pair in pairs if sum(pair) <= max_tokens]
+        redrawn += missing - len(fitting)
+        lengths += fitting
+    raise ValueError(f"hardly any drawn request fits a context of {max_tokens} tokens; use a model with more")
 
 
 def mean_lengths(lengths: Sequence[Lengths]) -> tuple[float, float]:

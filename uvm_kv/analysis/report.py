@@ -130,7 +130,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #1a1a1a; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: 3px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; } th { background: #f4f4f4; }
+th, td { padding: 3px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
+th { background: #f4f4f4; }
 td:first-child, th:first-child { text-align: left; }
 .verdict { background: #eef6f1; border-left: 4px solid #009e73; padding: .7em 1em; margin: .7em 0; }
 .warning { background: #fdf3e4; border-left: 4px solid #e69f00; padding: .3em 1em; margin: .3em 0; }

@@ -32,7 +32,7 @@ from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.runner.replay import PlanMismatch
-from uvm_kv.telemetry.store import completed_runs, read_json
+from uvm_kv.telemetry.store import completed_runs, read_json, read_outputs
 
 ARGV = "UVM_KV_ARGV"
 """Carries the command that was typed into the worker processes."""
@@ -144,8 +144,9 @@ def _run(job: Job, *, alone: bool) -> None:
 
     console = Console(stderr=True)
     resolved = job.resolved
-    title = f"{resolved.model.name} in {resolved.config.dtype} on {resolved.profile.name}"
-    print_memory(title, resolved.budget.rows(), Console())
+    where = resolved.profile.name if resolved.serving is None else "the CPU"
+    title = f"{resolved.model.name} in {resolved.config.dtype} on {where}"
+    print_memory(title, resolved.memory_account, Console())
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("requests served", total=None)
 
@@ -158,7 +159,7 @@ def _run(job: Job, *, alone: bool) -> None:
 
 def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int:
     """Tables, verdict, failures; the exit status."""
-    from uvm_kv.analysis.terminal import print_report, print_summary
+    from uvm_kv.analysis.terminal import print_outputs, print_report, print_summary
 
     console = Console()
     finished = [Path(e.directory) for e in events if e.directory is not None and e.status != "failed"]
@@ -170,6 +171,7 @@ def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int
     elif finished:
         for directory in finished:
             print_summary(read_json(directory / "summary.json"), console)
+            print_outputs(read_outputs(directory), console)
             console.print(f"run: {directory}", markup=False, highlight=False, soft_wrap=True)
         if any(e.status == "skipped" for e in events):
             print("it was complete already; rerun=true runs it again", file=sys.stderr)

@@ -110,7 +110,13 @@ def make_request(
     *,
     stop_token: int | None = None,
 ) -> Request:
-    return Request(request_id, prompt_tokens, output_tokens, arrival_ns, stop_token=stop_token)
+    return Request(
+        request_id,
+        prompt_tokens,
+        output_tokens,
+        arrival_ns,
+        stop_tokens=frozenset() if stop_token is None else frozenset({stop_token}),
+    )
 
 
 def make_requests(lengths: Iterable[tuple[int, int]]) -> list[Request]:

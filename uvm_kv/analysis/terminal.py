@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # pandas and matplotlib, which a single run does without
     from uvm_kv.analysis.report import Report
 
 MAX_WARNINGS = 5
+MAX_OUTPUTS = 16
 LOOK: dict[str, Any] = {
     "title_justify": "left",
     "box": SIMPLE_HEAD,
@@ -27,12 +28,13 @@ LEGEND = (
 
 
 def print_memory(title: str, rows: list[tuple[str, int]], console: Console) -> None:
+    """Where the memory of a card, or of the machine, goes."""
     table = Table(show_header=False, **LOOK)
     table.add_column()
     table.add_column(justify="right")
     for name, value in rows:
         table.add_row(f"  {name}", f"{value / 1e9:.2f} GB")
-    console.print(f"Memory of the card: {title}", style="italic")
+    console.print(f"Memory: {title}", style="italic")
     console.print(table)
 
 
@@ -91,6 +93,15 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     console.print(table)
     for text in summary["warnings"]:
         console.print(f"warning: {text}", markup=False, soft_wrap=True)
+
+
+def print_outputs(outputs: list[dict[str, Any]], console: Console) -> None:
+    """The generated text of each request, or its token ids where there is no tokenizer."""
+    for row in outputs[:MAX_OUTPUTS]:
+        text = row.get("text", " ".join(map(str, row["output_ids"])))
+        console.print(f"request {row['request_id']}: {text!r}", markup=False, highlight=False, soft_wrap=True)
+    if len(outputs) > MAX_OUTPUTS:
+        console.print(f"and {len(outputs) - MAX_OUTPUTS} more in outputs.jsonl")
 
 
 def _scaled(value: int | None, factor: float) -> float | None:

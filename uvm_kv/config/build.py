@@ -17,6 +17,8 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from uvm_kv.config.resolve import Resolved
+from uvm_kv.config.serving import outputs, random_ids
+from uvm_kv.config.workload import Workload, build_workload
 from uvm_kv.engine import Engine
 from uvm_kv.hw.overlap import ceiling
 from uvm_kv.hw.roofline import Roofline
@@ -37,20 +39,11 @@ from uvm_kv.telemetry.store import is_complete, read_plans, run_id, write_run
 from uvm_kv.telemetry.summary import SCHEMA_VERSION, summarize
 from uvm_kv.telemetry.wandb_sink import mirror
 from uvm_kv.types import DTYPE_BYTES, NS_PER_S, Reach
-from uvm_kv.workload.lengths import Lengths, Quantiles, draw_lengths, mean_lengths
-from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, all_at_once, poisson
-from uvm_kv.workload.trace import TraceRow, read_trace
+from uvm_kv.workload.lengths import Lengths, mean_lengths
+from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, WithTokens, all_at_once, poisson
 
 REQUESTS_PER_CLIENT = 8
 """A closed loop with fewer requests than this times batch_size has hardly a steady window."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    lengths: list[Lengths]
-    rows: list[TraceRow] | None
-    num_left_out: int
-    """Requests drawn again, or dropped from a trace, because they exceed the model's context."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ def jobs_of(resolved: Resolved, experiment: str) -> list[Job]:
     jobs = [
         Job(resolved, repeat, folder / run_id(determining, repeat)) for repeat in range(resolved.config.num_repeats)
     ]
-    check_requests_fit(resolved, build_workload(resolved, jobs[0].seed).lengths)
+    check_requests_fit(resolved, workload_of(jobs[0]).lengths)
     return jobs
 
 
@@ -81,63 +74,40 @@ def is_done(job: Job) -> bool:
     return is_complete(job.directory) and not job.resolved.config.rerun
 
 
-def build_workload(resolved: Resolved, seed: int) -> Workload:
-    workload, limit = resolved.config.workload, resolved.max_model_len
-    if workload.path is not None:
-        rows, left_out = [], 0
-        for row in read_trace(workload.path):
-            total = row.prompt_tokens + row.output_tokens
-            if total <= limit:
-                rows.append(row)
-            elif workload.too_long == "drop":
-                left_out += 1
-            else:
-                raise ValueError(
-                    f"workload.path={workload.path}, line {row.line}: {row.prompt_tokens} prompt and "
-                    f"{row.output_tokens} output tokens exceed the {limit} of model={resolved.model.name}; use "
-                    f"workload.too_long=drop to leave such rows out"
-                )
-        rows = rows[: workload.num_requests]
-        if not rows:
-            raise ValueError(f"workload.path={workload.path}: no row fits the {limit} tokens of the model")
-        return Workload([Lengths(r.prompt_tokens, r.output_tokens) for r in rows], rows, left_out)
-    assert workload.num_requests is not None
-    if workload.lengths is not None:
-        prompt, output = (
-            Quantiles(tuple(q.probabilities), tuple(q.values))
-            for q in (workload.lengths.prompt, workload.lengths.output)
-        )
-        if workload.too_long == "error" and prompt.values[-1] + output.values[-1] > limit:
-            raise ValueError(
-                f"workload={workload.name} reaches {prompt.values[-1]:.0f} prompt and {output.values[-1]:.0f} output "
-                f"tokens, beyond the {limit} of model={resolved.model.name}; use workload.too_long=drop"
-            )
-        rng = np.random.default_rng([seed, 0])
-        lengths, redrawn = draw_lengths(prompt, output, workload.num_requests, limit, rng)
-        return Workload(lengths, None, redrawn)
-    assert workload.prompt_tokens is not None and workload.output_tokens is not None
-    pair = Lengths(workload.prompt_tokens, workload.output_tokens)
-    return Workload([pair] * workload.num_requests, None, 0)
+def workload_of(job: Job) -> Workload:
+    resolved = job.resolved
+    prompts = None if resolved.serving is None else resolved.serving.prompts
+    return build_workload(resolved.config, resolved.max_model_len, prompts, job.repeat)
 
 
-def build_source(resolved: Resolved, workload: Workload, seed: int) -> RequestSource:
-    config = resolved.config
+def build_source(job: Job, workload: Workload) -> RequestSource:
+    resolved, config = job.resolved, job.resolved.config
+    source: RequestSource
     match config.workload.arrival:
         case "closed_loop":
-            return ClosedLoop(workload.lengths, config.batch_size)
+            source = ClosedLoop(workload.lengths, config.batch_size)
         case "all_at_once":
-            return all_at_once(workload.lengths)
+            source = all_at_once(workload.lengths)
         case "poisson":
             assert config.workload.request_rate is not None
-            return poisson(workload.lengths, config.workload.request_rate, np.random.default_rng([seed, 1]))
+            rng = np.random.default_rng([job.seed, 1])
+            source = poisson(workload.lengths, config.workload.request_rate, rng)
         case _:
             assert workload.rows is not None
-            return OpenLoop(
-                [
-                    Request(i, *pair, arrival_ns=row.arrival_ns)
-                    for i, (pair, row) in enumerate(zip(workload.lengths, workload.rows, strict=True))
-                ]
+            source = OpenLoop(
+                [Request(i, r.prompt_tokens, r.output_tokens, r.arrival_ns) for i, r in enumerate(workload.rows)]
             )
+    serving = resolved.serving
+    if serving is None:
+        return source
+    vocabulary, prompts = resolved.model.vocab_size, serving.prompts
+
+    def ids_of(request: Request) -> tuple[int, ...]:
+        if prompts is not None:
+            return prompts[request.id].ids
+        return random_ids(request.prompt_tokens, vocabulary, job.seed, request.id)
+
+    return WithTokens(source, ids_of, serving.stop_tokens)
 
 
 def build_roofline(resolved: Resolved) -> Roofline:
@@ -183,11 +153,23 @@ def build_scheduler(resolved: Resolved, policy: PlacementPolicy) -> Scheduler:
     )
 
 
-def build_runner(resolved: Resolved, roofline: Roofline) -> ModelRunner:
-    if resolved.config.runner == "replay":
-        assert resolved.config.replay.path is not None
-        return ReplayRunner(resolved.capacity, read_plans(Path(resolved.config.replay.path)))
-    hints = Hints(**dataclasses.asdict(resolved.config.hints))
+def build_runner(resolved: Resolved, roofline: Roofline, seed: int = 0) -> ModelRunner:
+    config = resolved.config
+    if config.runner == "replay":
+        assert config.replay.path is not None
+        return ReplayRunner(resolved.capacity, read_plans(Path(config.replay.path)))
+    if resolved.serving is not None:
+        from uvm_kv.runner.torch import Sampling, TorchRunner, load_model
+
+        return TorchRunner(
+            load_model(resolved.serving.folder, config.dtype),
+            resolved.spec,
+            resolved.capacity,
+            resolved.memory,
+            max_tokens=resolved.max_model_len,
+            sampling=Sampling(config.sampling.temperature, seed),
+        )
+    hints = Hints(**dataclasses.asdict(config.hints))
     return SimRunner(roofline, resolved.spec, resolved.capacity, resolved.memory, hints)
 
 
@@ -256,24 +238,24 @@ def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], Non
     started, clock = datetime.now().astimezone().isoformat(timespec="seconds"), time.perf_counter()
     roofline = build_roofline(resolved)
     policy = build_placement(resolved, roofline)
-    workload = build_workload(resolved, job.seed)
+    workload = workload_of(job)
     check_requests_fit(resolved, workload.lengths)
     recorder = Recorder()
     if config.record_plans:
         recorder.keep_plans()
-    runner = build_runner(resolved, roofline)
-    engine = Engine(build_scheduler(resolved, policy), runner, build_source(resolved, workload, job.seed), recorder)
+    runner = build_runner(resolved, roofline, job.seed)
+    engine = Engine(build_scheduler(resolved, policy), runner, build_source(job, workload), recorder)
     total = len(workload.lengths)
     hook = None if on_step is None else (lambda steps: on_step(steps, recorder.num_requests, total))
     try:
         complete = engine.run(max_steps=config.max_steps, on_step=hook)
     finally:
         runner.close()
-    steps, requests = recorder.steps(), recorder.requests()
+    steps, requests, serving = recorder.steps(), recorder.requests(), resolved.serving
     power = PowerModel(**dataclasses.asdict(resolved.profile.power))
     simulated = config.runner == "sim"
     measured = summarize(steps, requests, spec=resolved.spec, power=power if simulated else None, complete=complete)
-    bound = closed_form(resolved, roofline, policy, workload.lengths)
+    bound = closed_form(resolved, roofline, policy, workload.lengths) if simulated else None
     if config.workload.arrival == "closed_loop" and total < REQUESTS_PER_CLIENT * config.batch_size:
         measured["warnings"].append(
             f"{total} requests for {config.batch_size} clients; {REQUESTS_PER_CLIENT} a client give a steady window"
@@ -282,11 +264,12 @@ def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], Non
         **identity(job),
         **measured,
         "num_left_out": workload.num_left_out,
-        "memory_budget": resolved.budget.rows(),
+        "memory_budget": resolved.memory_account,
         "device_kv_bytes": resolved.capacity.num_device_blocks * resolved.spec.block_bytes,
         "host_kv_bytes": resolved.capacity.num_host_blocks * resolved.spec.block_bytes,
+        "memory_emulated": serving is not None,
         "chunk_loss_bytes": resolved.spec.chunk_loss_bytes(sum(resolved.capacity))
-        if resolved.memory == "managed"
+        if resolved.memory == "managed" and simulated
         else None,
         "closed_form_ceiling": None if bound is None else bound["total"],
         "closed_form": bound,
@@ -295,12 +278,18 @@ def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], Non
         job.directory,
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
         manifest=manifest(
-            argv=argv, seed=job.seed, repeat=job.repeat, started=started, duration_s=time.perf_counter() - clock
+            memory_emulated=serving is not None,
+            argv=argv,
+            seed=job.seed,
+            repeat=job.repeat,
+            started=started,
+            duration_s=time.perf_counter() - clock,
         ),
         steps=steps,
         requests=requests,
         summary=summary,
         plans=recorder.plans,
+        outputs=None if serving is None else outputs(recorder.finished, serving.tokenizer),
         replace=config.rerun,
     )
     if config.tracking.name == "wandb":
@@ -324,7 +313,7 @@ def identity(job: Job) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "origin": {"sim": "simulated", "replay": "replayed"}.get(config.runner, "measured"),
         "runner": config.runner,
-        "hardware": config.hardware.name,
+        "hardware": "cpu" if config.runner == "cpu" else config.hardware.name,
         "model": job.resolved.model.name,
         "mechanism": config.mechanism,
         "memory": config.memory.kind,

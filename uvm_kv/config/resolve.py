@@ -16,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from uvm_kv.config.names import CONF_DIR, unknown
 from uvm_kv.config.schema import ConfigSchema, HardwareSchema, HintsSchema, ModelSchema, OperatorSchema
-from uvm_kv.hw.budget import MemoryBudget, memory_budget
+from uvm_kv.config.serving import Serving, model_folder, prepare, tier_bytes
+from uvm_kv.config.workload import build_workload
+from uvm_kv.hw.budget import memory_budget
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import Gpu, HardwareProfile, Link, ManagedDriver, OperatorCost, Power
 from uvm_kv.kvcache.manager import KVCapacity
@@ -65,9 +67,12 @@ class Resolved:
     memory: MemoryKind
     spec: KVCacheSpec
     capacity: KVCapacity
-    budget: MemoryBudget
+    memory_account: list[tuple[str, int]]
+    """Where the memory goes, in bytes: the table that is printed."""
     max_model_len: int
     contiguous: bool
+    serving: Serving | None
+    """What a real model serves; None on the simulator."""
 
     def determining(self) -> dict[str, Any]:
         """What the run id is a hash of. Files count by content, not by path."""
@@ -80,6 +85,9 @@ class Resolved:
             tree["workload"]["path"] = hashlib.sha256(Path(tree["workload"]["path"]).read_bytes()).hexdigest()
         if tree["workload"]["lengths"] is not None:
             tree["workload"]["lengths"].pop("source")
+        tree.pop("prompts")
+        if self.serving is not None:
+            tree["serving"] = self.serving.fingerprint()
         if tree["replay"]["path"] is not None:
             recording = Path(tree["replay"]["path"]) / "plans.jsonl.gz"
             tree["replay"]["path"] = hashlib.sha256(recording.read_bytes()).hexdigest()
@@ -105,7 +113,8 @@ def resolve(composed: DictConfig) -> Resolved:
     _check_mechanism(config)
     _check_runner(config)
     profile = build_profile(config.hardware)
-    model = build_model(config.model)
+    folder = model_folder(config) if config.runner == "cpu" else None
+    model = build_model(config.model, folder)
     memory = MemoryKind(config.memory.kind)
     check_served(config.placement.name, memory)
     _check_axes(config, memory)
@@ -117,28 +126,52 @@ def resolve(composed: DictConfig) -> Resolved:
         raise ValueError(
             f"max_model_len={max_model_len} exceeds the context of {model.name}, {model.max_position_embeddings} tokens"
         )
-    dtype_bytes = DTYPE_BYTES[config.dtype]
+    spec = KVCacheSpec(
+        model.num_layers,
+        model.num_kv_heads,
+        model.head_dim,
+        DTYPE_BYTES[config.dtype],
+        config.block_size,
+        Layout(config.layout),
+    )
+    serving = prepare(config, folder, model) if folder is not None else None
+    _check_workload(config, max_model_len)
+    workload = build_workload(config, max_model_len, None if serving is None else serving.prompts)
+    if serving is not None:
+        lengths = [sum(pair) for pair in workload.lengths]
+        config.memory.device_kv_bytes, config.memory.host_kv_bytes = tier_bytes(config, spec, lengths)
+        account = [("device tier (emulated)", config.memory.device_kv_bytes)]
+        account.append(("host tier", config.memory.host_kv_bytes))
+    else:
+        account = _size_simulated_tiers(config, profile, model, memory)
+    device_bytes, host_bytes = config.memory.device_kv_bytes, config.memory.host_kv_bytes
+    assert device_bytes is not None and host_bytes is not None
+    num_device = device_bytes // spec.block_bytes
+    if memory is MemoryKind.MANAGED and serving is None:
+        # Its unit is the chunk: whole blocks are packed into whole chunks.
+        num_device = spec.num_blocks_in_chunks(device_bytes // CHUNK_BYTES)
+    capacity = KVCapacity(num_device, host_bytes // spec.block_bytes)
+    contiguous = config.allocation != "paged"
+    return Resolved(config, profile, model, memory, spec, capacity, account, max_model_len, contiguous, serving)
+
+
+def _size_simulated_tiers(
+    config: ConfigSchema, profile: HardwareProfile, model: ModelGeometry, memory: MemoryKind
+) -> list[tuple[str, int]]:
+    """Fill in the sizes of both tiers; the account of the card's memory."""
     budget = memory_budget(
         profile,
         model,
-        dtype_bytes=dtype_bytes,
+        dtype_bytes=DTYPE_BYTES[config.dtype],
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         batch_size=config.batch_size,
         utilization=config.memory.gpu_memory_utilization,
         device_kv_bytes=config.memory.device_kv_bytes,
     )
+    config.memory.device_kv_bytes = budget.kv_bytes
     if config.memory.host_kv_bytes is None:
         config.memory.host_kv_bytes = 0 if memory is MemoryKind.DEVICE else DEFAULT_HOST_KV_BYTES
-    spec = KVCacheSpec(
-        model.num_layers, model.num_kv_heads, model.head_dim, dtype_bytes, config.block_size, Layout(config.layout)
-    )
-    num_device = budget.kv_bytes // spec.block_bytes
-    if memory is MemoryKind.MANAGED:  # Its unit is the chunk: whole blocks are packed into whole chunks.
-        num_device = spec.num_blocks_in_chunks(budget.kv_bytes // CHUNK_BYTES)
-    capacity = KVCapacity(num_device, config.memory.host_kv_bytes // spec.block_bytes)
-    config.memory.device_kv_bytes = budget.kv_bytes
-    _check_workload(config, max_model_len)
-    return Resolved(config, profile, model, memory, spec, capacity, budget, max_model_len, config.allocation != "paged")
+    return budget.rows()
 
 
 def build_profile(hardware: HardwareSchema) -> HardwareProfile:
@@ -161,7 +194,10 @@ def build_profile(hardware: HardwareSchema) -> HardwareProfile:
     )
 
 
-def build_model(model: ModelSchema) -> ModelGeometry:
+def build_model(model: ModelSchema, folder: Path | None = None) -> ModelGeometry:
+    """Geometry of a config; of the `folder` that is served, where there is one."""
+    if folder is not None:
+        return dataclasses.replace(ModelGeometry.from_hf_config(str(folder)), name=_served_name(model))
     if model.name == "hf" and model.path is None:
         raise ValueError("model=hf needs a model folder in Hugging Face format: model.path=DIR")
     if model.path is not None:
@@ -171,6 +207,10 @@ def build_model(model: ModelSchema) -> ModelGeometry:
     if unset:
         raise ValueError(f"model.{unset[0]} is not set; a model needs it, or model.path of a Hugging Face folder")
     return ModelGeometry(**fields)
+
+
+def _served_name(model: ModelSchema) -> str:
+    return model.name if model.path is None else Path(model.path).resolve().stem
 
 
 def _value(config: ConfigSchema, path: str) -> Any:
@@ -252,6 +292,8 @@ def _check_mechanism(config: ConfigSchema) -> None:
 
 
 def _check_runner(config: ConfigSchema) -> None:
+    if config.prompts is not None and config.runner == "sim":
+        config.runner = "cpu"  # Prompts are text for a real model; a simulated one has lengths.
     if config.runner == "cpu":
         from importlib.util import find_spec
 
@@ -261,7 +303,6 @@ def _check_runner(config: ConfigSchema) -> None:
                 f"runner=cpu needs {' and '.join(absent)}, the extra 'torch': pip install -e '.[torch]'; "
                 f"runner=sim needs neither"
             )
-        raise ValueError("runner=cpu is not part of this version yet; use runner=sim")
     if config.runner == "cuda":
         raise ValueError(
             "runner=cuda needs an NVIDIA GPU and the CUDA extension, not part of this version yet; use runner=sim"
@@ -313,6 +354,8 @@ def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
 
 def _check_workload(config: ConfigSchema, max_model_len: int) -> None:
     workload = config.workload
+    if workload.name == "prompts":
+        return
     if workload.name == "trace" and workload.path is None:
         raise ValueError("workload=trace needs a trace file: workload.path=FILE")
     if workload.path is not None and not Path(workload.path).is_file():

@@ -153,6 +153,11 @@ class TrackingSchema:
 
 
 @dataclass
+class SamplingSchema:
+    temperature: float = 0.0
+
+
+@dataclass
 class ReplaySchema:
     path: str | None = None
 
@@ -169,6 +174,8 @@ class ConfigSchema:
     workload: WorkloadSchema = field(default_factory=WorkloadSchema)
     tracking: TrackingSchema = field(default_factory=TrackingSchema)
     replay: ReplaySchema = field(default_factory=ReplaySchema)
+    sampling: SamplingSchema = field(default_factory=SamplingSchema)
+    prompts: str | None = None
     runner: str = "sim"
     layout: str = "auto"
     block_size: int = 16

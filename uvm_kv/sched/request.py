@@ -24,7 +24,7 @@ class Request:
         "arrival_ns",
         "measured",
         "prompt_ids",
-        "stop_token",
+        "stop_tokens",
         "status",
         "num_computed",
         "num_tokens",
@@ -45,7 +45,7 @@ class Request:
         *,
         measured: bool = True,
         prompt_ids: tuple[int, ...] | None = None,
-        stop_token: int | None = None,
+        stop_tokens: frozenset[int] = frozenset(),
     ) -> None:
         """`measured` is False for requests that only bring the system into its steady state: no latency is taken."""
         if prompt_tokens < 1 or output_tokens < 1:
@@ -56,7 +56,7 @@ class Request:
         self.arrival_ns = arrival_ns
         self.measured = measured
         self.prompt_ids = prompt_ids
-        self.stop_token = stop_token
+        self.stop_tokens = stop_tokens
         self.status = Status.WAITING
         self.num_computed = 0
         self.num_tokens = prompt_tokens

@@ -346,7 +346,7 @@ class Scheduler:
             if token_ids is not None:
                 token = token_ids[num_sampled + num_cancelled]
                 request.token_ids.append(token)
-                ended = ended or token == request.stop_token
+                ended = ended or token in request.stop_tokens
             num_sampled += 1
             if ended:
                 request.finish_ns = now_ns

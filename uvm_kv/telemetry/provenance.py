@@ -63,15 +63,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def manifest(*, argv: list[str], seed: int, repeat: int, started: str, duration_s: float) -> dict[str, Any]:
-    """`argv`: the command that was typed.
-
-    `started`: local time in ISO 8601; `duration_s`: wall clock of the run itself."""
+def manifest(
+    *, memory_emulated: bool, argv: list[str], seed: int, repeat: int, started: str, duration_s: float
+) -> dict[str, Any]:
+    """`memory_emulated`: both tiers were CPU memory, whatever the memory kind. `argv`: the command that was typed.
+    `started`: local time in ISO 8601. `duration_s`: wall clock of the run itself."""
     return {
         **git_state(),
         "versions": versions(),
         "machine": machine(),
         "gpu": gpu(),
+        "memory_emulated": memory_emulated,
         "seed": seed,
         "repeat": repeat,
         "argv": argv,

@@ -50,7 +50,7 @@ _NOT_OBSERVED = -1
 class Recorder:
     def __init__(self) -> None:
         self._steps = array("q")
-        self._requests: list[tuple[int | None, ...]] = []
+        self.finished: list[Request] = []
         self._plans: list[tuple[StepPlan, StepOutput]] | None = None
 
     def keep_plans(self) -> None:
@@ -67,7 +67,7 @@ class Recorder:
 
     @property
     def num_requests(self) -> int:
-        return len(self._requests)
+        return len(self.finished)
 
     def step(self, plan: StepPlan, output: StepOutput, scheduler: Scheduler) -> None:
         """Book a step, after the scheduler's update: `num_running` is who was scheduled, not who is left."""
@@ -96,19 +96,7 @@ class Recorder:
             self._plans.append((plan, output))
 
     def request(self, request: Request) -> None:
-        self._requests.append(
-            (
-                request.id,
-                request.prompt_tokens,
-                request.num_generated,
-                request.arrival_ns,
-                request.admitted_ns,
-                request.first_token_ns,
-                request.finish_ns,
-                request.num_preemptions,
-                request.measured,
-            )
-        )
+        self.finished.append(request)
 
     def steps(self) -> Table:
         rows = np.frombuffer(self._steps, np.int64).reshape(-1, len(STEP_COLUMNS)) if self._steps else None
@@ -119,5 +107,18 @@ class Recorder:
         return table
 
     def requests(self) -> Table:
-        rows = sorted(self._requests)
+        rows = [
+            (
+                r.id,
+                r.prompt_tokens,
+                r.num_generated,
+                r.arrival_ns,
+                r.admitted_ns,
+                r.first_token_ns,
+                r.finish_ns,
+                r.num_preemptions,
+                r.measured,
+            )
+            for r in sorted(self.finished, key=lambda request: request.id)
+        ]
         return {name: [row[i] for row in rows] for i, name in enumerate(REQUEST_COLUMNS)}

@@ -1,7 +1,7 @@
 """Run directories: written under a temporary name and renamed, so that what has its name is whole.
 
     <results_dir>/<experiment>/<run id>/
-        config.yaml  manifest.json  steps.parquet  requests.parquet  summary.json  [plans.jsonl.gz]
+        config.yaml  manifest.json  steps.parquet  requests.parquet  summary.json  [plans.jsonl.gz]  [outputs.jsonl]
 
 summary, steps and requests hold no path and no wall clock, so that equal runs are byte-identical; those are in the
 manifest. Without pyarrow the tables are `.jsonl.gz` of the same columns.
@@ -50,6 +50,7 @@ def write_run(
     requests: Table,
     summary: dict[str, Any],
     plans: Iterable[tuple[StepPlan, StepOutput]] | None = None,
+    outputs: list[dict[str, Any]] | None = None,
     replace: bool = False,
 ) -> bool:
     """Write a whole run directory or nothing. `replace` a finished one of that name (rerun); without it, False if
@@ -67,6 +68,9 @@ def write_run(
         if plans is not None:
             lines = (json.dumps([plan.to_json(), output.to_json()]) for plan, output in plans)
             _write_gzip(temporary / "plans.jsonl.gz", lines)
+        if outputs is not None:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in outputs)
+            (temporary / "outputs.jsonl").write_text("".join(lines), encoding="utf-8")
         (temporary / "summary.json").write_text(_json(summary))
         return _publish(temporary, directory, replace)
     finally:
@@ -112,6 +116,12 @@ def _json(value: dict[str, Any]) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text())
     return value
+
+
+def read_outputs(directory: Path) -> list[dict[str, Any]]:
+    """outputs.jsonl of a run with a real model; empty where there is none."""
+    path = directory / "outputs.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _write_gzip(path: Path, lines: Iterable[str]) -> None:

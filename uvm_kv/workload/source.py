@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -89,6 +89,32 @@ class ClosedLoop(RequestSource):
 
     def more_to_come(self) -> bool:
         return bool(self._pending or self._lengths)
+
+
+class WithTokens(RequestSource):
+    """A source whose requests carry token ids, for runners with a real model."""
+
+    def __init__(
+        self, inner: RequestSource, ids_of: Callable[[Request], tuple[int, ...]], stop_tokens: frozenset[int]
+    ) -> None:
+        self._inner = inner
+        self._ids_of = ids_of
+        self._stop_tokens = stop_tokens
+
+    def arrivals(self, now_ns: int) -> list[Request]:
+        requests = self._inner.arrivals(now_ns)
+        for request in requests:
+            request.prompt_ids, request.stop_tokens = self._ids_of(request), self._stop_tokens
+        return requests
+
+    def next_arrival_ns(self) -> int | None:
+        return self._inner.next_arrival_ns()
+
+    def finished(self, request: Request, now_ns: int) -> None:
+        self._inner.finished(request, now_ns)
+
+    def more_to_come(self) -> bool:
+        return self._inner.more_to_come()
 
 
 def all_at_once(lengths: Sequence[Lengths]) -> OpenLoop:

@@ -1,0 +1,128 @@
+"""What runner=cpu serves: a model folder with its tokenizer, and the token ids of every request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from uvm_kv.config.names import CONF_DIR
+from uvm_kv.config.schema import ConfigSchema
+from uvm_kv.hw.model import ModelGeometry
+from uvm_kv.kvcache.spec import KVCacheSpec
+from uvm_kv.workload.prompts import Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from uvm_kv.sched.request import Request
+
+
+@dataclass(frozen=True)
+class Serving:
+    folder: Path
+    prompts: list[Prompt] | None
+    """None: random token ids of the workload's lengths."""
+    tokenizer: Any | None
+    stop_tokens: frozenset[int]
+
+    def fingerprint(self) -> str:
+        """Of what is served: the weights by name and size, the prompts by content."""
+        weights = sorted((f.name, f.stat().st_size) for f in self.folder.iterdir() if f.is_file())
+        text = json.dumps([weights, self.prompts])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_folder(config: ConfigSchema) -> Path:
+    """The folder whose weights runner=cpu loads; a GGUF file is dequantized once."""
+    from uvm_kv.runner.torch import materialize, smollm2_path
+
+    if config.model.name == "smollm2_135m" and config.model.path is None:
+        return materialize(smollm2_path())
+    if config.model.path is None:
+        raise ValueError(
+            f"runner=cpu has no weights of model={config.model.name}; give model=hf model.path=DIR, or "
+            f"model=smollm2_135m"
+        )
+    path = Path(config.model.path)
+    if not path.exists():
+        raise ValueError(f"model.path={path}: there is no such folder or file")
+    return materialize(path)
+
+
+def prepare(config: ConfigSchema, folder: Path, geometry: ModelGeometry) -> Serving:
+    """Tokenizer, stop tokens and prompts. With a prompts file the workload's lengths give way to the file's."""
+    from uvm_kv.runner.torch import load_tokenizer
+
+    workload = config.workload
+    if config.prompts is None:
+        return Serving(folder, None, None, frozenset())
+    path = Path(config.prompts)
+    if not path.is_file() and not path.is_absolute():
+        path = CONF_DIR.parent / path
+    if not path.is_file():
+        raise ValueError(f"prompts={config.prompts}: there is no such file")
+    tokenizer = load_tokenizer(folder)
+    output_tokens = workload.output_tokens or 64
+    prompts = read_prompts(
+        path,
+        encode=None if tokenizer is None else lambda text: list(tokenizer(text)["input_ids"]),
+        vocab_size=geometry.vocab_size,
+        output_tokens=output_tokens,
+    )[: workload.num_requests]
+    workload.name, workload.prompt_tokens, workload.lengths, workload.path = "prompts", None, None, None
+    workload.num_requests = len(prompts)
+    if workload.arrival in (None, "closed_loop", "trace"):
+        workload.arrival = "all_at_once"  # A closed loop would cut the outputs of its first requests short.
+    return Serving(folder, prompts, tokenizer, _stop_tokens(folder))
+
+
+def _stop_tokens(folder: Path) -> frozenset[int]:
+    """End-of-sequence ids of the model, as `generate` would stop at them."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if file.is_file():
+            ids = json.loads(file.read_text()).get("eos_token_id")
+            if ids is not None:
+                return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()
+
+
+def random_ids(num_tokens: int, vocab_size: int, seed: int, request_id: int) -> tuple[int, ...]:
+    rng = np.random.default_rng([seed, 2, request_id])
+    return tuple(rng.integers(0, vocab_size, num_tokens).tolist())
+
+
+def tier_bytes(config: ConfigSchema, spec: KVCacheSpec, lengths: list[int]) -> tuple[int, int]:
+    """Default sizes of both tiers: what the `batch_size` longest requests need, at most half of free memory in all."""
+    longest = sorted(lengths, reverse=True)[: config.batch_size]
+    needed = sum(spec.num_blocks(tokens) for tokens in longest) * spec.block_bytes
+    device = config.memory.device_kv_bytes or needed
+    host = config.memory.host_kv_bytes
+    if host is None:
+        host = 0 if config.memory.kind == "device" else needed
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device + host > free // 2:
+        raise ValueError(
+            f"the KV tiers would take {device + host} bytes, more than half of the {free} bytes of free memory; lower "
+            f"batch_size, memory.device_kv_bytes or memory.host_kv_bytes"
+        )
+    return device, host
+
+
+def outputs(requests: list[Request], tokenizer: Any | None) -> list[dict[str, Any]]:
+    """One object a request, in the order of the prompts: ids in and out, and the text where there is a tokenizer."""
+    rows = []
+    for request in sorted(requests, key=lambda r: r.id):
+        row: dict[str, Any] = {
+            "request_id": request.id,
+            "prompt_ids": list(request.prompt_ids or ()),
+            "output_ids": request.token_ids,
+        }
+        if tokenizer is not None:
+            row["text"] = tokenizer.decode(request.token_ids, skip_special_tokens=True)
+        rows.append(row)
+    return rows

@@ -1,0 +1,71 @@
+"""From the workload of a config to the lengths of its requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from uvm_kv.config.schema import ConfigSchema
+from uvm_kv.workload.lengths import Lengths, Quantiles, draw_lengths
+from uvm_kv.workload.prompts import Prompt
+from uvm_kv.workload.trace import TraceRow, read_trace
+
+
+@dataclass(frozen=True)
+class Workload:
+    lengths: list[Lengths]
+    rows: list[TraceRow] | None
+    num_left_out: int
+    """Requests drawn again, or dropped from a trace, because they exceed the model's context."""
+
+
+def build_workload(
+    config: ConfigSchema, max_model_len: int, prompts: list[Prompt] | None = None, repeat: int = 0
+) -> Workload:
+    """Draw or read the requests of a repeat. ValueError for what does not fit the model's context."""
+    workload, limit = config.workload, max_model_len
+    if prompts is not None:
+        for prompt in prompts:
+            if len(prompt.ids) + prompt.output_tokens > limit:
+                raise ValueError(
+                    f"prompts={config.prompts}, line {prompt.line}: {len(prompt.ids)} prompt and "
+                    f"{prompt.output_tokens} output tokens exceed the {limit} of the model"
+                )
+        return Workload([Lengths(len(p.ids), p.output_tokens) for p in prompts], None, 0)
+    if workload.path is not None:
+        rows, left_out = [], 0
+        for row in read_trace(workload.path):
+            total = row.prompt_tokens + row.output_tokens
+            if total <= limit:
+                rows.append(row)
+            elif workload.too_long == "drop":
+                left_out += 1
+            else:
+                raise ValueError(
+                    f"workload.path={workload.path}, line {row.line}: {row.prompt_tokens} prompt and "
+                    f"{row.output_tokens} output tokens exceed the {limit} of model={config.model.name}; use "
+                    f"workload.too_long=drop to leave such rows out"
+                )
+        rows = rows[: workload.num_requests]
+        if not rows:
+            raise ValueError(f"workload.path={workload.path}: no row fits the {limit} tokens of the model")
+        return Workload([Lengths(r.prompt_tokens, r.output_tokens) for r in rows], rows, left_out)
+    assert workload.num_requests is not None
+    if workload.lengths is not None:
+        prompt_lengths, output_lengths = (
+            Quantiles(tuple(q.probabilities), tuple(q.values))
+            for q in (workload.lengths.prompt, workload.lengths.output)
+        )
+        if workload.too_long == "error" and prompt_lengths.values[-1] + output_lengths.values[-1] > limit:
+            raise ValueError(
+                f"workload={workload.name} reaches {prompt_lengths.values[-1]:.0f} prompt and "
+                f"{output_lengths.values[-1]:.0f} output "
+                f"tokens, beyond the {limit} of model={config.model.name}; use workload.too_long=drop"
+            )
+        rng = np.random.default_rng([config.seed + repeat, 0])
+        lengths, redrawn = draw_lengths(prompt_lengths, output_lengths, workload.num_requests, limit, rng)
+        return Workload(lengths, None, redrawn)
+    assert workload.prompt_tokens is not None and workload.output_tokens is not None
+    pair = Lengths(workload.prompt_tokens, workload.output_tokens)
+    return Workload([pair] * workload.num_requests, None, 0)

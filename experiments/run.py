@@ -32,11 +32,17 @@ from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.runner.replay import PlanMismatch
+from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.store import completed_runs, read_json, read_outputs
 
 ARGV = "UVM_KV_ARGV"
 """Carries the command that was typed into the worker processes."""
 MAIN_PID = "UVM_KV_MAIN_PID"
+SWEEP_FLAGS = {"-m", "--multirun"}
+SHOWING_FLAGS = {
+    *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info"),
+    *("-sc", "--shell-completion"),
+}
 EXPERIMENT_WITHOUT_FILE = "adhoc"
 SHOW_EVERY_STEPS = 200
 
@@ -179,19 +185,38 @@ def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int
         where = f"{event.label}: " if sweep else ""
         print(f"error: {where}{event.error}", file=sys.stderr)
     if sweep:
-        skipped = sum(e.status == "skipped" for e in events)
-        note = f" ({skipped} were complete already)" if skipped else ""
-        print(f"{len(finished)} of {request.num_jobs} jobs are complete{note}, {len(failed)} failed.", file=sys.stderr)
+        skipped = [e for e in events if e.status == "skipped"]
+        note = f" ({len(skipped)} were complete already)" if skipped else ""
+        total = max(request.num_jobs, len(events))  # A job with repeats is several runs.
+        print(f"{len(finished)} of {total} runs are complete{note}, {len(failed)} failed.", file=sys.stderr)
+        _warn_of_other_commits(skipped)
     return 1 if failed or not finished else 0
 
 
+def _warn_of_other_commits(skipped: list[Event]) -> None:
+    now = git_state()["git_sha"]
+    others = [e for e in skipped if read_json(Path(str(e.directory)) / "manifest.json")["git_sha"] != now]
+    if others:
+        print(
+            f"warning: {len(others)} of them were made by another commit; rerun=true runs them again", file=sys.stderr
+        )
+
+
 def main() -> int:
-    arguments = sys.argv[1:]
+    flags = [a for a in sys.argv[1:] if a.startswith("-")]
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
     register()
-    if any(a.startswith("-") and a not in ("-m", "--multirun") for a in arguments):
-        _task()  # Hydra's own: --help, --cfg job, --info, --shell-completion ...
+    os.environ[MAIN_PID] = str(os.getpid())
+    sweep = bool(SWEEP_FLAGS & set(flags))
+    shows = any(flag.partition("=")[0] in SHOWING_FLAGS for flag in flags)
+    if shows:
+        _task()  # Hydra shows something and ends: --help, --cfg job, --info, --shell-completion ...
         return 0
-    sweep = bool({"-m", "--multirun"} & set(arguments))
+    if unknown_flags := set(flags) - SWEEP_FLAGS:
+        print(f"error: {min(unknown_flags)} is not an option; -m sweeps, --help shows the rest", file=sys.stderr)
+        return 2
+    arguments = [*flags, *overrides]
+    sys.argv[1:] = arguments
     try:
         request = preflight(arguments)
     except ValueError as error:
@@ -200,7 +225,6 @@ def main() -> int:
     if not sweep and request.num_jobs > 1:
         print(f"error: {request.num_jobs} jobs are asked for; a sweep needs -m", file=sys.stderr)
         return 2
-    os.environ[MAIN_PID] = str(os.getpid())
     os.environ[ARGV] = json.dumps(["python", "-m", "experiments.run", *arguments])
     try:
         with sweep_log(request.num_jobs, request.experiment if sweep else "") as log:

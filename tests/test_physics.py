@@ -82,6 +82,15 @@ def test_balanced_never_loses_much_to_device_only(model: str, batch: int, reach:
     assert throughput("mechanism=pinned_balanced", f"placement.reach={reach}", *shared) >= 0.97 * alone
 
 
+@pytest.mark.parametrize("gb_per_s", [0.1, 12.0, 25.0])
+@pytest.mark.parametrize("kv_bytes", [600_000_000, 838_860_800, 1_300_000_000])
+def test_balanced_never_loses_where_the_device_holds_one_or_two_requests(gb_per_s: float, kv_bytes: int) -> None:
+    """Staging for those who wait must not push the only sequence that fits off the device."""
+    shared = (f"memory.device_kv_bytes={kv_bytes}", "batch_size=8", "workload.num_requests=24", *link(gb_per_s))
+    alone = summary("mechanism=device_resident", *shared)["output_tokens_per_s_whole_run"]
+    assert summary("mechanism=pinned_balanced", *shared)["output_tokens_per_s_whole_run"] >= 0.97 * alone
+
+
 def test_balanced_never_loses_much_on_a_length_distribution() -> None:
     shared = ("workload=azure_conv", "batch_size=24")
     assert throughput("mechanism=pinned_balanced", *shared) >= 0.97 * throughput("mechanism=device_resident", *shared)
@@ -111,7 +120,7 @@ def test_balanced_gains_more_on_a_faster_link() -> None:
 
 
 @pytest.mark.parametrize("kv_requests", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize(("prompt", "output"), [(512, 512), (960, 64)])
+@pytest.mark.parametrize(("prompt", "output"), [(512, 512), (960, 64), (64, 960)])
 def test_zero_copy_never_beats_the_in_place_ceiling(kv_requests: int, prompt: int, output: int) -> None:
     """Device KV for a whole number of requests, so that nothing is stranded and the ceiling is the link's alone."""
     setting = (
@@ -126,6 +135,24 @@ def test_zero_copy_never_beats_the_in_place_ceiling(kv_requests: int, prompt: in
     if kv_requests > 2:
         assert bound["link"] == pytest.approx(25 / (936 * 0.896), rel=0.25)
     assert best("pinned_zero_copy", *setting, batches=batches) / alone - 1 <= bound["total"]
+
+
+@pytest.mark.parametrize("batch", [16, 17, 18, 20])
+def test_zero_copy_stays_under_the_ceiling_with_short_requests(batch: int) -> None:
+    """64 + 64 tokens are 8 blocks: a host share of one block must not be one that is hardly ever reached."""
+    short = ("memory.device_kv_bytes=1073741824", "workload.prompt_tokens=64", "workload.output_tokens=64")
+    many = (*short, "workload.num_requests=600")
+    alone = best("device_resident", *many, batches=(16, 20))
+    point = summary("mechanism=pinned_zero_copy", f"batch_size={batch}", *many)
+    assert point["output_tokens_per_s"] / alone - 1 <= point["closed_form_ceiling"]
+
+
+def test_the_closed_form_step_is_that_of_the_device_only_run() -> None:
+    for lengths in (("64", "64"), ("512", "512"), ("1024", "128")):
+        setting = (f"workload.prompt_tokens={lengths[0]}", f"workload.output_tokens={lengths[1]}")
+        bound = summary("mechanism=pinned_balanced", "batch_size=1", *setting)["closed_form"]
+        alone = summary("mechanism=device_resident", f"batch_size={bound['num_seqs']}", *setting)
+        assert bound["step_s"] == pytest.approx(alone["duration_s"] / alone["num_steps"], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +193,8 @@ def test_one_sequence_larger_than_the_device_turns_from_refused_into_slow() -> N
 
 
 def test_llama_7b_kv_budget_on_an_rtx3090() -> None:
-    budget = resolved().budget
-    assert budget.card_bytes == 24 * 2**30
-    assert 8.6e9 < budget.kv_bytes < 9.5e9
-    assert sum(value for _, value in budget.rows()[:-1]) == budget.kv_bytes
+    job = resolved()
+    *parts, (_, kv_bytes) = job.memory_account
+    assert parts[0] == ("card", 24 * 2**30)
+    assert 8.6e9 < kv_bytes < 9.5e9
+    assert sum(value for _, value in parts) == kv_bytes == job.config.memory.device_kv_bytes

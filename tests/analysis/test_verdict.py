@@ -22,7 +22,10 @@ def table(rows: list[tuple[str, int, float, float]]) -> pd.DataFrame:
                 "hardware": "rtx3090",
                 "model": "llama_7b",
                 "workload": "fixed",
-                "setting_id": "x",
+                "setting": {"hardware.link.h2d_gb_per_s": 25.0},
+                "variant": {"placement.name": "resident"},
+                "h2d_bytes": 1.0,
+                "d2h_bytes": 0.0,
                 "mechanism": mechanism,
                 "offered_batch": batch,
                 "output_tokens_per_s": throughput,
@@ -86,11 +89,54 @@ def test_without_both_sides_there_is_no_verdict(rows: list[tuple[str, int, float
 
 def test_groups_are_never_mixed() -> None:
     runs = table([*BASE, ("pinned_swap", 8, 110.0, 0.02)])
-    other = runs.assign(setting_id="y", output_tokens_per_s=runs["output_tokens_per_s"] * 10)
+    faster = [{"hardware.link.h2d_gb_per_s": 250.0}] * len(runs)
+    other = runs.assign(setting=faster, output_tokens_per_s=runs["output_tokens_per_s"] * 10)
     replayed = runs.assign(origin="replayed")
-    found = verdicts(points(pd.concat([runs, other, replayed])))
-    assert len(found) == 3
+    found = verdicts(points(pd.concat([other, runs, replayed])))
     assert len({v.gain for v in found}) == 1
+    assert [v.title for v in found] == [
+        "llama_7b, fixed 512+512, on a replayed rtx3090",
+        "llama_7b, fixed 512+512, on a simulated rtx3090, hardware.link.h2d_gb_per_s=25.0",
+        "llama_7b, fixed 512+512, on a simulated rtx3090, hardware.link.h2d_gb_per_s=250.0",
+    ]
+
+
+def test_variants_of_a_mechanism_are_not_averaged() -> None:
+    """The same mechanism and batch with another reach is another line, named by what differs."""
+    runs = table([*BASE, ("pinned_balanced", 8, 110.0, 0.02), ("pinned_balanced", 8, 130.0, 0.02)])
+    runs["variant"] = [{"placement.reach": "both"}] * 3 + [{"placement.reach": "in_place"}]
+    found = points(runs)
+    labels = set(found["label"])
+    assert labels == {
+        "device_resident",
+        "pinned_balanced, placement.reach=both",
+        "pinned_balanced, placement.reach=in_place",
+    }
+    (verdict,) = verdicts(found)
+    assert verdict.challenger is not None
+    assert (verdict.challenger.mechanism, verdict.challenger.throughput) == (
+        "pinned_balanced, placement.reach=in_place",
+        130.0,
+    )
+
+
+def test_losing_at_a_small_batch_and_winning_later_is_not_losing() -> None:
+    rows = [*BASE, ("pinned_swap", 8, 50.0, 0.02), ("pinned_swap", 16, 150.0, 0.02)]
+    (verdict,) = verdicts(points(table(rows)))
+    assert verdict.loses_from == {"pinned_swap": None}
+
+
+def test_the_spread_of_repeats_is_the_noise() -> None:
+    rows = [*BASE, ("pinned_swap", 16, 100.0, 0.02), ("pinned_swap", 16, 120.0, 0.02)]
+    (verdict,) = verdicts(points(table(rows)))
+    assert verdict.noise > 0.2
+    assert "no difference within" in verdict.line()
+
+
+def test_a_best_point_that_moved_nothing_is_called_so() -> None:
+    runs = table([*BASE, ("pinned_swap", 16, 150.0, 0.02)]).assign(h2d_bytes=0.0)
+    (verdict,) = verdicts(points(runs))
+    assert "that point moved no KV over the link" in verdict.line()
 
 
 def test_cpu_runs_are_kept_out_and_repeats_are_averaged() -> None:

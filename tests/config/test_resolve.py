@@ -27,6 +27,12 @@ from uvm_kv.config.resolve import CHOICES, resolve
         ("seed=1.5", r"seed=1.5 is not of the right type"),
         ("memory.device_kv_bytes=8GB", r"memory.device_kv_bytes=8GB is not of the right type"),
         ("batch_size", r"'batch_size' cannot be read; write key=value"),
+        ("memory=null", r"memory 'null' is unknown"),
+        ("~memory", r"nothing can be taken out"),
+        ("batch_size=interval(1,3)", r"cannot be swept; list the values"),
+        ("mechanism=glob(*)", r"cannot be swept; list the values"),
+        ("hardware.operators.attt.knee=2", r"'hardware.operators.attt.knee' is unknown"),
+        ("hardware.operators.q_proj.overhead_us=fast", r"overhead_us=fast is not of the right type"),
     ],
 )
 def test_names_and_types_are_checked_before_composition(override: str, said: str) -> None:
@@ -62,7 +68,7 @@ def test_good_overrides_pass_the_name_check() -> None:
         (["model=llama2_13b"], "leaves no KV memory on rtx3090"),
         (["memory.gpu_memory_utilization=1.5"], "gpu_memory_utilization=1.5; it is a share"),
         (["memory.host_kv_bytes=1073741824"], "memory=device, which has no host tier; use memory=pinned"),
-        (["memory=pinned", "memory.host_kv_bytes=-1"], "host_kv_bytes=-1; it must be at least 0"),
+        (["memory=pinned", "memory.host_kv_bytes=-1"], "host_kv_bytes=-1; it must lie between 0"),
         (["placement=demand"], "placement=demand cannot be served by memory=device; it needs memory=managed"),
         (["memory=managed", "placement=bandwidth_balanced"], "needs memory=pinned or vmm"),
         (["mechanism=pinned_balanced", "memory=device"], "pinned_balanced means memory=pinned, but memory=device"),
@@ -75,21 +81,32 @@ def test_good_overrides_pass_the_name_check() -> None:
         (["mechanism=pinned_zero_copy", "allocation=reserve_max"], "needs placement=resident"),
         (["mechanism=device_resident", "allocation=on_demand"], r"needs .*optimistic.*mechanism=device_recompute"),
         (["workload=trace"], "workload=trace needs a trace file: workload.path=FILE"),
-        (["workload=trace", "workload.path=/no/such.csv"], "/no/such.csv: there is no such file"),
+        (["workload=trace", "workload.path=/no/such.csv"], "/no/such.csv: that is not a file"),
         (["workload.arrival=trace"], "arrival=trace needs workload=trace"),
         (["workload.arrival=poisson"], "request_rate=None; a rate"),
-        (["workload.arrival=poisson", "workload.request_rate=0"], "request_rate=0.0; it must be positive"),
+        (["workload.arrival=poisson", "workload.request_rate=0"], "request_rate=0.0; it must lie between"),
         (["workload=azure_conv", "workload.prompt_tokens=5"], "give exactly one"),
         (["runner=replay"], "runner=replay and replay.path=RUN_DIRECTORY go together"),
         (["runner=cuda"], "runner=cuda needs an NVIDIA GPU"),
         (["model=hf"], "model.path=DIR"),
-        (["hardware.link.h2d_gb_per_s=0"], r"hardware.link.h2d_gb_per_s=0.0; it must be positive"),
+        (["hardware.link.h2d_gb_per_s=0"], r"hardware.link.h2d_gb_per_s=0.0; it must be a positive number"),
+        (["hardware.link.h2d_gb_per_s=nan"], "h2d_gb_per_s=nan; it must be a positive number"),
+        (["hardware.link.h2d_gb_per_s=inf"], "h2d_gb_per_s=inf; it must be a positive number"),
+        (["hardware.power.idle_w=nan"], "idle_w=nan; it must be a positive number"),
+        (["hardware.operators.q_proj.knee=0"], "q_proj.knee=0.0; it must be a positive number"),
+        (["seed=-1"], "seed=-1; it must lie between 0"),
+        (["memory=pinned", "memory.host_kv_bytes=1000000000000000000"], "host_kv_bytes=.* it must lie between"),
+        (["workload.num_requests=100000000000"], "num_requests=.* it must lie between"),
+        (["memory=managed", "placement=static_split"], "needs hints=by_tier"),
+        (["placement.num_layers_ahead=4"], "num_layers_ahead=4 has no meaning for placement=resident"),
+        (["mechanism=pinned_prefetch_ahead", "placement.reach=in_place"], "reach=in_place has no meaning"),
+        (["mechanism=pinned_prefetch_ahead", "placement.num_layers_ahead=99"], "takes 1 to 30"),
         (["hardware.gpu.hbm_efficiency=1.2"], "hbm_efficiency=1.2; a share lies between 0 and 1"),
     ],
 )  # fmt: skip
-def test_contradictions_and_impossible_values_are_refused(overrides: list[str], said: str) -> None:
+def test_contradictions_and_impossible_values_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
-        resolved(*overrides)
+        job(tmp_path, *overrides)
     assert len(str(caught.value).splitlines()) <= 3
 
 
@@ -156,8 +173,13 @@ def test_a_hugging_face_folder_gives_the_geometry(tmp_path: Path) -> None:
         '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, '
         '"num_hidden_layers": 3, "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 4096}'
     )
-    model = resolved("model=hf", f"model.path={tmp_path}", "placement.num_layers_ahead=1").model
+    model = resolved("model=hf", f"model.path={tmp_path}").model
     assert (model.num_layers, model.num_kv_heads, model.head_dim) == (3, 2, 16)
+    broken = {"[]": "not a model's config", '{"hidden_size": "abc"}': "hidden_size is 'abc'", "{}": "has none of"}
+    for text, said in broken.items():
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            resolved("model=hf", f"model.path={tmp_path}")
     with pytest.raises(ValueError, match=r"no config\.json there"):
         resolved("model=hf", "model.path=/no/such/folder")
 

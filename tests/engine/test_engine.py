@@ -63,4 +63,4 @@ def test_recorded_tokens_are_those_of_the_requests() -> None:
     steps = engine.recorder.steps()
     assert sum(n or 0 for n in steps["num_output_tokens"]) == sum(r.output_tokens for r in requests)
     assert sum(n or 0 for n in steps["num_scheduled_tokens"]) == sum(r.max_tokens - 1 for r in requests)
-    assert steps["kv_tokens"][-1] == steps["claimed_device_blocks"][-1] == 0
+    assert steps["kv_used_bytes"][-1] == steps["claimed_device_blocks"][-1] == 0

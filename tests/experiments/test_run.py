@@ -76,7 +76,7 @@ def test_a_sweep_reports_skips_and_survives_a_bad_job(tmp_path: Path) -> None:
     first = run(*sweep)
     assert first.returncode == 1
     assert first.stderr.count("batch_size=0; it must be at least 1") == 2
-    assert "4 of 6 jobs are complete, 2 failed." in first.stderr
+    assert "4 of 6 runs are complete, 2 failed." in first.stderr
     lines = first.stdout.splitlines()
     assert any(line.startswith("Verdict: ") for line in lines)
     assert any(line.startswith("report: ") and line.endswith("report.html") for line in lines)
@@ -149,7 +149,15 @@ def test_a_full_disk_is_said_and_nothing_half_written_stays(tmp_path: Path) -> N
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize("experiment", groups()["experiment"])
+SWEEPS = ("batch_sweep", "demo")
+
+
+def test_every_experiment_file_is_tested() -> None:
+    """Sweeps below, models in tests/runner/torch/test_serving.py."""
+    assert set(groups()["experiment"]) == {*SWEEPS, "cpu_generate"}
+
+
+@pytest.mark.parametrize("experiment", SWEEPS)
 def test_every_experiment_runs_for_a_few_steps(tmp_path: Path, experiment: str) -> None:
     """The file itself, with its sweep cut to two batch sizes that are among its own."""
     done = run(

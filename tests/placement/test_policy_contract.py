@@ -207,8 +207,9 @@ def test_memory_that_cannot_serve_a_placement_is_refused(name: str, memory: Memo
 
 @pytest.mark.parametrize("lead", [0, 3, 9])
 def test_a_lead_that_leaves_no_layer_to_copy_behind_is_refused(lead: int) -> None:
-    with pytest.raises(ValueError, match="allowed is 1 to 2"):
-        make_context(8, 8, num_layers_ahead=lead)
+    context = make_context(8, 8, num_layers_ahead=lead)
+    with pytest.raises(ValueError, match="takes 1 to 2"):
+        build_policy("prefetch_ahead", context)
 
 
 def test_ceilings_go_with_the_reach() -> None:

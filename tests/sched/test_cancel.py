@@ -25,7 +25,7 @@ def preempting(preemption: Preemption) -> tuple[Scheduler, ScriptedRunner]:
     scheduler = make_scheduler(context, admission="optimistic", preemption=preemption)
     runner = ScriptedRunner(context)
     submit(scheduler, runner, *make_requests([(8, 6), (7, 6), (4, 4)]))
-    while not sum(scheduler.preemptions):
+    while not (scheduler.num_recomputed + scheduler.num_swapped_out):
         step(scheduler, runner)
     return scheduler, runner
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import pytest
 
 from uvm_kv.kvcache.ops import MemoryCounters
-from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.telemetry.energy import PowerModel, energy_j
 from uvm_kv.telemetry.recorder import REQUEST_COLUMNS, STEP_COLUMNS, Table
 from uvm_kv.telemetry.summary import summarize
-from uvm_kv.types import Layout
 
-SPEC = KVCacheSpec(1, 1, 1, 2, 4, Layout.LAYER_MAJOR)
 S = 1_000_000_000
 
 
@@ -37,7 +34,7 @@ TWO_REQUESTS = requests([(0, 8, 2, 0, 0, S, S, 0, False), (1, 8, 5, S, 4 * S, 3 
 
 def test_steady_throughput_is_taken_from_first_completion_to_last_admission() -> None:
     """Completion at 1 s, last admission at 4 s: the steps that end in (1, 4] put out 2 + 4 tokens in 3 s."""
-    result = summarize(FOUR_STEPS, TWO_REQUESTS, spec=SPEC, power=None, complete=True)
+    result = summarize(FOUR_STEPS, TWO_REQUESTS, power=None, complete=True)
     assert result["output_tokens_per_s"] == pytest.approx(2.0)
     assert result["output_tokens_per_s_whole_run"] == pytest.approx(3.0)
     assert result["steady_window_s"] == [1.0, 4.0]
@@ -46,7 +43,7 @@ def test_steady_throughput_is_taken_from_first_completion_to_last_admission() ->
 
 
 def test_latencies_are_those_of_measured_requests_only() -> None:
-    result = summarize(FOUR_STEPS, TWO_REQUESTS, spec=SPEC, power=None, complete=True)
+    result = summarize(FOUR_STEPS, TWO_REQUESTS, power=None, complete=True)
     assert result["ttft_s"]["mean"] == pytest.approx(2.0)
     assert result["tpot_s"]["p99"] == pytest.approx(2.0 / 4)
     assert result["num_measured_requests"] == 1
@@ -55,7 +52,7 @@ def test_latencies_are_those_of_measured_requests_only() -> None:
 def test_what_was_not_observed_is_none_not_zero() -> None:
     blind: list[dict[str, int | None]] = [{"start_ns": 0, "end_ns": S} | dict.fromkeys(MemoryCounters._fields)]
     power = PowerModel(1.0, 2.0, 3.0)
-    result = summarize(steps(blind), requests([]), spec=SPEC, power=power, complete=True)
+    result = summarize(steps(blind), requests([]), power=power, complete=True)
     for name in ("h2d_bytes", "d2h_bytes", "gpu_fault_groups", "evicted_chunks", "stall_s", "energy_j"):
         assert result[name] is None
     assert result["ttft_s"]["p50"] is None

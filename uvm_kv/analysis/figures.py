@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from uvm_kv.analysis.load import GROUP
-from uvm_kv.analysis.verdict import BASELINES, title_of
+from uvm_kv.analysis.verdict import BASELINES
 
 # Okabe and Ito's colours, told apart by the colour-blind too; baselines are grey and black.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -41,7 +41,7 @@ def sweep_figure(table: pd.DataFrame) -> Any:
     figure, axes = plt.subplots(
         len(groups), 3, figsize=(16.5, 4.9 * len(groups) + 0.9), squeeze=False, layout="constrained"
     )
-    others = sorted(set(table["mechanism"]) - set(STYLES))
+    others = sorted(set(table["label"]) - set(STYLES))
     shown: dict[str, Any] = {}
     for row, part in zip(axes, groups, strict=True):
         _panels(row, part, others, shown)
@@ -58,7 +58,7 @@ def sweep_figure(table: pd.DataFrame) -> Any:
 
 def _panels(axes: Any, part: pd.DataFrame, others: list[str], shown: dict[str, Any]) -> None:
     by_batch, gain, latency = axes
-    for mechanism, rows in part.groupby("mechanism", sort=True):
+    for mechanism, rows in part.groupby("label", sort=True):
         name = str(mechanism)
         colour, line, marker = style_of(name, others)
         rows = rows.sort_values("offered_batch")
@@ -82,7 +82,7 @@ def _panels(axes: Any, part: pd.DataFrame, others: list[str], shown: dict[str, A
         axis.set_xlabel("offered batch (clients)")
     by_batch.set_ylabel("output tokens per second")
     by_batch.set_ylim(bottom=0)
-    by_batch.set_title(title_of(part), fontsize=10, loc="left")
+    by_batch.set_title(part["title"].iloc[0], fontsize=10, loc="left")
     gain.axhline(0, color="black", linewidth=0.8)
     ceiling = part["closed_form_ceiling"].astype(float).max()
     top = max(0.05, float(part["gain_over_resident"].max()), 0.0 if pd.isna(ceiling) else min(float(ceiling), 1.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import pandas as pd
 
 from uvm_kv.telemetry.store import completed_runs, read_json
 
-GROUP = ["origin", "hardware", "model", "workload", "setting_id"]
-"""What the points of one comparison share; mechanism and batch size vary within."""
+GROUP = ["group", "title"]
+"""Number and title of a comparison: points that differ in mechanism (with its variant) and batch size only."""
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -32,10 +31,8 @@ def load_runs(directories: Iterable[Path]) -> pd.DataFrame:
     for directory in directories:
         try:
             summary, manifest = read_json(directory / "summary.json"), read_json(directory / "manifest.json")
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{directory}: its summary or manifest cannot be read ({error}); delete it and run again"
-            ) from None
+        except OSError as error:
+            raise ValueError(f"{directory}: not readable ({error}); delete it and run again") from None
         rows.append(
             _flatten(summary)
             | {"directory": str(directory), "git_sha": manifest["git_sha"], "git_dirty": manifest["git_dirty"]}
@@ -46,7 +43,7 @@ def load_runs(directories: Iterable[Path]) -> pd.DataFrame:
 def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in node.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in ("setting", "variant"):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
@@ -58,23 +55,64 @@ def _is_number(value: object) -> bool:
 
 
 def points(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs averaged over their repeats and seeds: one row per group, mechanism and offered batch.
+    """Runs averaged over their repeats and seeds: one row per comparison, mechanism and offered batch.
 
-    Throughput is the steady one, or the whole run's where a run has no steady window. Runs on the CPU say nothing
-    about memory kinds and are left out. `throughput_std` is the spread over repeats, NaN for a single run.
+    Runs are of one comparison if they share everything but mechanism, batch size and seed; where several comparisons
+    would bear the same title, what they differ in is added to it. A mechanism that occurs in several variants (of
+    placement options, layout, hints, ...) is as many mechanisms, `label`led with what they differ in. Nothing else is
+    averaged. Throughput is the steady one, or the whole run's where a run has no steady window. Runs on the CPU say
+    nothing about memory kinds and are left out. `throughput_std` is the spread over repeats, NaN for a single run.
     """
     usable = runs[runs["runner"] != "cpu"].copy()
+    if usable.empty:
+        return usable
     usable["throughput"] = usable["output_tokens_per_s"].astype(float)
     usable["throughput"] = usable["throughput"].fillna(usable["output_tokens_per_s_whole_run"].astype(float))
-    key = [*GROUP, "mechanism", "offered_batch"]
+    titles, order = _distinguish(usable, [_title(run) for _, run in usable.iterrows()], "setting")
+    usable["title"], usable["group"] = titles, order
+    usable["label"], _ = _distinguish(usable, [str(m) for m in usable["mechanism"]], "variant")
+    key = [*GROUP, "label", "offered_batch"]
     numeric = [c for c in usable.columns if c not in key and usable[c].map(_is_number).all()]
     # A column that is None in every run is still a column of numbers, none of them observed.
     usable[numeric] = usable[numeric].apply(pd.to_numeric)
-    grouped = usable.groupby(key, sort=True, dropna=False)
+    grouped = usable.groupby(key, sort=True)
     table = grouped[numeric].mean()
     table["throughput_std"] = grouped["throughput"].std()
     table["num_runs"] = grouped.size()
-    labels = ["admission", "memory", "placement", "prompt_tokens", "output_tokens"]
-    for name in labels:
+    for name in ("mechanism", "admission", "memory", "placement", "prompt_tokens"):
         table[name] = grouped[name].first()
     return table.reset_index()
+
+
+def _title(run: pd.Series[Any]) -> str:
+    """What a comparison is, for people: `llama_7b, fixed 512+512, on a simulated rtx3090`."""
+    lengths = ""
+    if pd.notna(run["prompt_tokens"]):
+        lengths = f" {int(run['prompt_tokens'])}+{int(run['output_tokens'])}"
+    return f"{run['model']}, {run['workload']}{lengths}, on a {run['origin']} {run['hardware']}"
+
+
+def _sortable(value: object) -> tuple[bool, float, str]:
+    """Numbers by size, then anything else by its text."""
+    if isinstance(value, int | float):
+        return False, float(value), ""
+    return True, 0.0, str(value)
+
+
+def _distinguish(runs: pd.DataFrame, names: list[str], column: str) -> tuple[list[str], list[int]]:
+    """Names with `key=value` of what differs between the runs of the same name in the dict `column`, and their rank."""
+    details: list[dict[str, Any]] = list(runs[column])
+    values: dict[str, dict[str, list[Any]]] = {}
+    for name, detail in zip(names, details, strict=True):
+        for key, value in detail.items():
+            seen = values.setdefault(name, {}).setdefault(key, [])
+            if value not in seen:
+                seen.append(value)
+    full, ranks = [], []
+    for name, detail in zip(names, details, strict=True):
+        differing = [key for key, seen in values[name].items() if len(seen) > 1]
+        own = [(key, detail.get(key)) for key in differing]
+        full.append(", ".join([name, *(f"{key}={value}" for key, value in own)]))
+        ranks.append((name, *(_sortable(value) for _, value in own)))
+    order = {rank: i for i, rank in enumerate(sorted(set(ranks)))}
+    return full, [order[rank] for rank in ranks]

@@ -14,10 +14,10 @@ import pandas as pd
 
 from uvm_kv.analysis.figures import save_figure, sweep_figure
 from uvm_kv.analysis.load import GROUP, load_runs, points
-from uvm_kv.analysis.verdict import Verdict, title_of, verdicts, with_gains
+from uvm_kv.analysis.verdict import Verdict, verdicts, with_gains
 
 COLUMNS = {
-    "mechanism": "mechanism",
+    "label": "mechanism",
     "offered_batch": "batch",
     "running_batch_mean": "running",
     "throughput": "tok/s",
@@ -53,13 +53,14 @@ class Report:
 def write_report(directories: list[Path], out: Path) -> Report:
     """Write figure.png, figure.pdf, points.csv and report.html below `out`."""
     runs = load_runs(directories)
-    table = with_gains(points(runs))
-    if table.empty:
+    found_points = points(runs)
+    if found_points.empty:
         raise ValueError("the runs are all of runner=cpu, whose throughput says nothing about memory kinds")
+    table = with_gains(found_points)
     table["stall_share"] = table["stall_s"].astype(float) / table["duration_s"].astype(float)
     out.mkdir(parents=True, exist_ok=True)
     found = verdicts(table)
-    best = {title_of(part): format_points(_best_points(part)) for _, part in table.groupby(GROUP, sort=True)}
+    best = {part["title"].iloc[0]: format_points(_best_points(part)) for _, part in table.groupby(GROUP, sort=True)}
     figure = save_figure(sweep_figure(table), out / "figure")
     table.to_csv(out / "points.csv", index=False)
     memory, warnings = _memory(runs), _warnings(runs)
@@ -70,7 +71,7 @@ def write_report(directories: list[Path], out: Path) -> Report:
 
 def _best_points(part: pd.DataFrame) -> pd.DataFrame:
     rows = part.sort_values(["throughput", "offered_batch"], ascending=[False, True])
-    return rows.drop_duplicates("mechanism")
+    return rows.drop_duplicates("label")
 
 
 def format_points(part: pd.DataFrame) -> pd.DataFrame:
@@ -116,11 +117,15 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
     found = []
     for _, run in runs.iterrows():
         found += [f"{run['mechanism']}, batch {run['offered_batch']}: {text}" for text in run["warnings"]]
+    for (model, workload), part in runs[runs["num_left_out"] > 0].groupby(["model", "workload"], sort=True):
+        found.append(
+            f"{model}, {workload}: {part['num_left_out'].sum() / part['num_requests'].sum():.0%} of the drawn requests "
+            f"exceeded the model's context and were drawn again or left out"
+        )
     commits = sorted({str(sha) for sha in runs["git_sha"]})
     if len(commits) > 1:
-        found.append(
-            f"the runs come from {len(commits)} commits ({', '.join(c[:12] for c in commits)}): run them again"
-        )
+        names = ", ".join(c[:12] for c in commits)
+        found.append(f"the runs come from {len(commits)} commits ({names}); rerun=true runs them again")
     if runs["git_dirty"].eq(True).any():
         found.append("some runs come from a checkout with uncommitted changes")
     return list(dict.fromkeys(found))
@@ -169,8 +174,8 @@ def _page(
     for title, rows in best.items():
         parts += [f"<h2>Best point of each mechanism: {esc(title)}</h2>", _html_table(rows)]
     parts.append(
-        "<h2>Where it starts to lose</h2><p>The smallest offered batch at which a mechanism is more than 1 % "
-        "below the better baseline at that batch.</p>"
+        "<h2>Where it starts to lose</h2><p>The offered batch from which on a mechanism is below the better "
+        "baseline at every batch tried.</p>"
     )
     for verdict in found:
         rows = pd.DataFrame(
@@ -184,8 +189,8 @@ def _page(
         parts.append(_html_table(rows))
     parts.append("<h2>All points</h2>")
     for _, part in table.groupby(GROUP, sort=True):
-        rows = format_points(part.sort_values(["mechanism", "offered_batch"]))
-        parts += [f"<p>{esc(title_of(part))}</p>", _html_table(rows)]
+        rows = format_points(part.sort_values(["label", "offered_batch"]))
+        parts += [f"<p>{esc(part['title'].iloc[0])}</p>", _html_table(rows)]
     commits = ", ".join(sorted({str(sha)[:12] for sha in runs["git_sha"]}))
     parts.append(
         f"<p><small>Commit {esc(commits)}. Every number above is rebuilt from the run directories, each of "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -213,23 +211,30 @@ def closed_form(
     if policy.reach is None or n == 0:
         return None
     context = prompt + output / 2
-    decode_s = roofline.decode_step_s(n, n * context)
+    # n / output prompts are prefilled a step, and share its pass over the weights.
+    prefills, tokens = n / output, round(prompt)
+    dense_s = roofline.dense_s(n)
+    if prefills <= 1:
+        dense_s += prefills * (roofline.dense_s(n + tokens) - dense_s)
+    else:
+        dense_s = roofline.dense_s(n + round(prefills * tokens))
+    layer_s = dense_s + prefills * roofline.prefill_attention_s(tokens, 0)
     attention_s = spec.num_layers * roofline.decode_attention_s(n * context)
-    prefill_s = roofline.prefill_s(round(prompt)) * n / output
+    step_s = spec.num_layers * layer_s + attention_s + roofline.head_s(n, n)
     kv_bytes = n * context * spec.token_bytes
     link_bytes_per_s = profile.link.h2d_bytes_per_s
     if policy.reach is Reach.IN_PLACE:
         link_bytes_per_s = profile.link.zero_copy_bytes_per_s(0)
     link = ceiling(
         policy.reach,
-        step_s=decode_s + prefill_s,
+        step_s=step_s,
         attention_s=attention_s,
         kv_bytes=kv_bytes,
         link_bytes_per_s=link_bytes_per_s,
         hbm_bytes_per_s=profile.gpu.hbm_bytes_per_s,
     )
     stranded = resolved.capacity.num_device_blocks / (n * blocks) - 1
-    return {"total": link + stranded, "link": link, "stranded": stranded, "num_seqs": n, "step_s": decode_s + prefill_s}
+    return {"total": link + stranded, "link": link, "stranded": stranded, "num_seqs": n, "step_s": step_s}
 
 
 def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], None] | None = None) -> dict[str, Any]:
@@ -254,7 +259,7 @@ def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], Non
     steps, requests, serving = recorder.steps(), recorder.requests(), resolved.serving
     power = PowerModel(**dataclasses.asdict(resolved.profile.power))
     simulated = config.runner == "sim"
-    measured = summarize(steps, requests, spec=resolved.spec, power=power if simulated else None, complete=complete)
+    measured = summarize(steps, requests, power=power if simulated else None, complete=complete)
     bound = closed_form(resolved, roofline, policy, workload.lengths) if simulated else None
     if config.workload.arrival == "closed_loop" and total < REQUESTS_PER_CLIENT * config.batch_size:
         measured["warnings"].append(
@@ -308,7 +313,7 @@ def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], Non
 def identity(job: Job) -> dict[str, Any]:
     """What the run is of: the first fields of its summary."""
     config = job.resolved.config
-    setting = json.dumps(job.resolved.setting(), sort_keys=True)
+    setting, variant = job.resolved.comparison()
     return {
         "schema_version": SCHEMA_VERSION,
         "origin": {"sim": "simulated", "replay": "replayed"}.get(config.runner, "measured"),
@@ -334,5 +339,6 @@ def identity(job: Job) -> dict[str, Any]:
         "offered_batch": config.batch_size,
         "seed": config.seed,
         "repeat": job.repeat,
-        "setting_id": hashlib.sha256(setting.encode()).hexdigest()[:8],
+        "setting": setting,
+        "variant": variant,
     }

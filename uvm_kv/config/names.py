@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from uvm_kv.config.schema import ConfigSchema, LengthsSchema, WorkloadSchema
+from uvm_kv.config.schema import ConfigSchema, HardwareSchema, LengthsSchema, OperatorSchema, WorkloadSchema
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -54,32 +55,52 @@ def parse_overrides(arguments: list[str]) -> list[Override]:
 
 
 def _swept_values(override: Override) -> list[str]:
-    if override.is_sweep_override() and override.is_discrete_sweep():
-        return list(override.sweep_string_iterator())
-    return [override.get_value_element_as_str()]
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        raise ValueError(
+            f"{override.input_line} cannot be swept; list the values, {override.key_or_group}=a,b, or use "
+            f"range(start,stop)"
+        )
+    return list(override.sweep_string_iterator())
+
+
+def _operators() -> dict[str, set[str]]:
+    """Operators of the profiles, and the fields of their costs."""
+    files = [OmegaConf.to_container(OmegaConf.load(f)) for f in (CONF_DIR / "hardware").glob("*.yaml")]
+    names = {op for file in files if isinstance(file, dict) for op in file.get("operators", {})}
+    return {str(name): {f.name for f in fields(OperatorSchema)} for name in names}
 
 
 def check_overrides(overrides: Iterable[Override]) -> None:
     """ValueError for a group option or key that does not exist, or a value of the wrong type, before Hydra composes."""
     options = groups()
-    schema = OmegaConf.structured(ConfigSchema(workload=WorkloadSchema(lengths=LengthsSchema())))
+    schema = OmegaConf.structured(
+        ConfigSchema(
+            workload=WorkloadSchema(lengths=LengthsSchema()),
+            hardware=HardwareSchema(operators={name: OperatorSchema() for name in _operators()}),
+        )
+    )
     keys = _keys(schema)
     for override in overrides:
         key = override.key_or_group
-        if key.startswith("hydra") or override.is_force_add() or override.is_delete():
+        if key.startswith("hydra") or override.is_force_add():
             continue
+        if override.is_delete():
+            raise ValueError(f"{override.input_line}: nothing can be taken out of the config; give {key} another value")
+        values = _swept_values(override)
         if key in options:
-            for value in _swept_values(override):
-                if value not in options[key] and value != "null":
+            for value in values:
+                if value not in options[key] and not (key == "experiment" and value == "null"):
                     raise unknown(key, value.strip("'\""), options[key])
-        elif key.startswith(("hardware.operators.", "hardware.sources.")):
+        elif key.startswith("hardware.sources."):
             continue
         elif key not in keys:
             group = key.rpartition(".")[0] + "." if "." in key else ""
             siblings = {k for k in keys | set(options) if k.startswith(group) and "." not in k[len(group) :]}
             raise unknown("key", key, siblings or {k for k in keys | set(options) if "." not in k})
         else:
-            for value in _swept_values(override):
+            for value in values:
                 _check_type(schema, key, value)
 
 

@@ -15,7 +15,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from uvm_kv.config.names import CONF_DIR, unknown
-from uvm_kv.config.schema import ConfigSchema, HardwareSchema, HintsSchema, ModelSchema, OperatorSchema
+from uvm_kv.config.schema import (
+    ConfigSchema,
+    HardwareSchema,
+    HintsSchema,
+    ModelSchema,
+    OperatorSchema,
+    PlacementSchema,
+)
 from uvm_kv.config.serving import Serving, model_folder, prepare, tier_bytes
 from uvm_kv.config.workload import build_workload
 from uvm_kv.hw.budget import memory_budget
@@ -24,6 +31,7 @@ from uvm_kv.hw.profile import Gpu, HardwareProfile, Link, ManagedDriver, Operato
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.placement.registry import POLICIES, check_served
+from uvm_kv.telemetry.summary import SCHEMA_VERSION
 from uvm_kv.types import CHUNK_BYTES, DTYPE_BYTES, GIB, Layout, MemoryKind, Reach
 
 DEFAULT_HOST_KV_BYTES = 64 * GIB
@@ -44,17 +52,26 @@ CHOICES = {
     "tracking.name": ("none", "wandb"),
     "tracking.mode": ("offline", "online"),
 }
+LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "memory.host_kv_bytes": (0, 2**46),
+    "workload.num_requests": (1, 10_000_000),
+    "workload.request_rate": (1e-6, 1e9),
+    "sampling.temperature": (0, 100),
+}
 NOT_DETERMINING = ("results_dir", "tracking", "rerun", "num_repeats")
 """What a run's result does not depend on, hence what its id leaves out."""
-MECHANISM_AXES = (
-    "mechanism",
+VARIANT_AXES = (
     "memory.kind",
-    "placement",
-    "hints",
+    "memory.host_kv_bytes",
+    "placement.",
+    "hints.",
     "layout",
     "scheduler.admission",
     "scheduler.preemption",
+    "workload.requests_per_client",
 )
+"""What a mechanism is made of, and what may differ between the mechanisms of one comparison."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,7 @@ class Resolved:
 
     def determining(self) -> dict[str, Any]:
         """What the run id is a hash of. Files count by content, not by path."""
-        tree: dict[str, Any] = dataclasses.asdict(self.config)
+        tree: dict[str, Any] = dataclasses.asdict(self.config) | {"schema_version": SCHEMA_VERSION}
         for key in NOT_DETERMINING:
             del tree[key]
         tree["hardware"].pop("sources")
@@ -93,16 +110,24 @@ class Resolved:
             tree["replay"]["path"] = hashlib.sha256(recording.read_bytes()).hexdigest()
         return tree
 
-    def setting(self) -> dict[str, Any]:
-        """What two runs must share to be points of one comparison: all but mechanism, batch size and seed."""
-        tree = self.determining()
-        for path in (*MECHANISM_AXES, "batch_size", "seed", "workload.num_requests", "memory.host_kv_bytes"):
-            *parents, leaf = path.split(".")
-            node = tree
-            for parent in parents:
-                node = node[parent]
-            del node[leaf]
-        return tree
+    def comparison(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(setting, variant): what two runs must share to be points of one comparison, and what tells points of one
+        mechanism and batch size apart, both by dotted path. Repeats differ in neither."""
+        flat = _flatten(self.determining())
+        for path in ("batch_size", "seed", "mechanism"):
+            del flat[path]
+        # Sized by the batch unless given.
+        requests = flat.pop("workload.num_requests")
+        flat["workload.requests_per_client"] = None if requests is None else requests / self.config.batch_size
+        variant = {k: v for k, v in flat.items() if k.startswith(VARIANT_AXES)}
+        return {k: v for k, v in flat.items() if k not in variant}, variant
+
+
+def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def resolve(composed: DictConfig) -> Resolved:
@@ -249,13 +274,12 @@ def _check_numbers(config: ConfigSchema) -> None:
         raise ValueError(f"memory.gpu_memory_utilization={utilization}; it is a share of the card, above 0 and up to 1")
     if not 0 <= config.scheduler.watermark < 1:
         raise ValueError(f"scheduler.watermark={config.scheduler.watermark}; it is a share, from 0 to below 1")
-    for path in ("scheduler.window_s", "workload.request_rate"):
+    if not 0 < config.scheduler.window_s < math.inf:
+        raise ValueError(f"scheduler.window_s={config.scheduler.window_s}; it must be positive")
+    for path, (least, most) in LIMITS.items():
         value = _value(config, path)
-        if value is not None and not (0 < value < math.inf):
-            raise ValueError(f"{path}={value}; it must be positive")
-    host = config.memory.host_kv_bytes
-    if host is not None and host < 0:
-        raise ValueError(f"memory.host_kv_bytes={host}; it must be at least 0")
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{path}={value}; it must lie between {least} and {most}")
     if config.scheduler.max_num_batched_tokens < config.batch_size:
         raise ValueError(
             f"scheduler.max_num_batched_tokens={config.scheduler.max_num_batched_tokens} is below "
@@ -327,6 +351,14 @@ def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
         )
     if memory is not MemoryKind.MANAGED and config.hints != HintsSchema():
         raise ValueError(f"hints are advice on managed memory; with memory={memory} use hints=none")
+    location = config.hints.preferred_location
+    if memory is MemoryKind.MANAGED and config.placement.name == "static_split" and location != "by_tier":
+        raise ValueError(
+            f"placement=static_split on managed memory needs hints=by_tier, given is preferred_location={location}: "
+            f"the driver would move what it reads, which is placement=demand"
+        )
+    _check_meaning(config.placement, "num_layers_ahead", ("prefetch_ahead", "bandwidth_balanced"))
+    _check_meaning(config.placement, "reach", ("bandwidth_balanced",))
     if scheduler.admission == "optimistic" and scheduler.preemption == "none":
         raise ValueError(
             "scheduler.admission=optimistic needs scheduler.preemption=recompute or swap: growth may find no block"
@@ -352,6 +384,16 @@ def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
         )
 
 
+def _check_meaning(placement: PlacementSchema, name: str, users: tuple[str, ...]) -> None:
+    """A setting that the placement does not have is refused rather than ignored."""
+    given = getattr(placement, name)
+    if given != getattr(PlacementSchema, name) and placement.name not in users:
+        raise ValueError(
+            f"placement.{name}={given} has no meaning for placement={placement.name}; it belongs to placement="
+            f"{' or '.join(users)}"
+        )
+
+
 def _check_workload(config: ConfigSchema, max_model_len: int) -> None:
     workload = config.workload
     if workload.name == "prompts":
@@ -359,7 +401,7 @@ def _check_workload(config: ConfigSchema, max_model_len: int) -> None:
     if workload.name == "trace" and workload.path is None:
         raise ValueError("workload=trace needs a trace file: workload.path=FILE")
     if workload.path is not None and not Path(workload.path).is_file():
-        raise ValueError(f"workload.path={workload.path}: there is no such file")
+        raise ValueError(f"workload.path={workload.path}: that is not a file")
     kinds = [workload.prompt_tokens is not None, workload.lengths is not None, workload.path is not None]
     if sum(kinds) != 1 or (workload.prompt_tokens is None) != (workload.output_tokens is None):
         raise ValueError(

@@ -80,11 +80,19 @@ class ModelGeometry:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"model.path={path}: {file.name} is not JSON ({error})") from None
 
-        def get(*names: str) -> Any:
+        if not isinstance(raw, dict):
+            raise ValueError(f"model.path={path}: {file.name} is not a model's config")
+
+        def get(*names: str, default: int | None = None) -> int:
             for name in names:
-                if raw.get(name) is not None:
-                    return raw[name]
-            raise ValueError(f"model.path={path}: config.json has none of {', '.join(names)}")
+                value = raw.get(name)
+                if value is not None:
+                    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                        raise ValueError(f"model.path={path}: {name} is {value!r} in config.json; it must be a count")
+                    return value
+            if default is None:
+                raise ValueError(f"model.path={path}: config.json has none of {', '.join(names)}")
+            return default
 
         hidden = get("hidden_size", "n_embd")
         heads = get("num_attention_heads", "n_head")
@@ -94,9 +102,9 @@ class ModelGeometry:
             num_layers=get("num_hidden_layers", "n_layer"),
             hidden_size=hidden,
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            intermediate_size=raw.get("intermediate_size") or raw.get("ffn_dim") or 4 * hidden,
+            num_kv_heads=get("num_key_value_heads", default=heads),
+            head_dim=get("head_dim", default=max(1, hidden // heads)),
+            intermediate_size=get("intermediate_size", "ffn_dim", default=4 * hidden),
             vocab_size=get("vocab_size"),
             max_position_embeddings=get("max_position_embeddings", "n_positions"),
             gated_mlp=not opt_like and raw.get("model_type") != "gpt_neox",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from math import isfinite
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ class HardwareProfile:
             if not any(path == key or path.startswith(key + ".") for key in self.sources):
                 raise ValueError(f"hardware.{path} has no source; add it under hardware.sources")
             numbers = value if isinstance(value, tuple) else (value,)
-            zero_ok = path.startswith("operators.") or path.endswith("_us") or path == "gpu.context_bytes"
-            if not numbers or any(n < 0 or (n == 0 and not zero_ok) for n in numbers):
-                raise ValueError(f"hardware.{path}={value}; it must be positive")
+            zero_ok = path.endswith("_us") or path == "gpu.context_bytes"
+            if not numbers or not all(isfinite(n) and (n > 0 or (n == 0 and zero_ok)) for n in numbers):
+                raise ValueError(f"hardware.{path}={value}; it must be a positive number")
             is_share = path.endswith(("_share", "hbm_efficiency")) or path.startswith("link.duplex")
             if is_share and any(n > 1 for n in numbers):
                 raise ValueError(f"hardware.{path}={value}; a share lies between 0 and 1")

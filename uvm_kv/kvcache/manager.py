@@ -37,8 +37,13 @@ class BlockTable:
 
 
 class KVUsage(NamedTuple):
-    """Bytes of KV memory. reserved = used + lost_inside; lost_outside is free but too scattered to be allocated."""
+    """Bytes of KV memory.
 
+    reserved is what the allocation scheme has taken for sequences: used + lost_inside. claimed is what admission holds
+    for them beyond that too; lost_outside is free but too scattered to be allocated.
+    """
+
+    claimed: int
     reserved: int
     used: int
     lost_inside: int
@@ -144,7 +149,8 @@ class KVCacheManager:
         claim, num_host = table.device_claim + table.host_claim, len(table.blocks) - table.num_device
         new: list[int] = []
         for count in range(len(table.blocks) + 1, target + 1):
-            due = max(count * table.host_claim // claim, count - table.device_claim)
+            # Rounded to nearest: rounding down would leave short claims' host blocks to the very end.
+            due = max((2 * count * table.host_claim + claim) // (2 * claim), count - table.device_claim)
             taken = self.pool.allocate(Tier.HOST if due > num_host else Tier.DEVICE, 1)
             assert taken is not None, "a claimed block is missing"
             num_host += due > num_host
@@ -197,9 +203,6 @@ class KVCacheManager:
         self._swapped[request_id] = self._tables.pop(request_id)
         return old, host
 
-    def num_swapped_blocks(self, request_id: int) -> int:
-        return len(self._swapped[request_id].blocks)
-
     def swap_in(self, request_id: int, device_claim: int) -> tuple[list[int], list[int]] | None:
         """Bring a swapped table back: (host blocks, device blocks), None without room."""
         table = self._swapped[request_id]
@@ -217,18 +220,15 @@ class KVCacheManager:
         self._tables[request_id] = self._swapped.pop(request_id)
         return old, list(device)
 
-    def num_lost_outside(self) -> int:
-        """Free blocks too scattered for a request like the last admitted one; 0 when paged."""
-        if not self.pool.contiguous:
-            return 0
-        return sum(self.pool.num_unusable(tier, self._last_request) for tier in Tier)
-
     def usage(self, num_tokens: int) -> KVUsage:
         """`num_tokens`: tokens that hold KV, over all sequences that have a table or are swapped out."""
         block_bytes = self.spec.block_bytes
-        reserved = (self._claimed[Tier.DEVICE] + self._claimed[Tier.HOST]) * block_bytes
+        claimed = (self._claimed[Tier.DEVICE] + self._claimed[Tier.HOST]) * block_bytes
+        free = self.pool.num_free(Tier.DEVICE) + self.pool.num_free(Tier.HOST)
+        reserved = (sum(self.capacity) - free) * block_bytes
         used = num_tokens * self.spec.token_bytes
-        return KVUsage(reserved, used, reserved - used, self.num_lost_outside() * block_bytes)
+        outside = sum(self.pool.num_unusable(tier, self._last_request) for tier in Tier)
+        return KVUsage(claimed, reserved, used, reserved - used, outside * block_bytes)
 
     def check_integrity(self) -> None:
         """Every block of every table is held once, counted, and in the tier that the table says."""

@@ -73,27 +73,35 @@ class BandwidthBalanced(PlacementPolicy):
         return int(layer_s * roofline.profile.link.h2d_bytes_per_s / spec.layer_block_bytes)
 
     def place(self, view: PlacementView, num_blocks: int, *, admitting: bool) -> Share | None:
-        alone = view.num_running + admitting <= 1
+        share = self._split(view, num_blocks, self._link_bound(view))
+        if share is not None and (share.host == 0 or self._pays(view, share, admitting)):
+            return share
+        # Without the link: all on the device, with the staging of the host blocks there are held back.
+        alone = Share(num_blocks, 0)
+        if self._split(view, num_blocks, 0) == alone:
+            return alone
+        if view.num_running + admitting <= 1:  # What runs alone, slowly, beats what never runs.
+            return self._split(view, num_blocks, self.context.capacity.num_host_blocks)
+        return None
+
+    def _split(self, view: PlacementView, num_blocks: int, max_host: int) -> Share | None:
         if self.context.reach is Reach.IN_PLACE:
             share = device_then_host(view, num_blocks)
-        else:
-            max_host = self.context.capacity.num_host_blocks if alone else self._link_bound(view)
-            share = self._copies.place(view, num_blocks, max_host)
-        if share is None or share.host == 0 or alone:
-            return share  # What fits on the card needs no link; what runs alone, slowly, beats what never runs.
+            return share if share is None or share.host <= max_host else None
+        return self._copies.place(view, num_blocks, max_host)
+
+    def _pays(self, view: PlacementView, share: Share, admitting: bool) -> bool:
+        """Whether the link hides every claimed host block, and the predicted throughput rises."""
         block_size = self.context.spec.block_size
         num_seqs = view.num_running + admitting
         num_host = (view.claimed_host + share.host) * block_size
-        num_tokens = max(view.num_context_tokens + num_blocks * block_size, num_host)
+        num_tokens = max(view.num_context_tokens + sum(share) * block_size, num_host)
         after = self._predict(num_seqs, num_tokens, num_host)
-        if not after.hidden:
-            return None
-        if admitting:
-            now = min(view.claimed_host * block_size, view.num_context_tokens)
-            before = self._predict(view.num_running, view.num_context_tokens, now)
-            if num_seqs / after.layer_s <= view.num_running / before.layer_s:
-                return None
-        return share
+        if not after.hidden or not admitting or not view.num_running:
+            return after.hidden
+        now = min(view.claimed_host * block_size, view.num_context_tokens)
+        before = self._predict(view.num_running, view.num_context_tokens, now)
+        return num_seqs / after.layer_s > view.num_running / before.layer_s
 
     def plan(self, view: PlacementView) -> tuple[MemoryOp, ...]:
         blocks = view.host_blocks

@@ -54,12 +54,6 @@ class PlacementContext:
     num_layers_ahead: int = 2
     reach: Reach = Reach.BOTH
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_layers_ahead < self.spec.num_layers - 1:
-            raise ValueError(
-                f"placement.num_layers_ahead={self.num_layers_ahead}; allowed is 1 to {self.spec.num_layers - 2}"
-            )
-
 
 class PlacementPolicy(ABC):
     """Deterministic; may remember what it planned, never what time it is."""
@@ -102,6 +96,11 @@ class CopyAhead:
     """
 
     def __init__(self, context: PlacementContext) -> None:
+        if not 1 <= context.num_layers_ahead < context.spec.num_layers - 1:
+            raise ValueError(
+                f"placement.num_layers_ahead={context.num_layers_ahead}; copying ahead in a model of "
+                f"{context.spec.num_layers} layers takes 1 to {context.spec.num_layers - 2}"
+            )
         self._num_layers = context.spec.num_layers
         self._lead = context.num_layers_ahead
         self._num_device = context.capacity.num_device_blocks

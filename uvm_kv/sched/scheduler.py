@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from uvm_kv.kvcache.manager import KVCacheManager
 from uvm_kv.kvcache.ops import MemoryOp, OpKind
@@ -37,11 +37,6 @@ class SchedulerConfig:
     """Share of the device blocks that optimistic admission leaves free, so that growth does not preempt at once."""
     reserve_tokens: int | None = None
     """Tokens that every request claims whatever its length (reserve_max); None: prompt plus output."""
-
-
-class Preemptions(NamedTuple):
-    recompute: int
-    swap: int
 
 
 class Scheduler:
@@ -360,10 +355,6 @@ class Scheduler:
                 request.status = Status.FINISHED
             self.running = [r for r in self.running if r.status is Status.RUNNING]
         return finished
-
-    @property
-    def preemptions(self) -> Preemptions:
-        return Preemptions(self.num_recomputed, self.num_swapped_out)
 
     def check_integrity(self) -> None:
         """Every sequence is in exactly one queue, holds exactly the blocks its tokens need, and nothing leaks."""

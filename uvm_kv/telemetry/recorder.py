@@ -6,6 +6,7 @@ from array import array
 
 import numpy as np
 
+from uvm_kv.kvcache.manager import KVUsage
 from uvm_kv.kvcache.ops import MemoryCounters
 from uvm_kv.sched.plan import StepOutput, StepPlan
 from uvm_kv.sched.request import Request
@@ -24,10 +25,9 @@ STEP_COLUMNS = (
     "num_swapped",
     "num_scheduled_tokens",
     "num_output_tokens",
-    "kv_tokens",
     "claimed_device_blocks",
     "claimed_host_blocks",
-    "lost_outside_blocks",
+    *(f"kv_{name}_bytes" for name in KVUsage._fields),
     "preemptions_recompute",
     "preemptions_swap",
     *MemoryCounters._fields,
@@ -83,10 +83,9 @@ class Recorder:
                 len(scheduler.swapped),
                 scheduler.num_scheduled_tokens,
                 scheduler.num_sampled,
-                scheduler.num_context_tokens + scheduler.num_swapped_tokens,
                 kv.claimed(Tier.DEVICE),
                 kv.claimed(Tier.HOST),
-                kv.num_lost_outside(),
+                *kv.usage(scheduler.num_context_tokens + scheduler.num_swapped_tokens),
                 scheduler.num_recomputed,
                 scheduler.num_swapped_out,
                 *counters,

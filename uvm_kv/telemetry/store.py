@@ -15,6 +15,7 @@ import io
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,10 @@ def _json(value: dict[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text())
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable ({error}); delete its run directory and run again") from None
     return value
 
 
@@ -171,7 +175,12 @@ def read_plans(directory: Path) -> Iterator[tuple[StepPlan, StepOutput]]:
     path = directory / "plans.jsonl.gz"
     if not path.is_file():
         raise ValueError(f"replay.path={directory}: it holds no plans.jsonl.gz; record one with record_plans=true")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            plan, output = json.loads(line)
-            yield StepPlan.from_json(plan), StepOutput.from_json(output)
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                plan, output = json.loads(line)
+                yield StepPlan.from_json(plan), StepOutput.from_json(output)
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}, line {number}: not a recorded step ({error}); record the run again") from None

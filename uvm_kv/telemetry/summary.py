@@ -7,19 +7,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from uvm_kv.kvcache.manager import KVUsage
 from uvm_kv.kvcache.ops import MemoryCounters
-from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.telemetry.energy import PowerModel, energy_j
 from uvm_kv.telemetry.recorder import Table
 from uvm_kv.types import NS_PER_S
 
 SCHEMA_VERSION = 1
+"""Raised when the columns or the simulated numbers change their meaning: older runs are then not taken for new."""
 PERCENTILES = (50, 90, 99)
 
 
-def summarize(
-    steps: Table, requests: Table, *, spec: KVCacheSpec, power: PowerModel | None, complete: bool
-) -> dict[str, Any]:
+def summarize(steps: Table, requests: Table, *, power: PowerModel | None, complete: bool) -> dict[str, Any]:
     """Measured quantities of a run; `complete` is False where max_steps stopped it.
 
     Throughput is taken over the steady window, from the first completion to the last admission; batch and KV means
@@ -44,10 +43,6 @@ def summarize(
     if inside.any():
         weights = weights * inside
     running = _ints(steps, "num_running")
-    claimed = _ints(steps, "claimed_device_blocks") + _ints(steps, "claimed_host_blocks")
-    kv_tokens, lost_outside = _ints(steps, "kv_tokens"), _ints(steps, "lost_outside_blocks")
-    reserved = _mean(claimed, weights, spec.block_bytes)
-    used = _mean(kv_tokens, weights, spec.token_bytes)
     totals = {name: _total(steps, name) for name in MemoryCounters._fields}
     measured = [i for i, is_measured in enumerate(requests["measured"]) if is_measured]
     stall_s = None if totals["stall_ns"] is None else totals["stall_ns"] / NS_PER_S
@@ -59,7 +54,7 @@ def summarize(
     last = len(end) - 1
     preemptions = {kind: steps[f"preemptions_{kind}"][last] if last >= 0 else 0 for kind in ("recompute", "swap")}
     return {
-        "running_batch_mean": _mean(running, weights, 1),
+        "running_batch_mean": _mean(running, weights),
         "running_batch_max": int(running.max()) if len(running) else 0,
         "num_requests": len(requests["request_id"]),
         "num_measured_requests": len(measured),
@@ -71,12 +66,7 @@ def summarize(
         "output_tokens_per_s_whole_run": num_tokens * NS_PER_S / duration_ns if duration_ns else None,
         "ttft_s": _distribution(_ttft(requests, measured)),
         "tpot_s": _distribution(_tpot(requests, measured)),
-        "kv_bytes_mean": {
-            "reserved": reserved,
-            "used": used,
-            "lost_inside": None if reserved is None or used is None else reserved - used,
-            "lost_outside": _mean(lost_outside, weights, spec.block_bytes),
-        },
+        "kv_bytes_mean": {name: _mean(_ints(steps, f"kv_{name}_bytes"), weights) for name in KVUsage._fields},
         "h2d_bytes": _sum_of(totals, "h2d_"),
         "d2h_bytes": _sum_of(totals, "d2h_"),
         "link_bytes_by_cause": {k: v for k, v in totals.items() if k.startswith(("h2d_", "d2h_"))},
@@ -105,9 +95,9 @@ def _sum_of(totals: dict[str, int | None], prefix: str) -> int | None:
     return None if any(v is None for v in parts) else sum(v or 0 for v in parts)
 
 
-def _mean(values: NDArray[np.int64], weights: NDArray[np.float64], unit: int) -> float | None:
+def _mean(values: NDArray[np.int64], weights: NDArray[np.float64]) -> float | None:
     total = weights.sum()
-    return float((values * weights).sum() / total * unit) if total else None
+    return float((values * weights).sum() / total) if total else None
 
 
 def _steady_window(requests: Table) -> tuple[int, int] | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from uvm_kv.types import NS_PER_S
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+MAX_ARRIVAL_S = 1e9
 PLAIN = ("arrival_s", "prompt_tokens", "output_tokens")
 
 
@@ -71,10 +73,9 @@ def _rows(reader: Iterator[list[str]], path: str) -> Iterator[list[str]]:
 
 
 def _length(text: str, where: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise ValueError(f"{where} is {text!r}; it must be a whole number of tokens") from None
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise ValueError(f"{where} is {text!r}; it must be a whole number of tokens")
+    value = int(text)
     if value < 1:
         raise ValueError(f"{where} is {value}; it must be at least 1 token")
     return value
@@ -83,14 +84,14 @@ def _length(text: str, where: str) -> int:
 def _arrival_ns(text: str, is_timestamp: bool, where: str) -> int:
     try:
         if is_timestamp:
-            # Azure writes 100 ns ticks; datetime reads six digits of a second.
-            whole, _, fraction = text.partition(".")
-            moment = datetime.fromisoformat(whole)
-            seconds = int((moment - datetime(1970, 1, 1)).total_seconds())
-            return seconds * NS_PER_S + (int(fraction.ljust(9, "0")[:9]) if fraction else 0)
+            moment = datetime.fromisoformat(text)  # Azure's 100 ns ticks are cut to microseconds.
+            if moment.tzinfo is None:
+                moment = moment.replace(tzinfo=UTC)
+            since = moment - datetime(1970, 1, 1, tzinfo=UTC)
+            return (since.days * 86_400 + since.seconds) * NS_PER_S + since.microseconds * 1000
         value = float(text)
     except (ValueError, TypeError):
         raise ValueError(f"{where} is {text!r}; it must be a {'date and time' if is_timestamp else 'number'}") from None
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{where} is {text}; it must be at least 0")
+    if not 0 <= value <= MAX_ARRIVAL_S:
+        raise ValueError(f"{where} is {text}; it must lie between 0 and {MAX_ARRIVAL_S:.0e} s")
     return round(value * NS_PER_S)

@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-model test lint format bench clean
+.PHONY: help demo demo-model test test-full lint format bench clean
 
 help:
 	@echo "make demo    the main job: install, sweep batch sizes on a simulated RTX 3090, print the verdict"
 	@echo "make demo-model  a real model, SmolLM2-135M, served on the CPU by the same engine"
 	@echo "make test    install what the tests need and run the whole suite"
+	@echo "make test-full  the same, with every combination of the real model's configurations"
 	@echo "make lint    ruff, types, import contract"
 	@echo "make bench   speed of the simulator and the engine"
 	@echo "make clean   remove .venv and caches; results stay"
@@ -46,6 +47,9 @@ demo-model: .venv/.installed-torch
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n auto
 
+test-full: .venv/.installed-dev
+	$(BIN)/python -m pytest -n auto -m "full or not full"
+
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,6 +62,7 @@ format: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(BIN)/python -m experiments.bench
+	$(BIN)/python -m experiments.bench_model
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -29,6 +29,8 @@ class Event:
     label: str
     directory: str | None = None
     error: str | None = None
+    tracking: dict[str, str] | None = None
+    """Project and mode, where the run is to be mirrored to wandb."""
 
 
 def report_event(event: Event) -> None:

@@ -2,6 +2,7 @@
 
     python -m experiments.run mechanism=pinned_balanced batch_size=24
     python -m experiments.run -m experiment=batch_sweep
+    python -m experiments.run -m experiment=batch_sweep --dry-run      (its jobs, and about how long they take)
 
 A sweep that was stopped goes on where it was: what is complete is skipped. A job that fails does not stop the others.
 """
@@ -26,9 +27,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from experiments.listing import list_jobs
 from experiments.progress import Event, report_event, sweep_log
+from experiments.track import mirror_all
 from uvm_kv.config.build import Job, is_done, jobs_of, run_job
 from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
+from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.runner.replay import PlanMismatch
@@ -39,6 +43,7 @@ ARGV = "UVM_KV_ARGV"
 """Carries the command that was typed into the worker processes."""
 MAIN_PID = "UVM_KV_MAIN_PID"
 SWEEP_FLAGS = {"-m", "--multirun"}
+DRY_RUN = "--dry-run"
 SHOWING_FLAGS = {
     *("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info"),
     *("-sc", "--shell-completion"),
@@ -54,6 +59,8 @@ class Request:
     experiment: str
     results_dir: Path
     num_jobs: int
+    overrides: list[Any]
+    """Parsed, those of the experiment's sweep included."""
 
 
 def preflight(arguments: list[str]) -> Request:
@@ -79,7 +86,7 @@ def preflight(arguments: list[str]) -> Request:
     results_dir = by_key["results_dir"].value() if "results_dir" in by_key else "results/runs"
     folder = Path(str(results_dir))
     _check_writable(folder)
-    return Request(experiment or EXPERIMENT_WITHOUT_FILE, folder, num_jobs)
+    return Request(experiment or EXPERIMENT_WITHOUT_FILE, folder, num_jobs, list(by_key.values()))
 
 
 def _check_writable(folder: Path) -> None:
@@ -118,21 +125,25 @@ def _task(composed: DictConfig) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent hears Ctrl-C and ends its workers.
     try:
         experiment = HydraConfig.get().runtime.choices.get("experiment") or EXPERIMENT_WITHOUT_FILE
+        composed = with_recorded_config(composed, HydraConfig.get().overrides.task)
         jobs = jobs_of(resolve(composed), experiment)
     except Exception as error:
         report_event(Event("failed", label, error=_message(error)))
         return
     for job in jobs:
         name = f"{label} repeat {job.repeat}" if len(jobs) > 1 else label
+        tracking = None
+        if job.resolved.config.tracking.name == "wandb":
+            tracking = {"project": job.resolved.config.tracking.project, "mode": job.resolved.config.tracking.mode}
         if is_done(job):
-            report_event(Event("skipped", name, str(job.directory)))
+            report_event(Event("skipped", name, str(job.directory), tracking=tracking))
             continue
         try:
             _run(job, alone=not _in_sweep())
         except Exception as error:
             report_event(Event("failed", name, str(job.directory), _message(error)))
         else:
-            report_event(Event("done", name, str(job.directory)))
+            report_event(Event("done", name, str(job.directory), tracking=tracking))
 
 
 def _in_sweep() -> bool:
@@ -212,8 +223,11 @@ def main() -> int:
     if shows:
         _task()  # Hydra shows something and ends: --help, --cfg job, --info, --shell-completion ...
         return 0
-    if unknown_flags := set(flags) - SWEEP_FLAGS:
-        print(f"error: {min(unknown_flags)} is not an option; -m sweeps, --help shows the rest", file=sys.stderr)
+    if unknown_flags := set(flags) - SWEEP_FLAGS - {DRY_RUN}:
+        print(
+            f"error: {min(unknown_flags)} is not an option; -m sweeps, --dry-run lists, --help shows the rest",
+            file=sys.stderr,
+        )
         return 2
     arguments = [*flags, *overrides]
     sys.argv[1:] = arguments
@@ -222,6 +236,8 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if DRY_RUN in flags:
+        return list_jobs(request.overrides, request.experiment)
     if not sweep and request.num_jobs > 1:
         print(f"error: {request.num_jobs} jobs are asked for; a sweep needs -m", file=sys.stderr)
         return 2
@@ -239,6 +255,7 @@ def main() -> int:
         )
         return 130
     try:
+        mirror_all(log.events)
         return _print_outcome(request, log.events, sweep=sweep)
     except OSError as error:
         print(f"error: the report cannot be written: {_message(error)}", file=sys.stderr)

@@ -178,18 +178,21 @@ def test_a_recorded_run_replays_to_the_same_numbers(tmp_path: Path) -> None:
     )
     assert run(*base, "workload.arrival=all_at_once", "record_plans=true").returncode == 0
     (recorded,) = completed_runs(tmp_path)
-    replay = ("runner=replay", f"replay.path={recorded}", "workload.arrival=all_at_once")
-    done = run(*base, *replay)
+    replay = ("runner=replay", f"replay.path={recorded}", f"results_dir={tmp_path}")
+    done = run(*replay)
     assert done.returncode == 0, done.stderr
     (replayed,) = (r for r in completed_runs(tmp_path) if r != recorded)
     one, two = (read_json(r / "summary.json") for r in (recorded, replayed))
     assert two["origin"] == "replayed"
     assert one["output_tokens_per_s_whole_run"] == two["output_tokens_per_s_whole_run"]
     assert one["preemptions"] == two["preemptions"] > 0
-    other = run(*base, *replay, "workload.output_tokens=500")
+    other = run(*replay, "workload.output_tokens=500")
     assert other.returncode == 1
     assert "step " in other.stderr
+    assert "recorded " in other.stderr
     assert "Traceback" not in other.stderr
+    refused = run(*replay, "mechanism=device_resident")
+    assert "takes its config from the recording" in refused.stderr
 
 
 def test_the_simulated_path_imports_no_torch(tmp_path: Path) -> None:
@@ -200,3 +203,38 @@ def test_the_simulated_path_imports_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_dry_run_lists_jobs_and_runs_none(tmp_path: Path) -> None:
+    command = ["-m", "batch_size=0,2,4", *QUICK, f"results_dir={tmp_path}"]
+    listed = run("--dry-run", *command)
+    assert listed.returncode == 1
+    assert "3 jobs, 0 runs complete, 1 jobs refused" in listed.stdout
+    assert "batch_size=0; it must be at least 1" in listed.stdout
+    assert completed_runs(tmp_path) == []
+    assert run(*command).returncode == 1
+    assert "3 jobs, 2 runs complete" in run("--dry-run", *command).stdout
+
+
+@pytest.mark.parametrize("flag", ["--config-name=other", "--nonsense"])
+def test_unknown_options_are_refused(flag: str) -> None:
+    refused = run(flag)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: {flag} is not an option")
+
+
+def test_options_may_stand_anywhere(tmp_path: Path) -> None:
+    assert run("batch_size=1,2", "-m", *QUICK, f"results_dir={tmp_path}").returncode == 0
+    assert len(completed_runs(tmp_path)) == 2
+
+
+def test_a_sweep_over_the_link_reports_each_setting(tmp_path: Path) -> None:
+    done = run(
+        "-m", "mechanism=device_resident,pinned_balanced", "hardware.link.h2d_gb_per_s=5,25", "batch_size=4", *QUICK,
+        f"results_dir={tmp_path}",
+    )  # fmt: skip
+    titles = [line for line in done.stdout.splitlines() if line.startswith("Verdict: ")]
+    assert len(titles) == 2
+    assert "hardware.link.h2d_gb_per_s=5.0" in titles[0]
+    assert "hardware.link.h2d_gb_per_s=25.0" in titles[1]
+    assert done.stdout.count("Best point of each mechanism") == 2

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
@@ -26,6 +27,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "managed_demand": ("#D55E00", "--", "X"),
     "managed_by_tier": ("#CC79A7", "--", "*"),
 }
+MAX_SPANS = 300
 _SPARE = ["#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A"]
 
 
@@ -99,6 +101,44 @@ def _panels(axes: Any, part: pd.DataFrame, others: list[str], shown: dict[str, A
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
+
+
+def run_figure(steps: dict[str, list[Any]], title: str) -> Any:
+    """One run over time: batch, KV memory, link traffic and stalls, averaged over equal spans of steps."""
+    observed = {name: np.array(v, float) for name, v in steps.items() if None not in v}
+    spans = np.array_split(np.arange(len(steps["step"])), min(MAX_SPANS, len(steps["step"])))
+    seconds = np.array([observed["end_ns"][s[-1]] for s in spans]) * 1e-9
+    lasted = np.array([observed["end_ns"][s[-1]] - observed["start_ns"][s[0]] for s in spans]) * 1e-9
+
+    def mean(name: str) -> Any:
+        return np.array([observed[name][s].mean() for s in spans])
+
+    def rate(*names: str) -> Any:
+        return sum(np.array([observed[n][s].sum() for s in spans]) for n in names) / lasted
+
+    figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    axes[0].plot(seconds, mean("num_running"), label="running")
+    axes[0].plot(seconds, mean("num_waiting"), label="waiting")
+    axes[0].set_ylabel("sequences")
+    for name in ("claimed", "reserved", "used"):
+        axes[1].plot(seconds, mean(f"kv_{name}_bytes") / 1e9, label=name)
+    axes[1].set_ylabel("KV, GB")
+    for direction in ("h2d", "d2h"):
+        names = [n for n in observed if n.startswith(f"{direction}_")]
+        if names:
+            axes[2].plot(seconds, rate(*names) / 1e9, label=direction)
+    axes[2].set_ylabel("link, GB/s")
+    if "stall_ns" in observed:
+        axes[3].plot(seconds, rate("stall_ns") * 1e-9, label="stall")
+    axes[3].set_ylabel("share of time")
+    axes[3].set_xlabel("seconds")
+    axes[0].set_title(title, fontsize=10, loc="left")
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.set_ylim(bottom=0)
+        if axis.lines:
+            axis.legend(loc="upper right", fontsize=8, frameon=False)
+    return figure
 
 
 def save_figure(figure: Any, stem: Path) -> list[Path]:

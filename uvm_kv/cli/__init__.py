@@ -6,18 +6,44 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
+DEFAULT_RESULTS = Path("results/runs")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="uvm-kv", description="Look at finished runs.")
+    parser = argparse.ArgumentParser(prog="uvm-kv", description="What is around a run: this machine, finished runs.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="what this machine has, what works because of it, and what does not")
+    runs = commands.add_parser("runs", help="list, filter and show finished runs")
+    runs.add_argument("id", nargs="?", help="show this run (the beginning of its id is enough) instead of a list")
+    runs.add_argument(
+        "--folder", type=Path, default=DEFAULT_RESULTS, help=f"where runs are (default: {DEFAULT_RESULTS})"
+    )
+    runs.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="only runs with that summary field; repeatable",
+    )
     report = commands.add_parser("report", help="verdict, tables, figure and HTML page of the runs below a folder")
     report.add_argument("folder", type=Path, help="results/runs/<experiment>, or any folder of run directories")
     report.add_argument("--out", type=Path, help="where to write (default: FOLDER/report)")
     arguments = parser.parse_args(argv)
     try:
-        _report(arguments.folder, arguments.out or arguments.folder / "report")
+        # Imported by need: pandas and matplotlib take a second that --help need not wait for.
+        if arguments.command == "doctor":
+            from uvm_kv.cli.doctor import doctor
+
+            print("\n".join(doctor()))
+        elif arguments.command == "runs":
+            from uvm_kv.cli.runs import list_runs, show_run
+
+            if arguments.id is None:
+                list_runs(arguments.folder, arguments.where)
+            else:
+                show_run(arguments.folder, arguments.id)
+        else:
+            _report(arguments.folder, arguments.out or arguments.folder / "report")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -25,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(folder: Path, out: Path) -> None:
-    # Imported here: pandas and matplotlib take a second that --help need not wait for.
+    from rich.console import Console
+
     from uvm_kv.analysis.load import find_runs
     from uvm_kv.analysis.report import write_report
     from uvm_kv.analysis.terminal import print_report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from uvm_kv.telemetry.provenance import manifest
 from uvm_kv.telemetry.recorder import Recorder
 from uvm_kv.telemetry.store import is_complete, read_plans, run_id, write_run
 from uvm_kv.telemetry.summary import SCHEMA_VERSION, summarize
-from uvm_kv.telemetry.wandb_sink import mirror
 from uvm_kv.types import DTYPE_BYTES, NS_PER_S, Reach
 from uvm_kv.workload.lengths import Lengths, mean_lengths
 from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, WithTokens, all_at_once, poisson
@@ -297,16 +295,6 @@ def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], Non
         outputs=None if serving is None else outputs(recorder.finished, serving.tokenizer),
         replace=config.rerun,
     )
-    if config.tracking.name == "wandb":
-        problem = mirror(
-            job.directory,
-            project=config.tracking.project,
-            mode=config.tracking.mode,
-            experiment=job.directory.parent.name,
-            config=resolved.determining(),
-        )
-        if problem is not None:
-            print(f"warning: {problem}", file=sys.stderr)
     return summary
 
 

@@ -138,7 +138,7 @@ def resolve(composed: DictConfig) -> Resolved:
     _check_mechanism(config)
     _check_runner(config)
     profile = build_profile(config.hardware)
-    folder = model_folder(config) if config.runner == "cpu" else None
+    folder = model_folder(config) if "cpu" in (config.runner, config.replay.recorded_runner) else None
     model = build_model(config.model, folder)
     memory = MemoryKind(config.memory.kind)
     check_served(config.placement.name, memory)

@@ -160,6 +160,7 @@ class SamplingSchema:
 @dataclass
 class ReplaySchema:
     path: str | None = None
+    recorded_runner: str | None = None
 
 
 @dataclass

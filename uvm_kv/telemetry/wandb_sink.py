@@ -1,4 +1,9 @@
-"""Mirror a finished run directory to Weights & Biases. The directory stays the record, a dashboard is no source."""
+"""Mirror finished run directories to Weights & Biases. The directory stays the record, a dashboard is no source.
+
+One wandb run a run directory, under the same id, grouped by experiment: resolved config, step series, summary, figure,
+and the directory as an artifact. It happens after the runs, so it slows none of them; offline it needs neither network
+nor account.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +19,15 @@ MAX_POINTS = 500
 """Points of a step series: longer ones are averaged over equal spans of steps."""
 
 
-def mirror(directory: Path, *, project: str, mode: str, experiment: str, config: dict[str, Any]) -> str | None:
-    """Send config, step series and summary of a run; None, or why it could not be done. Never raises: tracking must
-    not fail a run that is already finished."""
+def is_mirrored(directory: Path) -> bool:
+    """Whether an offline mirror of the run lies beside it."""
+    return any((directory.parent / "wandb").glob(f"*run-*-{directory.name}"))
+
+
+def mirror(
+    directory: Path, *, project: str, mode: str, config: dict[str, Any], figure: Path | None = None
+) -> str | None:
+    """Send a run; None, or why it could not be done. Never raises: tracking must not fail what is already finished."""
     try:
         import wandb
 
@@ -25,7 +36,7 @@ def mirror(directory: Path, *, project: str, mode: str, experiment: str, config:
             mode=mode,  # type: ignore[arg-type]
             id=directory.name,
             name=directory.name,
-            group=experiment,
+            group=directory.parent.name,
             config=config,
             dir=str(directory.parent),
             reinit="finish_previous",
@@ -33,7 +44,12 @@ def mirror(directory: Path, *, project: str, mode: str, experiment: str, config:
         )
         for row in step_series(read_table(directory, "steps")):
             run.log(row)
+        if figure is not None:
+            run.log({"figure": wandb.Image(str(figure))})
         run.summary.update(read_json(directory / "summary.json"))
+        artifact = wandb.Artifact(f"run-{directory.name}", type="run-directory")
+        artifact.add_dir(str(directory))
+        run.log_artifact(artifact)
         run.finish()
     except Exception as error:  # Whatever a tracker may raise.
         return f"tracking=wandb failed for {directory.name}: {error}"

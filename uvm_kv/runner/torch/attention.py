@@ -19,9 +19,26 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from uvm_kv.runner.torch.kv_store import BlockIndex, KVStore, SlotIndex
 
 NAME = "uvm_kv_paged"
-HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_bias"}
-"""Keywords that do not change what we compute; those of `REFUSED` do, and the rest must be None."""
-REFUSED = {"softcap": "attention logit soft-capping", "s_aux": "attention sinks", "head_mask": "head masks"}
+HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "is_causal",
+    "sliding_window",
+}
+"""Keywords that do not change what we compute, or that `check_keywords` looks into; the rest must be None."""
+REFUSED = {
+    "softcap": "attention logit soft-capping",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "head_mask": "head masks",
+    "position_bias": "position biases",
+}
+"""What some of the rest mean."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +71,10 @@ class StepContext:
     """Carries out the memory ops that are issued before a layer."""
     max_tokens: int
     """Longest sequence of the run: a sliding window at least as long changes nothing."""
-    num_calls: int = 0
-    seen: list[int] = field(default_factory=list)
+    probing: bool = False
+    """The forward at load, which also looks at the masks that the model asks for."""
+    calls: list[int] = field(default_factory=list)
+    """Layers whose attention has run."""
 
 
 _current: StepContext | None = None
@@ -77,21 +96,54 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _no_mask)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Masks are ours: a mask over packed rows would be tokens squared."""
+def _no_mask(*_: Any, mask_function: Callable[..., Tensor], local_size: int | None = None, **__: Any) -> Any:
+    """Masks are ours: a mask over packed rows would be tokens squared. At the probe, a mask that is not causal over the
+    longest sequence is an error, which the layer that is given it raises; some models build masks that no layer uses.
+    """
+    step = _current
+    if step is None or not step.probing:
+        return None
+    zero, positions = torch.tensor(0), torch.arange(step.max_tokens)
+    if not mask_function(zero, zero, positions[-1], positions).all():
+        return _window_error(local_size, step.max_tokens)
+    if mask_function(zero, zero, positions[0], positions[1:]).any():
+        return ValueError("the model attends to later tokens too; uvm-kv serves causal models")
+    return None
+
+
+def _window_error(window: int | None, max_tokens: int) -> ValueError:
+    if window is None:
+        return ValueError("the model masks out a part of the context, which uvm-kv does not serve")
+    return ValueError(
+        f"the model attends to a sliding window of {window} tokens, shorter than the longest sequence of "
+        f"{max_tokens}; shorten the requests and set max_model_len={window}"
+    )
+
+
+def check_positions(config: Any, max_tokens: int) -> None:
+    """ValueError for rotary embeddings that depend on the longest sequence of a step, hence on the batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
+            limit = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+            if max_tokens > limit:
+                raise ValueError(
+                    f"the model's {parameters['rope_type']} rotary embedding changes beyond {limit} tokens, and the "
+                    f"longest sequence has {max_tokens}; shorten the requests and set max_model_len={limit}"
+                )
 
 
 def check_keywords(keywords: dict[str, Any], max_tokens: int) -> None:
     """ValueError for what would change the result and is not served."""
-    for name, meaning in REFUSED.items():
-        if keywords.get(name) is not None:
+    for name, value in keywords.items():
+        if value is not None and name not in HARMLESS:
+            meaning = REFUSED.get(name, "an attention keyword unknown here")
             raise ValueError(f"the model uses {meaning} ({name}), which uvm-kv does not serve")
+    if keywords.get("is_causal") is False:
+        raise ValueError("the model attends to later tokens too (is_causal=False); uvm-kv serves causal models")
     window = keywords.get("sliding_window")
     if window is not None and window < max_tokens:
-        raise ValueError(
-            f"the model attends to a sliding window of {window} tokens, shorter than the longest sequence of "
-            f"{max_tokens}; shorten the requests, or set max_model_len={window}"
-        )
+        raise _window_error(window, max_tokens)
 
 
 def paged_attention(
@@ -99,7 +151,7 @@ def paged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -108,11 +160,13 @@ def paged_attention(
     """query [1, head, token, dim], key and value [1, kv_head, token, dim] -> ([1, token, head, dim], None)."""
     step = _current
     assert step is not None, "paged attention is called outside a step"
+    if isinstance(attention_mask, ValueError):
+        raise attention_mask
     assert attention_mask is None, "the packed row has no mask of its own"
     assert not dropout, "serving has no dropout"
     check_keywords(keywords, step.max_tokens)
     layer: int = module.layer_idx
-    step.num_calls += 1
+    step.calls.append(layer)
     step.before_layer(layer)
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     step.store.write(layer, step.slots, key, value)

@@ -26,7 +26,8 @@ class KVStore:
         self.spec = spec
         self.num_device = sum(capacity) if managed else capacity.num_device_blocks
         num_host = self.num_device if managed else capacity.num_host_blocks
-        self._device = self._slab(self.num_device, dtype)
+        # At least one block: rows that a host block will fill are first gathered from device block 0.
+        self._device = self._slab(max(1, self.num_device), dtype)
         self._host = self._slab(num_host, dtype)
         self._evicted = torch.zeros(spec.num_layers, self.num_device, dtype=torch.bool) if managed else None
         self._any_evicted = False
@@ -54,6 +55,10 @@ class KVStore:
         for block in blocks:
             slab, index = self._locate(block)
             slab[:, index] = torch.nan
+        self._bring_back_empty(blocks)
+
+    def _bring_back_empty(self, blocks: Sequence[int]) -> None:
+        """Managed memory: chunks are evicted with their free blocks, whose content is nobody's."""
         if self._evicted is not None and blocks:
             self._host[:, list(blocks)] = torch.nan
             self._evicted[:, list(blocks)] = False
@@ -63,6 +68,7 @@ class KVStore:
         for block in blocks:
             slab, index = self._locate(block)
             slab[:, index] = 0
+        self._bring_back_empty(blocks)
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy blocks to other blocks, of either tier."""
@@ -81,7 +87,7 @@ class KVStore:
         rows, buffer = self._staged.get(layer, ({}, None))
         index = [b - self.num_device for b in blocks]
         copied = self._host[layer, index]
-        first = len(rows)
+        first = 0 if buffer is None else len(buffer)
         rows = rows | {block: first + i for i, block in enumerate(blocks)}
         self._staged[layer] = (rows, copied if buffer is None else torch.cat((buffer, copied)))
 

@@ -43,7 +43,7 @@ def materialize(path: Path) -> Path:
     """A Hugging Face folder for `path`: itself, or a GGUF file dequantized once into the cache folder."""
     if path.is_dir():
         return path
-    if path.suffix != ".gguf":
+    if path.suffix != ".gguf" or not path.is_file():
         raise ValueError(f"model.path={path}: give a folder in Hugging Face format or a .gguf file")
     digest = hashlib.sha256(f"{path.name}:{path.stat().st_size}".encode()).hexdigest()[:16]
     folder = cache_folder() / f"{path.stem}-{digest}"
@@ -53,7 +53,7 @@ def materialize(path: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with quiet():
+        with quiet(), refusing(path):
             model = AutoModelForCausalLM.from_pretrained(
                 str(path.parent), gguf_file=path.name, dtype=torch.float32, local_files_only=True
             )
@@ -84,18 +84,37 @@ def quiet() -> Any:
 
 
 def load_model(folder: Path, dtype: str) -> Any:
-    """The model with our attention, in `dtype` (float32, float16, bfloat16)."""
+    """The model with our attention, in `dtype` (float32, float16, bfloat16). ValueError if it cannot be had whole."""
     register()
-    with quiet():
-        try:
-            config = copy.deepcopy(AutoConfig.from_pretrained(str(folder), local_files_only=True))
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), config=config, dtype=getattr(torch, dtype), attn_implementation=NAME, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"model.path={folder} cannot be loaded for serving: {reason}") from None
+    with quiet(), refusing(folder):
+        config = copy.deepcopy(AutoConfig.from_pretrained(str(folder), local_files_only=True))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=NAME,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        # transformers would serve random numbers in their place.
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}")
+        if info["mismatched_keys"]:
+            raise ValueError(f"weights have other shapes than config.json says: {sorted(info['mismatched_keys'])[0]}")
     return model.eval()
+
+
+@contextlib.contextmanager
+def refusing(path: Path) -> Any:
+    """Loaders of others' files raise whatever they like; the user is told which file, and the first line of why."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        if isinstance(error, KeyError) and NAME in reason:
+            reason = "the model's attention is its own and cannot be replaced"
+        raise ValueError(f"model.path={path} cannot be loaded for serving: {reason.splitlines()[0]}") from error
 
 
 def load_tokenizer(folder: Path) -> Any | None:

@@ -14,7 +14,7 @@ from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import MemoryCounters, MemoryOp, OpKind
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.runner.base import ModelRunner
-from uvm_kv.runner.torch.attention import Decodes, Prefill, StepContext, step_context
+from uvm_kv.runner.torch.attention import Decodes, Prefill, StepContext, check_positions, step_context
 from uvm_kv.runner.torch.kv_store import BlockIndex, KVStore, SlotIndex
 from uvm_kv.sched.plan import ScheduledSequence, StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
@@ -67,22 +67,27 @@ class TorchRunner(ModelRunner):
 
     def _probe(self) -> None:
         """One forward must call our attention once per layer: some families ignore the hook, some call it otherwise."""
+        blocks, slots = (
+            BlockIndex(torch.tensor([0]), self._store.num_device),
+            SlotIndex([0], [0], self._store.num_device),
+        )
         context = StepContext(
-            self._store, SlotIndex([0], [0], self._store.num_device), None, [], lambda _: None, self._max_tokens
+            self._store, slots, None, [Prefill(0, 1, 0, blocks)], lambda _: None, self._max_tokens, probing=True
         )
         name = type(self._model).__name__
         self._store.acquire([0])
-        prefill = Prefill(0, 1, 0, BlockIndex(torch.tensor([0]), self._store.num_device))
-        context.prefills.append(prefill)
         with torch.inference_mode(), step_context(context):
             try:
-                self._model(input_ids=torch.tensor([[0]]), position_ids=torch.tensor([[0]]), use_cache=False)
-            except (TypeError, RuntimeError, AttributeError, AssertionError) as error:
+                check_positions(self._model.config, self._max_tokens)
+                self._call([0], [0], [0])
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be served: {error}") from error
+            except (TypeError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
                 raise ValueError(f"{name} cannot be served: a forward with paged attention fails ({error})") from error
         self._store.poison([0])
-        if context.num_calls != self._spec.num_layers:
+        if sorted(context.calls) != list(range(self._spec.num_layers)):
             raise ValueError(
-                f"{name} cannot be served: a forward called paged attention {context.num_calls} times, for "
+                f"{name} cannot be served: a forward called paged attention {len(context.calls)} times, for "
                 f"{self._spec.num_layers} layers; the model has attention of its own"
             )
 
@@ -199,13 +204,19 @@ class TorchRunner(ModelRunner):
             self._max_tokens,
         )
         with step_context(context_of_step):
-            output = self._model(
-                input_ids=torch.tensor([ids]),
-                position_ids=torch.tensor([positions]),
-                use_cache=False,
-                logits_to_keep=torch.tensor(rows, dtype=torch.long),
-            )
-        return output.logits[0], sampled
+            return self._call(ids, positions, rows), sampled
+
+    def _call(self, ids: list[int], positions: list[int], rows: list[int]) -> Tensor:
+        """The model's forward over one packed row; logits of `rows`."""
+        keep = torch.tensor(rows, dtype=torch.long)
+        output = self._model(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.tensor([positions]),
+            use_cache=False,
+            logits_to_keep=keep,
+        )
+        logits: Tensor = output.logits[0]
+        return logits if len(logits) == len(rows) else logits[keep]  # Some models drop the keyword.
 
     def _decode_batch(self, decodes: list[tuple[int, ScheduledSequence]]) -> Decodes:
         size = self._spec.block_size

@@ -1,0 +1,106 @@
+"""SmolLM2 on the CPU: our engine beside transformers' generate and generate_batch, in one process.
+
+    python -m experiments.bench_model [--sizes 1 8 32 64] [--dtypes float32 bfloat16]
+
+Prompts of 64 tokens, 64 new tokens each, greedy, no stop token. `generate` runs one static batch, with its dynamic and
+its static cache; `generate_batch` is transformers' continuous batching. Each figure is the best of several runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from uvm_kv.config.build import build_placement, build_roofline, build_runner, build_scheduler
+from uvm_kv.config.names import CONF_DIR
+from uvm_kv.config.resolve import Resolved, resolve
+from uvm_kv.config.schema import register
+from uvm_kv.engine import Engine
+from uvm_kv.sched.request import Request
+from uvm_kv.telemetry.recorder import Recorder
+from uvm_kv.workload.source import OpenLoop
+
+PROMPT_TOKENS = NEW_TOKENS = 64
+REPEATS = 3
+
+
+def best_rate(run: Callable[[], object], num_tokens: int) -> float:
+    """Tokens per second of the fastest run, after one to warm up."""
+    run()
+    seconds = []
+    for _ in range(REPEATS):
+        clock = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - clock)
+    return num_tokens / min(seconds)
+
+
+def our_job(num_seqs: int, dtype: str) -> Resolved:
+    overrides = ["runner=cpu", "model=smollm2_135m", "mechanism=device_resident", f"batch_size={num_seqs}"]
+    overrides += [f"dtype={dtype}", f"workload.prompt_tokens={PROMPT_TOKENS}", f"workload.output_tokens={NEW_TOKENS}"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return resolve(compose("config", [*overrides, "scheduler.max_num_batched_tokens=4096"]))
+
+
+def serve(job: Resolved, runner: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """All prompts at once through scheduler, engine and runner; the output ids."""
+    requests = [Request(i, len(p), NEW_TOKENS, prompt_ids=tuple(p)) for i, p in enumerate(prompts)]
+    scheduler = build_scheduler(job, build_placement(job, build_roofline(job)))
+    Engine(scheduler, runner, OpenLoop(requests), Recorder()).run()
+    return [r.token_ids for r in requests]
+
+
+def measure(num_seqs: int, dtype: str) -> dict[str, float | None]:
+    """Tokens per second of each way."""
+    # torch lives in runner.torch; what is compared with is transformers' own, asked for by that room.
+    from uvm_kv.runner.torch.reference import Reference
+
+    job = our_job(num_seqs, dtype)
+    assert job.serving is not None
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(5, job.model.vocab_size, (num_seqs, PROMPT_TOKENS)).tolist()
+    total = num_seqs * NEW_TOKENS
+    runner = build_runner(job, build_roofline(job))
+    rates: dict[str, float | None] = {"ours": best_rate(lambda: serve(job, runner, prompts), total)}
+    runner.close()
+    reference = Reference(job.serving.folder, dtype)
+    rates["generate, dynamic cache"] = best_rate(lambda: reference.generate(prompts, NEW_TOKENS), total)
+    rates["generate, static cache"] = best_rate(lambda: reference.generate(prompts, NEW_TOKENS, static=True), total)
+    rates["generate_batch"] = best_rate(lambda: reference.generate_batch(prompts, NEW_TOKENS), total)
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="SmolLM2 on the CPU, ours beside transformers'.")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    arguments = parser.parse_args()
+    register()
+    console = Console(width=120)
+    table = Table(title=f"Tokens per second, {PROMPT_TOKENS} prompt and {NEW_TOKENS} new tokens, on this machine, now")
+    table.add_column("dtype, sequences")
+    names = ("ours", "generate, dynamic cache", "generate, static cache", "generate_batch", "x generate", "x batch")
+    for name in names:
+        table.add_column(name, justify="right")
+    for dtype in arguments.dtypes:
+        for num_seqs in arguments.sizes:
+            rates = measure(num_seqs, dtype)
+            ours = rates["ours"] or 0.0
+            fastest = max(rates["generate, dynamic cache"] or 0.0, rates["generate, static cache"] or 0.0)
+            cells = [f"{rates[n]:.0f}" for n in names[:4]]
+            table.add_row(
+                f"{dtype}, {num_seqs}", *cells, f"{ours / fastest:.2f}", f"{ours / (rates['generate_batch'] or 1):.2f}"
+            )
+            console.print(f"{dtype}, {num_seqs} sequences: done", style="dim")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""--dry-run: the jobs of a command, which of them are complete, and about how long the rest takes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from rich.console import Console
+from rich.progress import Progress
+
+from uvm_kv.config.build import Job, is_done, jobs_of, workload_of
+from uvm_kv.config.names import CONF_DIR
+from uvm_kv.config.resolve import resolve
+from uvm_kv.workload.lengths import mean_lengths
+
+# Rough, of one core of a small server: what `make bench` measures, and the paging of an oversubscribed step.
+JOB_S = 0.25
+STEP_S = 20e-6
+SEQUENCE_S = 0.6e-6
+THRASHING_STEP_S = 0.5e-3
+CPU_TOKENS_PER_S = 100.0
+
+
+def estimate_s(job: Job) -> float:
+    """About how long a job takes on one core."""
+    config, capacity = job.resolved.config, job.resolved.capacity
+    lengths = workload_of(job).lengths
+    prompt, output = mean_lengths(lengths)
+    if config.runner == "cpu":
+        return JOB_S + len(lengths) * (prompt / 10 + output) / CPU_TOKENS_PER_S
+    blocks = max(1, job.resolved.spec.num_blocks(round(prompt + output)))
+    host = capacity.num_host_blocks if config.scheduler.admission == "worst_case" else 0
+    running = max(1, min(config.batch_size, (capacity.num_device_blocks + host) // blocks))
+    steps = len(lengths) * output / running
+    if config.max_steps is not None:
+        steps = min(steps, config.max_steps)
+    thrashes = config.placement.name.startswith("demand") and running * blocks > capacity.num_device_blocks
+    return JOB_S + steps * (STEP_S + running * SEQUENCE_S + (THRASHING_STEP_S if thrashes else 0.0))
+
+
+def list_jobs(overrides: list[Any], experiment: str) -> int:
+    """Print one line a run, and the sum; the exit status: 1 where a job is refused."""
+    console = Console()
+    combinations = BasicSweeper.split_arguments(overrides, None)[0]
+    left = refused = complete = 0.0
+    with (
+        initialize_config_dir(str(CONF_DIR), version_base="1.3"),
+        Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as progress,
+    ):
+        for number, combination in enumerate(progress.track(combinations, description="composing")):
+            name = " ".join(combination) or "(defaults)"
+            try:
+                jobs = jobs_of(resolve(compose("config", list(combination))), experiment)
+            except ValueError as error:
+                refused += 1
+                console.print(f"{number:4d}  refused   {name}: {error}", markup=False, highlight=False, soft_wrap=True)
+                continue
+            for job in jobs:
+                done, seconds = is_done(job), estimate_s(job)
+                complete += done
+                left += 0.0 if done else seconds
+                state = "complete" if done else f"{seconds:6.1f} s"
+                line = f"{number:4d}  {state:8s}  {name}  -> {job.directory.name}"
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    cores = os.cpu_count() or 1
+    console.print(
+        f"{len(combinations)} jobs, {complete:.0f} runs complete, {refused:.0f} jobs refused; about "
+        f"{left / cores:.0f} s left on {cores} cores",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if refused else 0

@@ -1,0 +1,98 @@
+"""The uvm-kv command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import run
+from uvm_kv.cli import main
+from uvm_kv.cli.doctor import doctor
+from uvm_kv.telemetry import provenance
+from uvm_kv.telemetry.store import completed_runs
+
+SMALL = ("workload.prompt_tokens=64", "workload.output_tokens=16")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for mechanism in ("device_resident", "pinned_swap"):
+        run(folder, f"mechanism={mechanism}", "batch_size=2", *SMALL)
+    return folder
+
+
+def test_doctor_says_first_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uvm_kv.cli.doctor.gpu", lambda: None)
+    lines = doctor()
+    assert lines[0] == "no NVIDIA GPU"
+    assert any("no   runner=cuda: no NVIDIA GPU" in line for line in lines)
+    assert any("yes  runner=sim" in line for line in lines)
+
+
+def test_doctor_names_the_gpu_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = {"name": "NVIDIA GeForce RTX 3090", "uuid": "GPU-1", "driver": "595.45"}
+    monkeypatch.setattr("uvm_kv.cli.doctor.gpu", lambda: card)
+    assert doctor()[0].startswith("NVIDIA GeForce RTX 3090, driver 595.45")
+
+
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uvm_kv.cli.doctor.find_spec", lambda _: None)
+    text = "\n".join(doctor())
+    assert "no   runner=cpu: torch and transformers missing: pip install -e '.[torch]'" in text
+    assert "no   tracking=wandb: wandb is missing" in text
+
+
+def test_probes_that_fail_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance.shutil, "which", lambda _: None)
+    provenance.gpu.cache_clear()
+    provenance.git_state.cache_clear()
+    assert provenance.gpu() is None
+    assert provenance.git_state() == {"git_sha": None, "git_dirty": None}
+    monkeypatch.undo()
+    provenance.gpu.cache_clear()
+    provenance.git_state.cache_clear()
+
+
+def test_runs_are_listed_and_filtered(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "--folder", str(results)]) == 0
+    out = capsys.readouterr().out
+    assert "2 runs in" in out
+    for directory in completed_runs(results):
+        assert directory.name in out
+    assert (
+        main(["runs", "--folder", str(results), "--where", "mechanism=pinned_swap", "--where", "offered_batch=2"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "1 runs in" in out
+    assert "pinned_swap" in out
+    assert "device_resident" not in out
+
+
+def test_one_run_is_shown_by_the_beginning_of_its_id(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = completed_runs(results)[0]
+    assert main(["runs", directory.name[:6], "--folder", str(results)]) == 0
+    out = capsys.readouterr().out
+    assert f"run: {directory}" in out
+    assert "git_sha" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["zzz"], "zzz fits 0 runs"),
+        (["--where", "mechanism"], "write FIELD=VALUE"),
+        (["--where", "mechanis=x"], "did you mean mechanism"),
+    ],
+)
+def test_bad_questions_get_an_answer(
+    results: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(["runs", *arguments, "--folder", str(results)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_runs_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "--folder", str(tmp_path)]) == 2
+    assert "no finished run there" in capsys.readouterr().err

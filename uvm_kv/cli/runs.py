@@ -1,0 +1,92 @@
+"""uvm-kv runs: a table of finished runs, or one of them in full."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from uvm_kv.analysis.load import find_runs
+from uvm_kv.analysis.terminal import print_outputs, print_summary
+from uvm_kv.telemetry.store import read_json, read_outputs
+
+COLUMNS = ("id", "mechanism", "batch", "tok/s", "TPOT p99", "model", "workload", "experiment", "origin", "started")
+NUM_WHOLE = 5
+"""The first columns are never cut on a narrow terminal."""
+WIDTH_WHEN_PIPED = 200
+
+
+def list_runs(folder: Path, conditions: list[str]) -> None:
+    """Print the runs below a folder that meet every FIELD=VALUE."""
+    wanted = [_condition(text) for text in conditions]
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for i, name in enumerate(COLUMNS):
+        table.add_column(name, no_wrap=True, min_width=None if i >= NUM_WHOLE else len(name))
+    shown = 0
+    for directory in find_runs(folder):
+        summary = read_json(directory / "summary.json")
+        if all(_matches(summary, field, value) for field, value in wanted):
+            shown += 1
+            table.add_row(*_row(directory, summary))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH_WHEN_PIPED)
+    console.print(table)
+    console.print(f"{shown} runs in {folder}", markup=False, highlight=False)
+
+
+def show_run(folder: Path, run_id: str) -> None:
+    """Print one run; ValueError if the id's beginning fits none or several."""
+    found = [d for d in find_runs(folder) if d.name.startswith(run_id)]
+    if len(found) != 1:
+        names = ", ".join(d.name for d in found[:5]) or "none"
+        raise ValueError(f"{run_id} fits {len(found)} runs in {folder} ({names}); give more of the id")
+    (directory,) = found
+    console = Console()
+    print_summary(read_json(directory / "summary.json"), console)
+    print_outputs(read_outputs(directory), console)
+    manifest = read_json(directory / "manifest.json")
+    for key in ("argv", "started", "duration_s", "git_sha", "git_dirty", "gpu"):
+        value = " ".join(manifest[key]) if key == "argv" else manifest[key]
+        console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"run: {directory}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _condition(text: str) -> tuple[str, str]:
+    field, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--where {text}: write FIELD=VALUE, such as mechanism=pinned_swap")
+    return field, value
+
+
+def _matches(summary: dict[str, Any], field: str, value: str) -> bool:
+    node: Any = summary
+    for part in field.split("."):
+        if not isinstance(node, dict) or part not in node:
+            near = difflib.get_close_matches(field, list(summary), n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"--where {field}={value}: summaries have no field {field}{hint}")
+        node = node[part]
+    return value == (node if isinstance(node, str) else json.dumps(node))
+
+
+def _row(directory: Path, summary: dict[str, Any]) -> list[str]:
+    throughput = summary["output_tokens_per_s"] or summary["output_tokens_per_s_whole_run"]
+    tpot = summary["tpot_s"]["p99"]
+    return [
+        directory.name,
+        summary["mechanism"],
+        str(summary["offered_batch"]),
+        "-" if throughput is None else f"{throughput:.1f}",
+        "-" if tpot is None else f"{tpot * 1e3:.1f} ms",
+        summary["model"],
+        summary["workload"],
+        directory.parent.name,
+        summary["origin"],
+        read_json(directory / "manifest.json")["started"],
+    ]

@@ -61,9 +61,8 @@ def test_runs_are_listed_and_filtered(results: Path, capsys: pytest.CaptureFixtu
     assert "2 runs in" in out
     for directory in completed_runs(results):
         assert directory.name in out
-    assert (
-        main(["runs", "--folder", str(results), "--where", "mechanism=pinned_swap", "--where", "offered_batch=2"]) == 0
-    )
+    both = ["--where", "mechanism=pinned_swap", "--where", "offered_batch=2"]
+    assert main(["runs", "--folder", str(results), *both]) == 0
     out = capsys.readouterr().out
     assert "1 runs in" in out
     assert "pinned_swap" in out

@@ -153,7 +153,7 @@ SWEEPS = ("batch_sweep", "demo")
 
 
 def test_every_experiment_file_is_tested() -> None:
-    """Sweeps below, models in tests/runner/torch/test_serving.py."""
+    """Sweeps below, models in tests/runner/torch_cpu/test_torch_serving.py."""
     assert set(groups()["experiment"]) == {*SWEEPS, "cpu_generate"}
 
 

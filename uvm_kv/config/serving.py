@@ -65,6 +65,11 @@ def prepare(config: ConfigSchema, folder: Path, geometry: ModelGeometry) -> Serv
         path = CONF_DIR.parent / path
     if not path.is_file():
         raise ValueError(f"prompts={config.prompts}: there is no such file")
+    if (workload.arrival == "poisson") != (workload.request_rate is not None):
+        raise ValueError(
+            f"workload.arrival={workload.arrival} with workload.request_rate={workload.request_rate}; a rate in "
+            f"requests per second goes with workload.arrival=poisson, and only with it"
+        )
     tokenizer = load_tokenizer(folder)
     output_tokens = workload.output_tokens or 64
     prompts = read_prompts(

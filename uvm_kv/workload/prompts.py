@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,18 +22,21 @@ def read_prompts(
 
     ValueError names the file and the line of what cannot be used.
     """
-    prompts = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
         raise ValueError(f"prompts={path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
+    prompts = []
+    # Lines end at \n alone: JSON strings may hold what else Unicode calls a line end.
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"prompts={path}, line {number}"
         try:
-            raw: Any = json.loads(line)
-        except json.JSONDecodeError as error:
+            raw: Any = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 ({error})") from None
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
         if not isinstance(raw, dict) or ("prompt" in raw) == ("prompt_ids" in raw):
             raise ValueError(f'{where}: give either {{"prompt": text}} or {{"prompt_ids": [...]}}')
@@ -58,18 +62,19 @@ def _ids(
     raw: dict[str, Any], where: str, encode: Callable[[str], list[int]] | None, vocab_size: int
 ) -> tuple[int, ...]:
     if "prompt" in raw:
-        if not isinstance(raw["prompt"], str):
-            raise ValueError(f"{where}: prompt is {raw['prompt']!r}; it must be text")
+        text = raw["prompt"]
+        if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{where}: prompt is {text!r}; it must be text")
         if encode is None:
             raise ValueError(f"{where}: the model has no tokenizer; give prompt_ids")
-        ids = encode(raw["prompt"])
+        ids = encode(text)
     else:
         ids = raw["prompt_ids"]
         if not isinstance(ids, list) or not all(_is_int(i) for i in ids):
             raise ValueError(f"{where}: prompt_ids is {ids!r}; it must be a list of whole numbers")
-        beyond = [i for i in ids if not 0 <= i < vocab_size]
-        if beyond:
-            raise ValueError(f"{where}: token id {beyond[0]} is not below the vocabulary of {vocab_size}")
+    beyond = [i for i in ids if not 0 <= i < vocab_size]
+    if beyond:
+        raise ValueError(f"{where}: token id {beyond[0]} is not below the vocabulary of {vocab_size}")
     if not ids:
         raise ValueError(f"{where}: the prompt has no token")
     return tuple(ids)

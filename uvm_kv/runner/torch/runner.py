@@ -123,7 +123,7 @@ class TorchRunner(ModelRunner):
         per_layer = self._ops_by_layer(plan)
         with torch.inference_mode():
             logits, sampled = self._forward(plan, per_layer)
-            tokens = [self._sample(i, row) for i, row in zip(sampled, logits, strict=True)]
+            tokens = self._sample(sampled, logits.float())  # bfloat16 has no fast search for the largest.
         for request_id, token in zip(sampled, tokens, strict=True):
             self._sequences[request_id].tokens.append(token)
         return StepOutput(StepTiming(start, self.now_ns()), NOT_OBSERVED, tuple(tokens))
@@ -234,10 +234,21 @@ class TorchRunner(ModelRunner):
             mask[:, None, None, :],
         )
 
-    def _sample(self, request_id: int, logits: Tensor) -> int:
+    def _sample(self, request_ids: list[int], logits: Tensor) -> list[int]:
+        """One token a row of `logits` [row, vocabulary]."""
         if self._on_logits is not None:
-            self._on_logits(request_id, logits)
+            for request_id, row in zip(request_ids, logits, strict=True):
+                self._on_logits(request_id, row)
+        best = logits.argmax(-1)  # NaN counts as the largest.
+        bad = logits.gather(1, best[:, None]).isnan().flatten()
+        if bad.any():
+            raise RuntimeError(
+                f"request {request_ids[int(bad.nonzero()[0])]}: its logits are NaN; its KV was read from where "
+                f"there is none, or {self._model.dtype} is too narrow for this model"
+            )
         if self._sampling.temperature == 0:
-            return int(logits.argmax())
-        weights = torch.softmax(logits.float() / self._sampling.temperature, -1)
-        return int(torch.multinomial(weights, 1, generator=self._sequences[request_id].generator))
+            tokens: list[int] = best.tolist()
+            return tokens
+        weights = torch.softmax(logits / self._sampling.temperature, -1)
+        generators = [self._sequences[request_id].generator for request_id in request_ids]
+        return [int(torch.multinomial(w, 1, generator=g)) for w, g in zip(weights, generators, strict=True)]

@@ -31,6 +31,7 @@ from uvm_kv.runner.base import ModelRunner
 from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
 from uvm_kv.telemetry.recorder import Recorder
+from uvm_kv.types import GIB
 from uvm_kv.workload.lengths import Lengths
 from uvm_kv.workload.source import all_at_once
 
@@ -115,6 +116,20 @@ def fresh_process() -> tuple[float, float]:
     return start_up, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
 
 
+def managed_memory_mb() -> float:
+    """Peak megabytes of a process that thrashes over 64 GiB of managed memory."""
+    code = (
+        "import resource, numpy as np\n"
+        "from uvm_kv.runner.sim.uvm.block import FULL, Access\n"
+        "from uvm_kv.runner.sim.uvm.driver import UvmDriver\n"
+        "driver = UvmDriver(32768, 4096)\n"
+        "for _ in range(3): driver.do(range(32768), Access(FULL, True, 5))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return int(done.stdout) / 1e3
+
+
 def demo_sweep() -> float:
     with tempfile.TemporaryDirectory() as folder:
         clock = time.perf_counter()
@@ -135,17 +150,17 @@ def main() -> None:
             job = compose_job(f"mechanism={mechanism}", f"batch_size={num_seqs}", size, *lengths)
             rate = 1 / seconds_per_step(job, num_seqs)
             results.append(Result(f"simulated steps, {num_seqs} sequences, {mechanism}", rate, "1/s", target, True))
-    thrash = compose_job(
-        "mechanism=managed_demand",
-        "batch_size=40",
-        "workload.prompt_tokens=768",
-        "workload.output_tokens=512",
-        "memory.device_kv_bytes=8589934592",
-    )
-    rate = 1 / seconds_per_step(thrash, 40, max_steps=400)
-    results.append(
-        Result("simulated steps, 40 sequences of 1,024 tokens, managed_demand thrashing", rate, "1/s", 500, True)
-    )
+    managed = ("mechanism=managed_demand", "batch_size=40", "workload.prompt_tokens=768", "workload.output_tokens=512")
+    size = f"memory.device_kv_bytes={8 * GIB}"
+    for what, layout, num_seqs, target in (
+        ("thrashing", "layer_major", 40, 500),
+        ("thrashing", "block_major", 40, 50),
+        ("resident", "layer_major", 12, 7000),
+    ):
+        rate = 1 / seconds_per_step(compose_job(*managed, size, f"layout={layout}"), num_seqs, max_steps=400)
+        name = f"simulated steps, managed_demand over 8 GiB, {num_seqs} sequences, {layout}, {what}"
+        results.append(Result(name, rate, "1/s", target, True))
+    results.append(Result("peak memory of a run with 64 GiB of managed memory", managed_memory_mb(), "MB", 200, False))
     engine = compose_job(
         "mechanism=device_resident",
         "batch_size=128",

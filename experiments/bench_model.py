@@ -98,7 +98,7 @@ def main() -> None:
             table.add_row(
                 f"{dtype}, {num_seqs}", *cells, f"{ours / fastest:.2f}", f"{ours / (rates['generate_batch'] or 1):.2f}"
             )
-            console.print(f"{dtype}, {num_seqs} sequences: done", style="dim")
+            console.print(f"{dtype}, {num_seqs} sequences: {', '.join(cells)} tokens/s", style="dim")
     console.print(table)
 
 

@@ -18,7 +18,7 @@ from uvm_kv.placement.base import PlacementContext
 from uvm_kv.placement.registry import build_policy
 from uvm_kv.runner.base import ModelRunner
 from uvm_kv.runner.sim import SimRunner
-from uvm_kv.runner.sim.runner import Hints
+from uvm_kv.runner.sim.managed import Hints
 from uvm_kv.sched.batching import Batching, ContinuousBatching
 from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
@@ -48,9 +48,9 @@ def make_profile(link_gb_per_s: float = 25.0) -> HardwareProfile:
     operators = dict.fromkeys(all_work(make_geometry(), 1, 2), OperatorCost(2.0, 0.8, 0.8, 2.0))
     return HardwareProfile(
         "test_card",
-        Gpu(24 << 30, 936.0, 0.9, 71.0, 400_000_000),
+        Gpu(24 << 30, 936.0, 0.9, 71.0, 284.0, 400_000_000),
         Link(link_gb_per_s, link_gb_per_s, 0.9, 0.9, (1.0, 10.0), (1.0, 0.7), 0.95, 6.0, 10.0, 20.0),
-        ManagedDriver(6, 100.0, 50.0),
+        ManagedDriver(5, 80.0, 20.0, 0.05, 0.05, 50.0, 0.5),
         Power(30.0, 350.0, 120.0),
         operators,
         dict.fromkeys(("gpu", "link", "managed", "power", "operators"), "made up for tests"),

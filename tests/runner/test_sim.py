@@ -7,7 +7,8 @@ import pytest
 from tests.helpers import Admission, Preemption, drive, make_context, make_requests, make_scheduler, make_sim
 from uvm_kv.placement.base import PlacementContext
 from uvm_kv.placement.registry import POLICIES
-from uvm_kv.runner.sim.runner import Hints
+from uvm_kv.runner.sim.managed import Hints
+from uvm_kv.runner.sim.uvm.block import PAGE_BYTES
 from uvm_kv.sched.plan import StepOutput, StepPlan
 from uvm_kv.types import CHUNK_BYTES, NS_PER_S, Layout, MemoryKind, Phase
 
@@ -16,13 +17,18 @@ LENGTHS = [(40 + 13 * i % 90, 30 + 17 * i % 80) for i in range(14)]
 
 
 def run(
-    context: PlacementContext, placement: str, *, preemption: Preemption = "none", hints: Hints | None = None
+    context: PlacementContext,
+    placement: str,
+    *,
+    preemption: Preemption = "none",
+    hints: Hints | None = None,
+    lengths: list[tuple[int, int]] = LENGTHS,
 ) -> list[tuple[StepPlan, StepOutput]]:
     admission: Admission = "worst_case" if preemption == "none" else "optimistic"
     scheduler = make_scheduler(
         context, placement=placement, max_num_batched_tokens=96, admission=admission, preemption=preemption
     )
-    return drive(scheduler, make_sim(context, hints), make_requests(LENGTHS))
+    return drive(scheduler, make_sim(context, hints), make_requests(lengths))
 
 
 def column(log: list[tuple[StepPlan, StepOutput]], *names: str) -> list[int]:
@@ -117,23 +123,54 @@ def test_demand_paging_moves_whole_chunks_and_only_beyond_capacity(layout: Layou
     assert sum(column(log, "h2d_fault_bytes", "d2h_eviction_bytes", "evicted_chunks")) == 0
     log = run(make_context(24, 40, memory=MemoryKind.MANAGED, block_size=16, layout=layout), "demand")
     assert sum(column(log, "h2d_fault_bytes")) > 0
-    assert all(num_bytes % CHUNK_BYTES == 0 for num_bytes in column(log, "h2d_fault_bytes"))
-    assert column(log, "d2h_eviction_bytes") == [c * CHUNK_BYTES for c in column(log, "evicted_chunks")]
+    assert all(num_bytes % PAGE_BYTES == 0 for num_bytes in column(log, "h2d_fault_bytes"))
+    for num_bytes, chunks in zip(column(log, "d2h_eviction_bytes"), column(log, "evicted_chunks"), strict=True):
+        assert PAGE_BYTES * chunks <= num_bytes <= CHUNK_BYTES * chunks
     assert sum(column(log, "h2d_fault_bytes")) <= sum(column(log, "d2h_eviction_bytes"))
 
 
-@pytest.mark.parametrize(
-    ("hints", "named"),
-    [
-        (Hints(read_mostly=True), "hints.read_mostly"),
-        (Hints(discard_on_free=True), "hints.discard_on_free"),
-        (Hints(accessed_by=True), "hints.accessed_by"),
-        (Hints(preferred_location="moon"), "hints.preferred_location=moon"),
-    ],
-)
-def test_hints_that_are_not_modelled_are_refused(hints: Hints, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        make_sim(make_context(24, 24, memory=MemoryKind.MANAGED, block_size=16), hints)
+def managed_totals(hints: Hints, layout: Layout = Layout.LAYER_MAJOR) -> dict[str, int]:
+    """Counters of a decode that needs 2.7 times the device tier."""
+    context = make_context(24, 40, memory=MemoryKind.MANAGED, block_size=16, layout=layout)
+    log = run(context, "demand", hints=hints)
+    return {name: sum(getattr(output.counters, name) for _, output in log) for name in log[0][1].counters._fields} | {
+        "end_ns": log[-1][1].timing.end_ns
+    }
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_hints_do_what_they_are_named_for(layout: Layout) -> None:
+    none = managed_totals(Hints(), layout)
+    assert none["d2h_eviction_bytes"] and none["h2d_fault_bytes"] and not none["h2d_remote_read_bytes"]
+    # KV is read far more often than written: read-duplicated, it need not be copied back.
+    duplicated = managed_totals(Hints(read_mostly=True), layout)
+    assert duplicated["d2h_eviction_bytes"] < none["d2h_eviction_bytes"] / 2
+    assert duplicated["h2d_fault_bytes"] > 0
+    # What was evicted is mapped over the link and stays there.
+    remote = managed_totals(Hints(accessed_by=True), layout)
+    assert remote["h2d_fault_bytes"] < none["h2d_fault_bytes"] / 4
+    assert remote["h2d_remote_read_bytes"] > 0
+    assert remote["end_ns"] < none["end_ns"]
+    # Preferring the host, nothing comes to the device: its KV is read over the link, always.
+    host = managed_totals(Hints("host", accessed_by=True), layout)
+    assert host["evicted_chunks"] == host["h2d_fault_bytes"] == 0
+    assert host["h2d_remote_read_bytes"] > remote["h2d_remote_read_bytes"]
+    # Preferring the device migrates like no hint, but populates a chunk at once.
+    device = managed_totals(Hints("device"), layout)
+    assert device["gpu_fault_groups"] < none["gpu_fault_groups"]
+    assert device["evicted_chunks"] >= none["evicted_chunks"] / 2
+
+
+def test_discarding_what_is_freed_saves_the_way_back() -> None:
+    context = make_context(24, 40, memory=MemoryKind.MANAGED, block_size=16)
+    lengths = [(64, 40)] * 30
+    kept, discarded = (run(context, "demand", hints=Hints(discard_on_free=on), lengths=lengths) for on in (False, True))
+    assert 0 < sum(column(discarded, "d2h_eviction_bytes")) < sum(column(kept, "d2h_eviction_bytes"))
+
+
+def test_an_unknown_preferred_location_is_refused() -> None:
+    with pytest.raises(ValueError, match="preferred_location=moon; allowed are none, device, host, by_tier"):
+        make_sim(make_context(24, 24, memory=MemoryKind.MANAGED, block_size=16), Hints(preferred_location="moon"))
 
 
 def test_a_faster_link_never_slows_a_run() -> None:
@@ -141,3 +178,24 @@ def test_a_faster_link_never_slows_a_run() -> None:
     times = [output.timing.end_ns for output in ends]
     assert times == sorted(times, reverse=True)
     assert times[0] > 2 * times[-1]
+
+
+@pytest.mark.parametrize(("layout", "scans"), [(Layout.LAYER_MAJOR, 1), (Layout.BLOCK_MAJOR, 4)])
+def test_demand_paging_scans_the_set_once_a_step_or_once_a_layer(layout: Layout, scans: int) -> None:
+    """Beyond capacity every scan misses on every chunk: one scan a step where chunks hold one layer, one a layer where
+    they hold all four."""
+    context = make_context(16, 64, memory=MemoryKind.MANAGED, block_size=16, layout=layout)
+    # Eight sequences of 5 or 6 blocks, decoding within a block: nothing is touched for the first time.
+    log = run(context, "demand", lengths=[(80, 16)] * 8)
+    decoding = [
+        (plan, output)
+        for plan, output in log
+        if len(plan.scheduled) == 8 and all(s.phase is Phase.DECODE and not s.new_blocks for s in plan.scheduled)
+    ]
+    assert len(decoding) > 4
+    num_chunks = context.spec.num_chunks(8 * 6)
+    for _, output in decoding[1:]:
+        assert output.counters.evicted_chunks == scans * num_chunks
+        assert output.counters.h2d_fault_bytes == output.counters.d2h_eviction_bytes
+    # What moves is what is read: pages of the layer only, not the whole chunk.
+    assert decoding[-1][1].counters.h2d_fault_bytes == pytest.approx(8 * 6 * context.spec.block_bytes, rel=0.35)

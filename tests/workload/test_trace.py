@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from uvm_kv.workload.trace import read_trace
+from uvm_kv.workload.trace import read_trace, write_trace
 
 PLAIN = "arrival_s,prompt_tokens,output_tokens\n"
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -43,6 +43,12 @@ def write(folder: Path, text: str, encoding: str = "utf-8") -> str:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_both_formats_are_read(tmp_path: Path, text: str, rows: list[tuple[int, int, int]], encoding: str) -> None:
     assert [row[1:] for row in read_trace(write(tmp_path, text, encoding))] == rows
+
+
+def test_what_is_written_is_read_to_the_nanosecond(tmp_path: Path) -> None:
+    rows = [(0, 5, 6), (1, 1, 1), (999_999_999, 7, 8), (123_456_789_012_345, 2, 3)]
+    write_trace(tmp_path / "trace.csv", rows)
+    assert [row[1:] for row in read_trace(str(tmp_path / "trace.csv"))] == rows
 
 
 def test_rows_keep_their_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,6 +11,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # pandas and matplotlib, which a single run does without
     from uvm_kv.analysis.report import Report
+    from uvm_kv.analysis.validate import Comparison
+    from uvm_kv.hw.step import StepAnalysis
 
 MAX_WARNINGS = 5
 MAX_OUTPUTS = 16
@@ -95,6 +98,49 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         console.print(f"warning: {text}", markup=False, soft_wrap=True)
 
 
+def print_comparison(title: str, rows: Sequence[Comparison], tolerance: float, console: Console) -> None:
+    """The error table of a validation; with noise where runs were repeated."""
+    from uvm_kv.analysis.validate import METRICS
+
+    console.print(title, style="italic", soft_wrap=True)
+    table = Table(**LOOK)
+    repeated = any(row.noise is not None for row in rows)
+    for name in ("metric", "recorded", "simulated", "error", *(["noise"] if repeated else []), "verdict"):
+        table.add_column(name, justify="left" if name in ("metric", "verdict") else "right", no_wrap=True)
+    for row in rows:
+        sides = (row.recorded, row.simulated)
+        largest = max(value for value in sides if value is not None)
+        cells = [METRICS[row.metric].label, *(_quantity(value, row.unit, largest) for value in sides)]
+        cells.append(_share(row.error, "+"))
+        if repeated:
+            cells.append(_share(row.noise, ""))
+        table.add_row(*cells, row.verdict)
+    console.print(table)
+    noise = "; noise: half the error's 95 % interval over the repeats" if repeated else ""
+    console.print(
+        f"error: simulated / recorded - 1{noise}; SAME: within {tolerance:.0%}; -: not observed, or of 0",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _share(value: float | None, sign: str) -> str:
+    if value is None or value != value:
+        return "-"
+    return f"{value:{sign}.1%}" if abs(value) < 10 else f"{value:{sign}.0%}"
+
+
+def _quantity(value: float | None, unit: str, largest: float) -> str:
+    """With about four digits, in the unit that suits the largest of the row."""
+    if value is None:
+        return "-"
+    if unit == "s":
+        return f"{value:.2f} s" if largest >= 10 else f"{value * 1e3:.4g} ms"
+    if unit == "bytes":
+        return f"{value * 1e-9:.4g} GB" if largest >= 1e8 else f"{value * 1e-6:.4g} MB"
+    return f"{value:.1f} {unit}".rstrip() if largest % 1 else f"{value:.0f} {unit}".rstrip()
+
+
 def print_outputs(outputs: list[dict[str, Any]], console: Console) -> None:
     """The generated text of each request, or its token ids where there is no tokenizer."""
     for row in outputs[:MAX_OUTPUTS]:
@@ -102,6 +148,67 @@ def print_outputs(outputs: list[dict[str, Any]], console: Console) -> None:
         console.print(f"request {row['request_id']}: {text!r}", markup=False, highlight=False, soft_wrap=True)
     if len(outputs) > MAX_OUTPUTS:
         console.print(f"and {len(outputs) - MAX_OUTPUTS} more in outputs.jsonl")
+
+
+def print_roofline(step: StepAnalysis, console: Console) -> None:
+    """One step, operator by operator; operations, bytes and time are of one execution."""
+    bits = step.precision
+    console.print(
+        f"{step.stage.value} of {step.model.name} on {step.profile.name}: batch {step.batch_size}, "
+        f"{step.sequence_length} tokens, w{bits.weight_bits} a{bits.activation_bits} kv{bits.kv_bits}, "
+        f"counting {step.counting.value}",
+        style="italic",
+        soft_wrap=True,
+    )
+    table = Table(**LOOK | {"padding": 0})  # Ten columns in 80 characters.
+    for name in ("operator", "x", "ops", "bytes", "ops/B", "bound", "attainable", "time", "roof", "share"):
+        table.add_column(name, justify="left" if name in ("operator", "bound") else "right", no_wrap=True)
+    for op in step.operators:
+        table.add_row(
+            op.name,
+            str(op.count),
+            si(op.ops),
+            f"{si(op.num_bytes)}B",
+            f"{op.intensity:.3g}" if op.intensity < 1000 else f"{op.intensity:.0f}",
+            op.bound,
+            f"{si(op.attainable_ops_per_s)}/s",
+            f"{si(op.time_s)}s",
+            f"{op.roof_s / op.time_s:.0%}",
+            f"{op.count * op.time_s / step.total_s:.1%}",
+        )
+    console.print(table)
+    console.print("x: times a step; roof: time at the roof over time; share: of the step's time", style="dim")
+    console.print(
+        f"step: {step.total_s * 1e3:.3f} ms, {si(step.total_ops)} operations, {si(step.total_bytes)}B moved",
+        highlight=False,
+    )
+    card = step.profile.gpu.memory_bytes
+    console.print(
+        f"memory: weights {step.weight_bytes / 1e9:.2f} + KV {step.kv_bytes / 1e9:.2f} + activations "
+        f"{step.activation_bytes / 1e9:.2f} GB; needs {step.required_bytes / 1e9:.2f} of {card / 1e9:.2f} GB: "
+        f"{'fits' if step.fits else 'DOES NOT FIT'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for text in step.warnings:
+        console.print(f"warning: {text}", markup=False, soft_wrap=True)
+
+
+def si(value: float) -> str:
+    """Three digits and a decimal prefix: 67.1 M."""
+    for factor, prefix in (
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+        (1, ""),
+        (1e-3, "m"),
+        (1e-6, "u"),
+    ):
+        if value >= factor * 0.9995:
+            return f"{value / factor:.3g} {prefix}"
+    return "0 " if value == 0 else f"{value * 1e9:.3g} n"
 
 
 def _scaled(value: int | None, factor: float) -> float | None:

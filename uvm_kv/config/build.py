@@ -25,7 +25,8 @@ from uvm_kv.placement.registry import build_policy
 from uvm_kv.runner.base import ModelRunner
 from uvm_kv.runner.replay import ReplayRunner
 from uvm_kv.runner.sim import SimRunner
-from uvm_kv.runner.sim.runner import Hints
+from uvm_kv.runner.sim.managed import Hints
+from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
 from uvm_kv.sched.batching import Batching, ContinuousBatching, DynamicBatching, StaticBatching
 from uvm_kv.sched.request import Request
 from uvm_kv.sched.scheduler import Scheduler, SchedulerConfig
@@ -166,7 +167,8 @@ def build_runner(resolved: Resolved, roofline: Roofline, seed: int = 0) -> Model
             sampling=Sampling(config.sampling.temperature, seed),
         )
     hints = Hints(**dataclasses.asdict(config.hints))
-    return SimRunner(roofline, resolved.spec, resolved.capacity, resolved.memory, hints)
+    rules = Rules(Prefetcher(config.driver.prefetcher), config.driver.prefetch_threshold_percent)
+    return SimRunner(roofline, resolved.spec, resolved.capacity, resolved.memory, hints, rules)
 
 
 def check_requests_fit(resolved: Resolved, lengths: list[Lengths]) -> None:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
@@ -72,16 +73,18 @@ def _operators() -> dict[str, set[str]]:
     return {str(name): {f.name for f in fields(OperatorSchema)} for name in names}
 
 
-def check_overrides(overrides: Iterable[Override]) -> None:
-    """ValueError for a group option or key that does not exist, or a value of the wrong type, before Hydra composes."""
-    options = groups()
-    schema = OmegaConf.structured(
-        ConfigSchema(
-            workload=WorkloadSchema(lengths=LengthsSchema()),
-            hardware=HardwareSchema(operators={name: OperatorSchema() for name in _operators()}),
-        )
-    )
+def check_overrides(overrides: Iterable[Override], config: Any = None) -> None:
+    """ValueError for a group option or key that does not exist, or a value of the wrong type, before Hydra composes.
+
+    `config` is an instance of the schema of a command of its own; without it, the main config's.
+    """
+    if config is None:
+        config = ConfigSchema(workload=WorkloadSchema(lengths=LengthsSchema()))
+    if hasattr(config, "hardware"):
+        config.hardware = HardwareSchema(operators={name: OperatorSchema() for name in _operators()})
+    schema = OmegaConf.structured(config)
     keys = _keys(schema)
+    options = {name: values for name, values in groups().items() if name in keys or name == "experiment"}
     for override in overrides:
         key = override.key_or_group
         if key.startswith("hydra") or override.is_force_add():

@@ -1,16 +1,23 @@
-"""The config of a recorded run, for runner=replay: what it was run with, and what the command line changes."""
+"""The config of a recorded run: replayed with what the command line changes, or simulated on the same requests."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from uvm_kv.config.names import groups, parse_overrides
 from uvm_kv.config.schema import ConfigSchema
 
 FROM_COMMAND_LINE = ("runner", "replay.path", "results_dir", "rerun", "tracking", "num_repeats", "record_plans")
+NOT_OF_THE_WORK = ("results_dir", "rerun", "tracking", "num_repeats", "record_plans", "seed")
+"""What recorded runs of one config may differ in."""
+FIXED = ("runner", "replay", "prompts", "sampling", "workload", "experiment", "max_steps", *NOT_OF_THE_WORK)
+"""What cannot be changed when a recording is simulated: it would be other work, or says nothing."""
 
 
 def with_recorded_config(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -20,8 +27,7 @@ def with_recorded_config(composed: DictConfig, overrides: Sequence[str]) -> Dict
     file = Path(composed.replay.path) / "config.yaml"
     if not file.is_file():
         raise ValueError(f"replay.path={composed.replay.path}: it is not a run directory (it has no config.yaml)")
-    recorded = OmegaConf.merge(OmegaConf.structured(ConfigSchema), OmegaConf.load(file))
-    assert isinstance(recorded, DictConfig)
+    recorded = _load(file)
     recorded.replay.recorded_runner = recorded.runner
     for key in FROM_COMMAND_LINE:
         OmegaConf.update(recorded, key, OmegaConf.select(composed, key))
@@ -35,3 +41,81 @@ def with_recorded_config(composed: DictConfig, overrides: Sequence[str]) -> Dict
         if key not in FROM_COMMAND_LINE and not key.startswith("hydra"):
             OmegaConf.update(recorded, key, override.value())
     return recorded
+
+
+def _load(file: Path, *, without_hardware: bool = False) -> DictConfig:
+    """A recorded config.yaml. ValueError where this version knows other keys."""
+    try:
+        tree = OmegaConf.load(file)
+        if without_hardware and isinstance(tree, DictConfig):
+            tree.pop("hardware", None)
+        recorded = OmegaConf.merge(OmegaConf.structured(ConfigSchema), tree)
+    except (OmegaConfBaseException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{file}: not a config of this version ({reason}); record the run again, or give hardware=NAME"
+        ) from None
+    assert isinstance(recorded, DictConfig)
+    return recorded
+
+
+def check_simulable(overrides: Sequence[Override], *, of_run: bool) -> None:
+    """ValueError for an override that would make the simulation serve other work than the recording, or `of_run`, a
+    recorded run directory, be of another config."""
+    for override in overrides:
+        key, text = override.key_or_group, override.input_line
+        if override.is_sweep_override():
+            raise ValueError(f"{text}: one value a key; start it once a value")
+        if key.startswith("hydra") or key.split(".")[0] in FIXED:
+            raise ValueError(f"{text} cannot be given: the simulation serves what was recorded, in a place of its own")
+        if of_run and key in groups() and key != "hardware":
+            raise ValueError(
+                f"{text}: a recorded run directory brings its own config; hardware and single keys can be changed, "
+                f"such as scheduler.watermark=0"
+            )
+
+
+def simulation_of_run(directory: Path, composed: DictConfig, overrides: Sequence[Override], repeat: int) -> DictConfig:
+    """The config that simulates a recorded run: the run's own with the hardware and single keys of the command line.
+    `composed`: those on the defaults. ValueError if the recording's hardware is not of this version."""
+    keys = [override.key_or_group for override in overrides]
+    config = _load(directory / "config.yaml", without_hardware="hardware" in keys)
+    if "hardware" in keys:
+        config.hardware = composed.hardware
+    for override in overrides:
+        if override.key_or_group != "hardware":
+            OmegaConf.update(config, override.key_or_group, override.value())
+    if missing := OmegaConf.missing_keys(config):
+        raise ValueError(
+            f"{directory / 'config.yaml'}: {min(missing)} is missing, as an older version recorded it; give "
+            f"hardware=NAME, or record the run again"
+        )
+    # A repeat is the same as one run with its own seed.
+    config.seed += repeat
+    config.update(runner="sim", prompts=None, num_repeats=1, max_steps=None, record_plans=False)
+    config.replay.update(path=None, recorded_runner=None)
+    config.sampling.temperature = 0.0
+    config.tracking.name = "none"
+    return config
+
+
+def serve_trace(config: DictConfig, trace: Path) -> None:
+    """Make a config serve the requests of a trace file at its times."""
+    config.workload.update(
+        name="trace",
+        path=str(trace),
+        arrival="trace",
+        too_long="error",
+        prompt_tokens=None,
+        output_tokens=None,
+        num_requests=None,
+        request_rate=None,
+        lengths=None,
+    )
+
+
+def work_key(directory: Path) -> str:
+    """Equal for recorded runs of one config: their differences are noise."""
+    tree = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
+    assert isinstance(tree, dict)
+    return json.dumps({k: v for k, v in tree.items() if k not in NOT_OF_THE_WORK}, sort_keys=True)

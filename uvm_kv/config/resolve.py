@@ -26,7 +26,7 @@ from uvm_kv.config.schema import (
 from uvm_kv.config.serving import Serving, model_folder, prepare, tier_bytes
 from uvm_kv.config.workload import build_workload
 from uvm_kv.hw.budget import memory_budget
-from uvm_kv.hw.model import ModelGeometry
+from uvm_kv.hw.model import ModelGeometry, check_dense
 from uvm_kv.hw.profile import Gpu, HardwareProfile, Link, ManagedDriver, OperatorCost, Power
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.spec import KVCacheSpec
@@ -44,6 +44,7 @@ CHOICES = {
     "placement.name": tuple(POLICIES),
     "placement.reach": tuple(Reach),
     "hints.preferred_location": ("none", "device", "host", "by_tier"),
+    "driver.prefetcher": ("tree", "none", "block"),
     "scheduler.name": ("static", "dynamic", "continuous"),
     "scheduler.admission": ("worst_case", "optimistic"),
     "scheduler.preemption": ("none", "recompute", "swap"),
@@ -58,6 +59,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "workload.num_requests": (1, 10_000_000),
     "workload.request_rate": (1e-6, 1e9),
     "sampling.temperature": (0, 100),
+    "driver.prefetch_threshold_percent": (1, 100),
 }
 NOT_DETERMINING = ("results_dir", "tracking", "rerun", "num_repeats")
 """What a run's result does not depend on, hence what its id leaves out."""
@@ -176,6 +178,12 @@ def resolve(composed: DictConfig) -> Resolved:
         # Its unit is the chunk: whole blocks are packed into whole chunks.
         num_device = spec.num_blocks_in_chunks(device_bytes // CHUNK_BYTES)
     capacity = KVCapacity(num_device, host_bytes // spec.block_bytes)
+    if memory is MemoryKind.MANAGED and capacity.num_host_blocks and not config.driver.concurrent_managed_access:
+        raise ValueError(
+            f"driver.concurrent_managed_access=false (Windows, WSL2) with memory.host_kv_bytes={host_bytes}: there the "
+            f"GPU takes no page faults and managed memory cannot exceed the card; use memory.host_kv_bytes=0, or "
+            f"memory=pinned"
+        )
     contiguous = config.allocation != "paged"
     return Resolved(config, profile, model, memory, spec, capacity, account, max_model_len, contiguous, serving)
 
@@ -225,9 +233,12 @@ def build_model(model: ModelSchema, folder: Path | None = None) -> ModelGeometry
         return dataclasses.replace(ModelGeometry.from_hf_config(str(folder)), name=_served_name(model))
     if model.name == "hf" and model.path is None:
         raise ValueError("model=hf needs a model folder in Hugging Face format: model.path=DIR")
-    if model.path is not None:
-        return ModelGeometry.from_hf_config(model.path)
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelGeometry)}
+    if model.path is not None:
+        check_dense(model.path)
+        # model=hf has no counts of its own: what is set there was given by hand, and stands in place of the file's.
+        given = {k: v for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool)}
+        return ModelGeometry.from_hf_config(model.path, **(given if model.name == "hf" else {}))
     unset = [name for name, value in fields.items() if value is None]
     if unset:
         raise ValueError(f"model.{unset[0]} is not set; a model needs it, or model.path of a Hugging Face folder")

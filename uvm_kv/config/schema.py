@@ -18,6 +18,7 @@ class GpuSchema:
     hbm_gb_per_s: float = MISSING
     hbm_efficiency: float = MISSING
     tensor_tflop_per_s: float = MISSING
+    tensor_int8_top_per_s: float = MISSING
     context_bytes: int = MISSING
 
 
@@ -37,9 +38,13 @@ class LinkSchema:
 
 @dataclass
 class ManagedSchema:
-    services_per_chunk: int = MISSING
-    fault_service_us: float = MISSING
+    stream_fault_pages: int = MISSING
+    fault_batch_us: float = MISSING
+    fault_block_us: float = MISSING
+    cpu_mapped_page_us: float = MISSING
+    scattered_page_us: float = MISSING
     evict_fixed_us: float = MISSING
+    prefetch_overlap: float = MISSING
 
 
 @dataclass
@@ -110,6 +115,13 @@ class HintsSchema:
 
 
 @dataclass
+class DriverSchema:
+    prefetcher: str = "tree"
+    prefetch_threshold_percent: int = 51
+    concurrent_managed_access: bool = True
+
+
+@dataclass
 class SchedulerSchema:
     name: str = MISSING
     max_num_batched_tokens: int = 2048
@@ -171,6 +183,7 @@ class ConfigSchema:
     memory: MemorySchema = field(default_factory=MemorySchema)
     placement: PlacementSchema = field(default_factory=PlacementSchema)
     hints: HintsSchema = field(default_factory=HintsSchema)
+    driver: DriverSchema = field(default_factory=DriverSchema)
     scheduler: SchedulerSchema = field(default_factory=SchedulerSchema)
     workload: WorkloadSchema = field(default_factory=WorkloadSchema)
     tracking: TrackingSchema = field(default_factory=TrackingSchema)
@@ -190,6 +203,48 @@ class ConfigSchema:
     record_plans: bool = False
     results_dir: str = "results/runs"
     rerun: bool = False
+
+
+@dataclass
+class RooflineSchema:
+    hardware: HardwareSchema = field(default_factory=HardwareSchema)
+    model: ModelSchema = field(default_factory=ModelSchema)
+    stage: str = MISSING
+    batch_size: int = MISSING
+    sequence_length: int = MISSING
+    weight_bits: int = MISSING
+    activation_bits: int = MISSING
+    kv_bits: int = MISSING
+    counting: str = MISSING
+    json: bool = MISSING
+    figure: bool = MISSING
+    figure_dir: str = MISSING
+
+
+@dataclass
+class UvmReplaySchema:
+    hardware: HardwareSchema = field(default_factory=HardwareSchema)
+    capacity_bytes: int = MISSING
+    working_set_ratio: float = MISSING
+    passes: list[str] = MISSING
+    prefetcher: str = MISSING
+    prefetch_threshold_percent: int = MISSING
+    access: str = MISSING
+    operation: str = MISSING
+    advice: str = MISSING
+    initial_location: str = MISSING
+    concurrent_managed_access: bool = MISSING
+    seed: int = MISSING
+    json: bool = MISSING
+
+
+@dataclass
+class CalibrateSchema:
+    curves: str | None = None
+    name: str | None = None
+    base: str = MISSING
+    output: str | None = None
+    force: bool = MISSING
 
 
 def register() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from uvm_kv.hw.counting import Precision, Work, attention_work, embedding_work, head_work, operator_work
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import OperatorCost
-from uvm_kv.hw.roofline import attention_work, operator_work
 
 KNEES = (1.0, 2.0, 4.0)
 
@@ -27,15 +27,15 @@ def read_operator_table(path: Path) -> dict[str, dict[int, float]]:
     return dict(table)
 
 
-def all_work(model: ModelGeometry, num_tokens: int, dtype_bytes: int) -> dict[str, tuple[float, float]]:
+def all_work(model: ModelGeometry, num_tokens: int, dtype_bytes: int) -> dict[str, Work]:
     """Work of every operator of the table, the ones outside the layers included."""
-    h, v, b, n = model.hidden_size, model.vocab_size, dtype_bytes, num_tokens
-    return operator_work(model, n, b) | {
-        "attn": attention_work(model, n, 0, b),
-        "embedding": (0.0, 2.0 * b * h * n),
-        "final_layernorm": (7.0 * h * n, 2.0 * b * h * n),
-        "lm_head": (2.0 * h * v * n, float(b * (h * v + n * (h + v)))),
-    }
+    precision = Precision.of_bytes(dtype_bytes)
+    return (
+        operator_work(model, num_tokens, precision)
+        | {"attn": attention_work(model, num_tokens, 0, precision)}
+        | {"embedding": embedding_work(model, num_tokens, precision)}
+        | head_work(model, num_tokens, precision)
+    )
 
 
 def fit_operators(

@@ -15,6 +15,8 @@ class Gpu:
     """Share of `hbm_gb_per_s` that streaming reads reach; decode attention and staged copies run at this rate."""
     tensor_tflop_per_s: float
     """Dense half-precision peak with float32 accumulation."""
+    tensor_int8_top_per_s: float
+    """Dense int8 peak."""
     context_bytes: int
     """CUDA context and libraries, taken before anything is allocated."""
 
@@ -60,12 +62,22 @@ class Link:
 
 @dataclass(frozen=True)
 class ManagedDriver:
-    """Costs of the Unified-Memory driver per 2 MiB chunk."""
+    """Costs of the Unified-Memory driver, and how many faults a streaming kernel has in flight."""
 
-    services_per_chunk: int
-    """Fault services until the tree prefetcher has brought a sequentially read chunk in."""
-    fault_service_us: float
+    stream_fault_pages: int
+    """Pages of 4 KiB that fault together while a kernel streams through memory."""
+    fault_batch_us: float
+    """A batch of faults: interrupt, fetch, flush, replay."""
+    fault_block_us: float
+    """A block of 2 MiB served within a batch, besides its copy."""
+    cpu_mapped_page_us: float
+    """A page that the CPU had mapped, when it first leaves: its mapping is torn down."""
+    scattered_page_us: float
+    """A page that is copied from a block of which the CPU holds no single 2 MiB chunk: one copy method each."""
     evict_fixed_us: float
+    """An evicted chunk, besides its copy."""
+    prefetch_overlap: float
+    """Share of the shorter direction that overlaps with the longer one when a prefetch evicts."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class HardwareProfile:
             zero_ok = path.endswith("_us") or path == "gpu.context_bytes"
             if not numbers or not all(isfinite(n) and (n > 0 or (n == 0 and zero_ok)) for n in numbers):
                 raise ValueError(f"hardware.{path}={value}; it must be a positive number")
-            is_share = path.endswith(("_share", "hbm_efficiency")) or path.startswith("link.duplex")
+            is_share = path.endswith(("_share", "hbm_efficiency", "_overlap")) or path.startswith("link.duplex")
             if is_share and any(n > 1 for n in numbers):
                 raise ValueError(f"hardware.{path}={value}; a share lies between 0 and 1")
         xs, ys = self.link.zero_copy_gib, self.link.zero_copy_share

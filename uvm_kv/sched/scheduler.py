@@ -3,7 +3,8 @@
 A step serves the running sequences in the order of their admission (so decodes come before the prefill chunks of later
 ones), up to `max_num_batched_tokens` tokens. A sequence that cannot get a block preempts the latest admitted one, if
 need be itself, so the oldest always makes progress and nobody starves. Only a step that preempted nobody brings
-swapped sequences back, and admits waiting ones; the head of the queue is never overtaken.
+swapped sequences back, and admits waiting ones; the head of the queue is never overtaken. vLLM V1's rules, and where
+these differ: docs/validation.md.
 
     WAITING --admit--> RUNNING --last token--> FINISHED
        ^---- recompute ---' |  ^
@@ -19,7 +20,7 @@ from typing import Literal
 
 from uvm_kv.kvcache.manager import KVCacheManager
 from uvm_kv.kvcache.ops import MemoryOp, OpKind
-from uvm_kv.placement.base import PlacementPolicy, PlacementView, empty_view
+from uvm_kv.placement.base import PlacementPolicy, PlacementView, Share, empty_view
 from uvm_kv.sched.batching import Batching
 from uvm_kv.sched.plan import ScheduledSequence, StepOutput, StepPlan
 from uvm_kv.sched.request import Request, Status
@@ -289,6 +290,9 @@ class Scheduler:
             if share is None or not self._leaves_watermark(share.device):
                 return
             num_new = min(request.num_tokens, budget)
+            if config.admission == "optimistic" and not self._policy.uses_host:
+                # As in vLLM all known tokens must fit, but only the chunk is claimed: older ones may take the rest.
+                share = Share(self.kv.spec.num_blocks(num_new), 0)
             blocks = self.kv.open(request.id, *share, num_new)
             if blocks is None:
                 return

@@ -16,6 +16,7 @@ from uvm_kv.types import NS_PER_S
 SCHEMA_VERSION = 1
 """Raised when the columns or the simulated numbers change their meaning: older runs are then not taken for new."""
 PERCENTILES = (50, 90, 99)
+INCOMPLETE = "stopped by max_steps before all requests were served"
 
 
 def summarize(steps: Table, requests: Table, *, power: PowerModel | None, complete: bool) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def summarize(steps: Table, requests: Table, *, power: PowerModel | None, comple
     """
     warnings = []
     if not complete:
-        warnings.append("stopped by max_steps before all requests were served")
+        warnings.append(INCOMPLETE)
     start, end = _ints(steps, "start_ns"), _ints(steps, "end_ns")
     duration_ns = int(end[-1]) if len(end) else 0
     tokens = _ints(steps, "num_output_tokens")

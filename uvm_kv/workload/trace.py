@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +58,16 @@ def read_trace(path: str) -> list[TraceRow]:
     rows.sort(key=lambda row: row.arrival_ns)
     first = rows[0].arrival_ns
     return [row._replace(arrival_ns=row.arrival_ns - first) for row in rows]
+
+
+def write_trace(path: Path, rows: Iterable[tuple[int, int, int]]) -> None:
+    """Write (arrival_ns, prompt_tokens, output_tokens) so that `read_trace` gives the same."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(PLAIN)
+        for arrival_ns, prompt, output in rows:
+            seconds, rest = divmod(arrival_ns, NS_PER_S)
+            writer.writerow((f"{seconds}.{rest:09d}", prompt, output))
 
 
 def _rows(reader: Iterator[list[str]], path: str) -> Iterator[list[str]]:

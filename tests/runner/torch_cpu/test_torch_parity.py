@@ -71,8 +71,7 @@ def encoded(log: Log) -> bytes:
 def test_all_runners_are_given_the_same_plans(
     system: str, model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("kvcache.spec", "runner.sim.runner"):
-        monkeypatch.setattr(f"uvm_kv.{module}.CHUNK_BYTES", 8 << 10)
+    monkeypatch.setattr("uvm_kv.kvcache.spec.CHUNK_BYTES", 8 << 10)
     axes, capacity, layout = SYSTEMS[system]
     context = context_for(model, folder, axes, capacity, block_size=8, layout=layout)
 

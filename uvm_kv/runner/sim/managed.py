@@ -1,114 +1,265 @@
-"""Managed memory as the driver runs it, in 2 MiB chunks: fault service, first-in-first-out eviction, thrashing.
+"""ManagedKV: the managed slab of a simulated GPU. Which pages a step touches, and what the driver then does.
 
-A first version (the exact driver model is an issue of its own). A chunk is nowhere (never touched), on the device or
-on the host. Touching a chunk that is not on the device faults: the tree prefetcher brings a sequentially read chunk in
-with six services. Where the device is full, each fault evicts the chunk that was faulted in first: the driver sees no
-accesses, so being read does not protect a chunk (open-gpu-kernel-modules 595.45.04, uvm_pmm_gpu.c), and a cyclic scan
-over more chunks than fit misses on every one. Clean chunks are copied back too.
+Attention walks layer by layer and sequence by sequence, and reads whole KV blocks; within a layer a chunk that several
+sequences share is touched once. What does not change from step to step is worked out once: the block tables are read
+again only when they have changed, and a step in which nothing moves is not walked again until they do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-NOWHERE, DEVICE, HOST = 0, 1, 2
+from uvm_kv.hw.profile import HardwareProfile
+from uvm_kv.kvcache.manager import KVCapacity
+from uvm_kv.kvcache.ops import MemoryOp
+from uvm_kv.kvcache.spec import KVCacheSpec
+from uvm_kv.runner.sim.uvm.block import (
+    BLOCK_PAGES,
+    NOTHING,
+    PAGE_BYTES,
+    Access,
+    Counts,
+    Discard,
+    Location,
+    Policy,
+    Prefetch,
+    Rules,
+    add,
+    run_of,
+)
+from uvm_kv.runner.sim.uvm.cost import fault_s, prefetch_s
+from uvm_kv.types import Layout, ceil_div
+
+Groups = dict[int, int]
+"""Blocks by the chunks that hold them: number of a group of blocks -> which blocks of it, one bit each, in the order
+in which they are touched. A group is as many blocks as a chunk packs, or one block where that is larger."""
+Accesses = tuple[NDArray[np.int32], NDArray[np.int32]]
+"""Chunks, and the numbers of what is done to them."""
 
 
-class Touched(NamedTuple):
-    """What touching a list of chunks did, per segment of the list."""
+@dataclass(frozen=True)
+class Hints:
+    """cudaMemAdvise on the managed KV slab (design, section 3)."""
 
-    first_touches: NDArray[np.int64]
-    """Faults on chunks that were nowhere: a new zeroed chunk, no copy."""
-    migrations: NDArray[np.int64]
-    """Faults on chunks that were on the host: 2 MiB copied in each."""
-    evictions: NDArray[np.int64]
-    """2 MiB copied out each."""
+    preferred_location: str = "none"
+    accessed_by: bool = False
+    read_mostly: bool = False
+    discard_on_free: bool = False
+
+    def policy(self, *, host_tier: bool) -> Policy:
+        location = self.preferred_location
+        if location not in ("none", "device", "host", "by_tier"):
+            raise ValueError(f"hints.preferred_location={location}; allowed are none, device, host, by_tier")
+        if location == "by_tier":
+            location = "host" if host_tier else "device"
+        return Policy(None if location == "none" else Location(location), self.accessed_by, self.read_mostly)
 
 
-class ManagedMemory:
-    def __init__(self, num_chunks: int, capacity_chunks: int) -> None:
-        if capacity_chunks < 1:
-            raise ValueError(
-                f"the device tier holds {capacity_chunks} chunks of 2 MiB; managed memory needs at least one: "
-                f"raise memory.device_kv_bytes"
+class Paged(NamedTuple):
+    """What a step's paging did."""
+
+    faults: Counts = NOTHING
+    planned: Counts = NOTHING
+    """Of evictions by plan."""
+    seconds: float = 0.0
+    """Time that the compute stream stood still."""
+
+
+class ManagedKV:
+    def __init__(
+        self, spec: KVCacheSpec, capacity: KVCapacity, hints: Hints, rules: Rules, profile: HardwareProfile
+    ) -> None:
+        from uvm_kv.runner.sim.uvm.driver import UvmDriver  # Its compiler takes 0.4 s to import.
+
+        self._spec = spec
+        self._profile = profile
+        self._hints = hints
+        num_device, num_blocks = capacity.num_device_blocks, sum(capacity)
+        self._driver = UvmDriver(spec.num_chunks(num_blocks), spec.num_chunks(num_device), rules)
+        num_groups = ceil_div(num_blocks, spec.pieces_per_chunk)
+        self._layer_stride = num_groups * spec.chunks_per_piece if spec.layout is Layout.LAYER_MAJOR else 0
+        """Chunks from one layer to the next; 0 where a block holds all layers."""
+        self.first_remote = num_blocks
+        """From this block on, blocks are read over the link because the hints say so."""
+        if hints.preferred_location in ("host", "by_tier"):
+            self.first_remote = 0 if hints.preferred_location == "host" else num_device
+        self._first_host_group = ceil_div(num_device, spec.pieces_per_chunk)
+        self._advise()
+        self._first_remote_group = ceil_div(self.first_remote, spec.pieces_per_chunk)
+        self._spans: dict[tuple[int, int, bool, bool], list[tuple[int, int]]] = {}
+        self._freed: list[int] = []
+        self._key: object = None
+        self._accesses: list[Accesses] = []
+        self._settled: Paged | None = None
+        """What every further step over the same blocks does, once one has moved nothing."""
+
+    def _advise(self) -> None:
+        boundary = self._first_host_group * self._spec.chunks_per_piece
+        stride = self._layer_stride or self._driver.num_blocks
+        for start in range(0, self._driver.num_blocks, stride):
+            self._driver.advise(
+                range(start, min(start + boundary, start + stride)), self._hints.policy(host_tier=False)
             )
-        self._capacity = capacity_chunks
-        self._state = np.zeros(num_chunks, np.int8)
-        self._fifo = np.empty(0, np.int64)
-        """Chunks on the device, first in first."""
-        self._order = np.full(num_chunks, -1, np.int64)
-        """Position in `_fifo` of a chunk on the device, -1 elsewhere."""
+            self._driver.advise(range(start + boundary, start + stride), self._hints.policy(host_tier=True))
+
+    def group_of(self, block: int) -> tuple[int, int]:
+        """(its group, its bit there)."""
+        group, slot = divmod(block, self._spec.pieces_per_chunk)
+        return group, 1 << slot
 
     @property
-    def num_resident(self) -> int:
-        return len(self._fifo)
+    def sees_writes(self) -> bool:
+        """Whether a write differs from a read: of a read-duplicated page it ends the duplication."""
+        return self._hints.read_mostly
 
-    def touch(self, chunks: NDArray[np.int64], segments: NDArray[np.int64]) -> Touched:
-        """Read or write `chunks`, all different, in order; `segments` are the end indices to count by."""
-        state = self._state[chunks]
-        free = self._capacity - len(self._fifo)
-        resident = state == DEVICE
-        num_absent = len(chunks) - int(np.count_nonzero(resident))
-        if num_absent <= free:
-            missed = ~resident
-        else:
-            # A chunk at position p of the queue is gone after p + 1 evictions, that is before the miss number
-            # free + p + 1 has been served; a chunk that is not resident misses at once.
-            limit = np.where(resident, self._order[chunks] + free + 1, 0)
-            missed = _misses(limit)
-        misses = chunks[missed]
-        evicted = max(0, len(misses) - free)
-        ends = np.concatenate(([0], segments))
-        cumulative = np.concatenate(([0], np.cumsum(missed)))[ends]
-        first = np.concatenate(([0], np.cumsum(missed & (state == NOWHERE))))[ends]
-        evictions = np.maximum(cumulative - free, 0)
-        if len(misses):
-            # Where more misses than the device holds, the early ones are themselves evicted again.
-            queue = np.concatenate((self._fifo, misses))
-            out, self._fifo = queue[:evicted], queue[evicted:]
-            self._state[out] = HOST
-            self._state[self._fifo] = DEVICE
-            self._order[out] = -1
-            self._order[self._fifo] = np.arange(len(self._fifo))
-        first_touches = np.diff(first)
-        return Touched(first_touches, np.diff(cumulative) - first_touches, np.diff(evictions))
+    def free(self, blocks: Iterable[int]) -> None:
+        """A sequence has given these up."""
+        if self._hints.discard_on_free:
+            self._freed.extend(blocks)
 
-    def evict(self, chunks: NDArray[np.int64]) -> int:
-        """Move chunks to the host by plan; how many of them were on the device."""
-        out = chunks[self._state[chunks] == DEVICE]
-        if len(out):
-            self._state[out] = HOST
-            self._order[out] = -1
-            self._fifo = self._fifo[self._state[self._fifo] == DEVICE]
-            self._order[self._fifo] = np.arange(len(self._fifo))
-        return len(out)
+    def step(
+        self,
+        key: object,
+        sequences: Iterable[Groups],
+        written: Sequence[int],
+        evictions: Sequence[MemoryOp],
+    ) -> Paged:
+        """Page what the step touches. `key` is equal to that of the last call while `sequences` touch the same;
+        `written` are the blocks that new KV goes to, if `sees_writes`."""
+        discard_s = self._discard_freed()
+        if (key, written) != self._key:
+            self._key, self._settled = (key, written), None
+            self._accesses = self._walk(sequences, written)
+        if self._settled is not None and not evictions:
+            return self._settled._replace(seconds=self._settled.seconds + discard_s)
+        paged = self._touch(evictions)
+        nothing_moved = paged.faults._replace(remote_read_pages=0, remote_write_pages=0) == NOTHING
+        self._settled = paged if nothing_moved and not evictions else None
+        return paged._replace(seconds=paged.seconds + discard_s)
 
-    def check_integrity(self) -> None:
-        assert len(self._fifo) <= self._capacity, "more chunks resident than fit"
-        assert len(np.unique(self._fifo)) == len(self._fifo), "a chunk is resident twice"
-        assert np.array_equal(np.sort(self._fifo), np.flatnonzero(self._state == DEVICE))
-        assert np.array_equal(self._order[self._fifo], np.arange(len(self._fifo)))
+    def _touch(self, evictions: Sequence[MemoryOp]) -> Paged:
+        if not evictions:
+            chunks, actions = (np.concatenate(x) for x in zip(*self._accesses, strict=True))
+            faults = self._driver.run(chunks, actions)
+            return Paged(faults, NOTHING, fault_s(faults, self._profile))
+        faults = planned = NOTHING
+        num_chunks = 0
+        for layer, (chunks, actions) in enumerate(self._accesses):
+            for op in evictions:
+                if max(0, op.first_layer - op.lead) == layer:
+                    victims = self._chunks_of(op)
+                    num_chunks += len(victims)
+                    planned = add(planned, self._driver.do(victims, Prefetch(Location.HOST)))
+            faults = add(faults, self._driver.run(chunks, actions))
+        planned_s = prefetch_s(planned, len(evictions), num_chunks, self._profile)
+        return Paged(faults, planned, fault_s(faults, self._profile) + planned_s)
 
+    def _discard_freed(self) -> float:
+        """One batch call for what was freed since the last step; nothing of it is copied back again."""
+        if not self._freed:
+            return 0.0
+        layers = range(self._spec.num_layers if self._layer_stride else 1)
+        masks: dict[int, int] = {}
+        for block in self._freed:
+            group, bit = self.group_of(block)
+            for layer in layers:
+                for offset, mask in self._pages(None, bit).items():
+                    chunk = layer * self._layer_stride + group * self._spec.chunks_per_piece + offset
+                    masks[chunk] = masks.get(chunk, 0) | mask
+        chunks = np.array(sorted(masks), np.int32)
+        actions = [self._driver.action(Discard(masks[chunk])) for chunk in chunks.tolist()]
+        self._driver.run(chunks, np.array(actions, np.int32))
+        self._freed.clear()
+        self._settled = None
+        return self._profile.link.prefetch_call_us * 1e-6
 
-def _misses(limit: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which accesses miss, if access i misses exactly when at least limit[i] misses came before it.
+    # ---- from blocks to pages
 
-    The recurrence is sequential, but a run of chunks that are read in the order in which they were faulted in hits or
-    misses as one: with every access both the limit and, while they miss, the count rise by one. So only the runs are
-    walked.
-    """
-    n = len(limit)
-    # Constant along such a run; absent chunks (limit 0) form runs of their own.
-    key = np.where(limit > 0, limit - np.arange(n), -n - 1)
-    starts = np.concatenate(([0], np.flatnonzero(np.diff(key)) + 1))
-    lengths = np.diff(np.append(starts, n))
-    count, missed = 0, []
-    for first_limit, length in zip(limit[starts].tolist(), lengths.tolist(), strict=True):
-        misses = count >= first_limit
-        missed.append(misses)
-        if misses:
-            count += length
-    return np.repeat(np.array(missed, np.bool_), lengths)
+    def _walk(self, sequences: Iterable[Groups], written: Iterable[int]) -> list[Accesses]:
+        """What each layer touches. New KV is written before attention reads."""
+        read: Groups = {}
+        for groups in sequences:
+            for group, bits in groups.items():
+                read[group] = read.get(group, 0) | bits
+        write: Groups = {}
+        for block in written:
+            group, bit = self.group_of(block)
+            write[group] = write.get(group, 0) | bit
+        num_layers = self._spec.num_layers
+        if self._layer_stride:
+            chunks, actions = self._accesses_of(write, read, 0)
+            return [(chunks + np.int32(layer * self._layer_stride), actions) for layer in range(num_layers)]
+        return [self._accesses_of(write, read, layer) for layer in range(num_layers)]
+
+    def _accesses_of(self, write: Groups, read: Groups, layer: int) -> Accesses:
+        per_group = self._spec.chunks_per_piece
+        parts: list[Accesses] = []
+        for groups, is_write in ((write, True), (read, False)):
+            if not groups:
+                continue
+            numbers = np.fromiter(groups, np.int32, len(groups))
+            if len(set(groups.values())) == 1:
+                bits = next(iter(groups.values()))
+                here, there = (self._span(layer, bits, is_write, remote) for remote in (False, True))
+                offsets = np.array([offset for offset, _ in here], np.int32)
+                chunks = (numbers[:, None] * np.int32(per_group) + offsets).ravel()
+                remote = numbers >= self._first_remote_group
+                actions = np.where(remote[:, None], [number for _, number in there], [number for _, number in here])
+                parts.append((chunks, actions.astype(np.int32).ravel()))
+                continue
+            pairs = [
+                (group * per_group + offset, number)
+                for group, bits in groups.items()
+                for offset, number in self._span(layer, bits, is_write, group >= self._first_remote_group)
+            ]
+            parts.append(tuple(np.array(column, np.int32) for column in zip(*pairs, strict=True)))  # type: ignore[arg-type]
+        if not parts:
+            return np.zeros(0, np.int32), np.zeros(0, np.int32)
+        chunks, actions = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return chunks, actions
+
+    def _span(self, layer: int, bits: int, write: bool, remote: bool) -> list[tuple[int, int]]:
+        """(offset of the chunk in its group, number of the access) for one layer of the blocks in `bits`."""
+        key = (0 if self._layer_stride else layer, bits, write, remote)
+        known = self._spans.get(key)
+        if known is None:
+            window = self._profile.managed.stream_fault_pages
+            known = self._spans[key] = [
+                (offset, self._driver.action(Access(mask, write, window, counts_remote=not remote)))
+                for offset, mask in self._pages(layer, bits).items()
+            ]
+        return known
+
+    def _pages(self, layer: int | None, bits: int) -> dict[int, int]:
+        """Chunk within a group -> mask of the pages that hold a layer (all layers where None) of the blocks in `bits`.
+        The layer does not matter where a chunk holds one layer only."""
+        spec = self._spec
+        whole = layer is None or self._layer_stride > 0
+        size = spec.piece_bytes if whole else spec.layer_block_bytes
+        masks: dict[int, int] = {}
+        for slot in range(spec.pieces_per_chunk):
+            if not bits >> slot & 1:
+                continue
+            start = slot * spec.piece_bytes + (0 if whole or layer is None else layer * size)
+            first, last = start // PAGE_BYTES, ceil_div(start + size, PAGE_BYTES)
+            for chunk in range(first // BLOCK_PAGES, ceil_div(last, BLOCK_PAGES)):
+                inside = max(first, chunk * BLOCK_PAGES), min(last, (chunk + 1) * BLOCK_PAGES)
+                masks[chunk] = masks.get(chunk, 0) | run_of(inside[0] - chunk * BLOCK_PAGES, inside[1] - inside[0])
+        return masks
+
+    def _chunks_of(self, op: MemoryOp) -> list[int]:
+        """All chunks that hold the blocks of an op, in address order."""
+        per_group = self._spec.chunks_per_piece
+        groups = sorted({self.group_of(block)[0] for block in op.blocks})
+        layers = range(op.first_layer, op.last_layer) if self._layer_stride else (0,)
+        return [
+            layer * self._layer_stride + group * per_group + offset
+            for layer in layers
+            for group in groups
+            for offset in range(per_group)
+        ]

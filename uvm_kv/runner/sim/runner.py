@@ -6,11 +6,7 @@ Compute times come from `uvm_kv.hw.roofline`, what overlaps with what from `uvm_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from uvm_kv.hw.overlap import CopyQueue, LayerWork, duplex, run_layers
 from uvm_kv.hw.roofline import Roofline
@@ -18,28 +14,21 @@ from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import NO_TRAFFIC, MemoryCounters, MemoryOp, OpKind
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.runner.base import ModelRunner
-from uvm_kv.runner.sim.managed import ManagedMemory
+from uvm_kv.runner.sim.managed import Groups, Hints, ManagedKV, Paged
+from uvm_kv.runner.sim.uvm.block import PAGE_BYTES, Rules
 from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
-from uvm_kv.types import CHUNK_BYTES, NS_PER_S, Layout, MemoryKind, Phase
+from uvm_kv.types import NS_PER_S, Layout, MemoryKind, Phase, ceil_div
 
 DECODE = Phase.DECODE
-
-
-@dataclass(frozen=True)
-class Hints:
-    """cudaMemAdvise on the managed KV slab (design, section 3)."""
-
-    preferred_location: str = "none"
-    accessed_by: bool = False
-    read_mostly: bool = False
-    discard_on_free: bool = False
 
 
 class _Sequence:
     """What the device side knows of one request: its block table, and how many tokens it has."""
 
     __slots__ = ("blocks", "groups", "known_tokens", "num_host")
+
+    groups: Groups
 
     def __init__(self, prompt_tokens: int) -> None:
         self.known_tokens = prompt_tokens
@@ -48,7 +37,7 @@ class _Sequence:
     def forget(self) -> None:
         self.blocks: list[int] = []
         self.num_host = 0
-        self.groups: dict[int, None] = {}
+        self.groups = {}
 
 
 class _Traffic(NamedTuple):
@@ -76,6 +65,7 @@ class SimRunner(ModelRunner):
         capacity: KVCapacity,
         memory: MemoryKind,
         hints: Hints | None = None,
+        driver: Rules | None = None,
     ) -> None:
         self._roofline = roofline
         self._profile = roofline.profile
@@ -83,45 +73,16 @@ class SimRunner(ModelRunner):
         self._capacity = capacity
         self._now = 0
         self._sequences: dict[int, _Sequence] = {}
-        self._num_host_blocks = 0
-        """Blocks of all tables that the GPU reads over the link unless they are copied ahead."""
         self._queue = CopyQueue()
         self._ops: tuple[MemoryOp, ...] = ()
         self._traffic = _Traffic()
         self._first_remote = capacity.num_device_blocks
-        self._managed: ManagedMemory | None = None
-        hints = hints or Hints()
+        self._managed: ManagedKV | None = None
         if memory is MemoryKind.MANAGED:
-            self._open_managed(hints)
-        self._touched: tuple[int, ...] = ()
-        self._all_resident = False
-        self._tables_changed = False
-
-    def _open_managed(self, hints: Hints) -> None:
-        for name in ("read_mostly", "discard_on_free"):
-            if getattr(hints, name):
-                raise ValueError(f"hints.{name}=true is not modelled by runner=sim; leave it false")
-        total = sum(self._capacity)
-        device_chunks = self._spec.num_chunks(self._capacity.num_device_blocks)
-        self._managed = ManagedMemory(self._spec.num_chunks(total), device_chunks)
-        match hints.preferred_location:
-            case "none" | "device":
-                if hints.accessed_by:
-                    raise ValueError(
-                        "hints.accessed_by=true is modelled by runner=sim only with preferred_location host or by_tier"
-                    )
-                self._first_remote = total
-            case "host":
-                self._first_remote = 0
-            case "by_tier":
-                pass
-            case other:
-                raise ValueError(f"hints.preferred_location={other}; allowed are none, device, host, by_tier")
-        self._remote_faults = not hints.accessed_by
-        self._remote_groups: set[int] = set()
-        per_layer = self._spec.layout is Layout.LAYER_MAJOR
-        groups = -(-total // self._spec.pieces_per_chunk)
-        self._layer_stride = groups * self._spec.chunks_per_piece if per_layer else 0
+            self._managed = ManagedKV(spec, capacity, hints or Hints(), driver or Rules(), roofline.profile)
+            self._first_remote = self._managed.first_remote
+        self._version = 0
+        """Of the block tables."""
 
     # ---- the seam
 
@@ -132,9 +93,7 @@ class SimRunner(ModelRunner):
         self._sequences[request.id] = _Sequence(request.prompt_tokens)
 
     def remove(self, request_id: int) -> None:
-        sequence = self._sequences.pop(request_id)
-        self._num_host_blocks -= sequence.num_host
-        self._tables_changed = True
+        self._give_up(self._sequences.pop(request_id))
 
     def now_ns(self) -> int:
         return self._now
@@ -151,9 +110,8 @@ class SimRunner(ModelRunner):
     def execute(self, plan: StepPlan) -> StepOutput:
         sequences, spec, roofline = self._sequences, self._spec, self._roofline
         for request_id in plan.dropped:
-            self._num_host_blocks -= sequences[request_id].num_host
+            self._give_up(sequences[request_id])
             sequences[request_id].forget()
-            self._tables_changed = True
         num_tokens = num_rows = num_decodes = read_tokens = remote_tokens = written_tokens = 0
         prefill_s = 0.0
         for request_id, phase, num_new, context, new_blocks in plan.scheduled:
@@ -178,6 +136,12 @@ class SimRunner(ModelRunner):
                     read_tokens -= here
         num_rows += num_decodes
         traffic = self._read_ops(plan.ops)
+        paged = self._page(plan, traffic) if self._managed is not None else Paged()
+        if paged.faults.remote_read_pages:
+            # Whole pages of whole blocks, so perhaps a little more than was to be read.
+            here = min(read_tokens, paged.faults.remote_read_pages * PAGE_BYTES // spec.token_bytes)
+            remote_tokens += here
+            read_tokens -= here
         copied_tokens = min(remote_tokens, traffic.copied_blocks * spec.block_size)
         in_place_tokens = remote_tokens - copied_tokens
         dense_s = roofline.dense_s(num_tokens)
@@ -220,9 +184,10 @@ class SimRunner(ModelRunner):
             "d2h_copy_bytes": traffic.swap_out_bytes,
             "d2h_remote_write_bytes": written_tokens * spec.token_bytes,
         }
-        fault_s = self._page(traffic, counters) if self._managed is not None else 0.0
-        elapsed_s += before_s + layers_s + fault_s
-        counters["stall_ns"] = round((before_s + waited_s + fault_s) * NS_PER_S)
+        if self._managed is not None:
+            counters |= _counters(paged)
+        elapsed_s += before_s + layers_s + paged.seconds
+        counters["stall_ns"] = round((before_s + waited_s + paged.seconds) * NS_PER_S)
         return self._finish(elapsed_s, MemoryCounters(**counters))
 
     def _finish(self, elapsed_s: float, counters: MemoryCounters) -> StepOutput:
@@ -234,14 +199,17 @@ class SimRunner(ModelRunner):
 
     def _append(self, sequence: _Sequence, new_blocks: tuple[int, ...]) -> None:
         sequence.blocks.extend(new_blocks)
-        num_host = sum(block >= self._first_remote for block in new_blocks)
-        sequence.num_host += num_host
-        self._num_host_blocks += num_host
+        sequence.num_host += sum(block >= self._first_remote for block in new_blocks)
         if self._managed is not None:
-            group = self._spec.pieces_per_chunk
-            known = len(sequence.groups)
-            sequence.groups.update(dict.fromkeys(block // group for block in new_blocks))
-            self._tables_changed |= len(sequence.groups) > known
+            for block in new_blocks:
+                group, bit = self._managed.group_of(block)
+                sequence.groups[group] = sequence.groups.get(group, 0) | bit
+            self._version += 1
+
+    def _give_up(self, sequence: _Sequence) -> None:
+        if self._managed is not None:
+            self._managed.free(sequence.blocks)
+            self._version += 1
 
     def _remote_tokens(self, sequence: _Sequence, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens lie in blocks that are read over the link."""
@@ -305,82 +273,24 @@ class SimRunner(ModelRunner):
 
     # ---- managed memory
 
-    def _page(self, traffic: _Traffic, counters: dict[str, int]) -> float:
-        """Fault what the step touches in, layer by layer, sequence by sequence; the time it takes."""
+    def _page(self, plan: StepPlan, traffic: _Traffic) -> Paged:
         assert self._managed is not None
-        driver, link, spec = self._profile.managed, self._profile.link, self._spec
-        num_layers, stride = spec.num_layers, self._layer_stride
-        planned = np.zeros(num_layers, np.int64)
-        evictions: dict[int, list[MemoryOp]] = {}
-        for op in traffic.evictions:
-            evictions.setdefault(max(0, op.first_layer - op.lead), []).append(op)
-        if self._tables_changed:
-            touched = tuple(dict.fromkeys(g for s in self._sequences.values() for g in s.groups))
-            if touched != self._touched:
-                self._touched, self._all_resident = touched, False
-            self._tables_changed = False
-        remote_from = -(-self._first_remote // spec.pieces_per_chunk)
-        groups = np.array([g for g in self._touched if g < remote_from], np.int64)
-        remote_faults = 0
-        if self._remote_faults and len(groups) < len(self._touched):
-            fresh = {g for g in self._touched if g >= remote_from} - self._remote_groups
-            self._remote_groups |= fresh
-            remote_faults = len(fresh) * (num_layers if stride else spec.chunks_per_piece)
-        first = migrated = evicted = 0
-        if len(groups) and not (self._all_resident and not evictions):
-            pieces = self._chunks_of(groups)
-            if stride and not evictions:
-                # Layer after layer, and no chunk twice in a step: one pass over all layers.
-                chunks = (np.arange(num_layers)[:, None] * stride + pieces[None, :]).ravel()
-                result = self._managed.touch(chunks, np.array([len(chunks)]))
-                first, migrated, evicted = (int(x.sum()) for x in result)
-            else:
-                for layer in range(num_layers):
-                    for op in evictions.get(layer, ()):
-                        planned[layer] += self._evict(op)
-                    chunks = pieces + layer * stride if stride else self._chunks_of_layer(groups, layer)
-                    result = self._managed.touch(chunks, np.array([len(chunks)]))
-                    first, migrated, evicted = (
-                        total + int(x[0]) for total, x in zip((first, migrated, evicted), result, strict=True)
-                    )
-            self._all_resident = not (first or migrated or evictions)
-        num_planned = int(planned.sum())
-        faults = first + migrated + remote_faults
-        counters["gpu_fault_groups"] = faults * driver.services_per_chunk
-        counters["evicted_chunks"] = evicted
-        counters["h2d_fault_bytes"] = migrated * CHUNK_BYTES
-        counters["d2h_eviction_bytes"] = evicted * CHUNK_BYTES
-        counters["d2h_planned_eviction_bytes"] = num_planned * CHUNK_BYTES
-        evict_s = CHUNK_BYTES / link.d2h_bytes_per_s
-        prefetch_s = CHUNK_BYTES / (link.d2h_bytes_per_s * link.prefetch_share) + link.prefetch_chunk_us * 1e-6
-        return (
-            faults * driver.services_per_chunk * driver.fault_service_us * 1e-6
-            + migrated * CHUNK_BYTES / link.h2d_bytes_per_s
-            + evicted * (driver.evict_fixed_us * 1e-6 + evict_s)
-            + num_planned * prefetch_s
-            + len(traffic.evictions) * link.prefetch_call_us * 1e-6
-        )
+        size = self._spec.block_size
+        written: list[int] = []
+        if self._managed.sees_writes:
+            for request_id, _, num_new, context, _ in plan.scheduled:
+                written += self._sequences[request_id].blocks[context // size : ceil_div(context + num_new, size)]
+        scheduled = [s.request_id for s in plan.scheduled]
+        groups = (self._sequences[request_id].groups for request_id in scheduled)
+        return self._managed.step((self._version, scheduled), groups, written, traffic.evictions)
 
-    def _chunks_of(self, groups: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Chunks of groups in the first layer (layer_major), or in all layers (block_major), in address order."""
-        per_piece = self._spec.chunks_per_piece
-        if per_piece == 1:
-            return groups
-        return (groups[:, None] * per_piece + np.arange(per_piece)[None, :]).ravel()
 
-    def _chunks_of_layer(self, groups: NDArray[np.int64], layer: int) -> NDArray[np.int64]:
-        """block_major: the chunks of each block that hold the layer."""
-        spec = self._spec
-        if spec.chunks_per_piece == 1:
-            return groups
-        start = layer * spec.layer_block_bytes // CHUNK_BYTES
-        stop = -(-(layer + 1) * spec.layer_block_bytes // CHUNK_BYTES)
-        return (groups[:, None] * spec.chunks_per_piece + np.arange(start, stop)[None, :]).ravel()
-
-    def _evict(self, op: MemoryOp) -> int:
-        assert self._managed is not None
-        groups = np.unique(np.array(op.blocks, np.int64) // self._spec.pieces_per_chunk)
-        chunks = self._chunks_of(groups)
-        if self._layer_stride:
-            chunks = (np.arange(op.first_layer, op.last_layer)[:, None] * self._layer_stride + chunks).ravel()
-        return self._managed.evict(chunks)
+def _counters(paged: Paged) -> dict[str, int]:
+    faults, planned = paged.faults, paged.planned
+    return {
+        "gpu_fault_groups": faults.fault_groups,
+        "evicted_chunks": faults.evicted_chunks,
+        "h2d_fault_bytes": faults.h2d_fault_pages * PAGE_BYTES,
+        "d2h_eviction_bytes": faults.d2h_eviction_pages * PAGE_BYTES,
+        "d2h_planned_eviction_bytes": planned.d2h_prefetch_pages * PAGE_BYTES,
+    }

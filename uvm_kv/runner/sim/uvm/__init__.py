@@ -1,0 +1,1 @@
+"""Managed memory under NVIDIA's Unified-Memory driver: mechanism (block, driver, thrashing) and time (cost)."""

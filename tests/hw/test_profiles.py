@@ -41,7 +41,8 @@ def covering(path: str, sources: Any) -> list[str]:
 
 
 def test_the_cards_are_there() -> None:
-    assert set(groups()["hardware"]) == set(CARDS) == {file.stem for file in FILES}
+    # A calibrated profile of one's own machine may lie beside them.
+    assert set(CARDS) <= set(groups()["hardware"])
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -53,9 +53,10 @@ MAX_RANDOM_BYTES = GIB
 """Of a working set that is walked at random: the driver model takes such a walk fault by fault."""
 
 OPERATORS = (
-    "embedding input_layernorm q_proj k_proj v_proj rope attn o_proj post_layernorm gate_proj up_proj act_fn down_proj "
-    "final_layernorm lm_head"
-).split()
+    *("embedding", "input_layernorm", "q_proj", "k_proj", "v_proj", "rope", "attn", "o_proj", "post_layernorm"),
+    *("gate_proj", "up_proj", "act_fn", "down_proj", "final_layernorm", "lm_head"),
+)
+"""In the order of a step."""
 
 
 def _studies() -> list[dict[str, Any]]:
@@ -106,8 +107,15 @@ def plan_lines() -> list[str]:
     """What a calibration would measure, a line a curve."""
     lines = []
     for curve, points in PLAN.items():
-        seen = {name: list(dict.fromkeys(_short(name, point[name]) for point in points)) for name in FIELDS[curve]}
-        where = "; ".join(f"{name} {', '.join(values)}" for name, values in seen.items())
+        seen: dict[str, list[str]] = {}
+        for point in points:
+            at = {name: _short(name, value) for name, value in point.items()}
+            if curve == "fault":  # Not every pass of every walk.
+                walk = f"{at['access']} over {at['working_set_ratio']} of {at['capacity_bytes']}, passes"
+                at = {"prefetcher": at["prefetcher"], walk: at["passes"]}
+            for name, value in at.items():
+                seen.setdefault(name, []).append(value)
+        where = "; ".join(f"{name} {', '.join(dict.fromkeys(values))}" for name, values in seen.items())
         lines.append(f"{curve} ({len(points)} points): {WHAT[curve]}: {where}")
     return lines
 
@@ -306,7 +314,7 @@ class _Reader:
         except (TypeError, ValueError):
             raise self.error(f"date is {raw['date']!r}; it must be a day such as 2026-01-31") from None
         return Curves(
-            self.path.name,
+            self.path.name if self.path.name.isprintable() else "a file",
             hashlib.sha256(content).hexdigest(),
             self.word(raw["origin"], "origin", ORIGINS),
             day,

@@ -260,6 +260,7 @@ def test_cpu_pages_stay_allocated_after_a_migration() -> None:
     driver = touched_by_cpu(1, 1)
     stream(driver, [0])
     assert (driver.state(0).cpu, driver.state(0).cpu_pages) == (0, FULL)
+    assert driver.host_bytes == CHUNK_BYTES
 
 
 ADVICE = {
@@ -346,6 +347,8 @@ def test_a_batch_holds_256_faults_and_serves_blocks_in_ascending_order() -> None
     driver = touched_by_cpu(300, 300)
     counts = driver.gpu_batch([block * BLOCK_PAGES for block in reversed(range(300))], write=False)
     assert (counts.fault_batches, counts.fault_groups) == (2, 300)
+    assert counts.flushed_faults == 300 - 256, "what a full batch leaves over is flushed and faults again"
+    assert (counts.service_runs, Counts(fault_batches=41).service_runs) == (1, 3)
     # The last 256 of the list were fetched first, in ascending order.
     assert driver.victims() == [*range(44, 300), *range(44)]
 

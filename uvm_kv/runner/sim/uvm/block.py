@@ -21,6 +21,8 @@ from typing import NamedTuple
 PAGE_BYTES = 4096
 BLOCK_PAGES = 512
 FULL = (1 << BLOCK_PAGES) - 1
+MAX_BATCHES_PER_RUN = 20
+"""uvm_perf_fault_max_batches_per_service."""
 BIG_PAGE = 16
 """Pages of 64 KiB, the smallest region that the prefetcher brings in."""
 
@@ -109,6 +111,13 @@ class Counts(NamedTuple):
     cpu_faults: int = 0
     throttles: int = 0
     """Services put off because the block is thrashing."""
+    flushed_faults: int = 0
+    """Dropped from the fault buffer with a replay, because a batch was full; they fault again."""
+
+    @property
+    def service_runs(self) -> int:
+        """Runs of the driver's bottom half: each serves at most 20 batches. What a run costs is in the batches."""
+        return -(-self.fault_batches // MAX_BATCHES_PER_RUN)
 
 
 NOTHING = Counts()

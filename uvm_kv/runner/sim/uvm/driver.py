@@ -23,6 +23,7 @@ from uvm_kv.runner.sim.uvm.block import (
     BLOCK_PAGES,
     NO_ADVICE,
     NUM_COUNTS,
+    PAGE_BYTES,
     Access,
     Action,
     Advise,
@@ -51,8 +52,8 @@ FAULT_BATCH = 256
 """Most faults that are fetched at once (uvm_perf_fault_batch_count)."""
 MAX_KNOWN_STATES = 1 << 16
 """Beyond so many the tables are rebuilt from the states that blocks are in."""
-FAULT_BATCHES, REMOTE_READ, REMOTE_WRITE, THROTTLES = map(
-    Counts._fields.index, ("fault_batches", "remote_read_pages", "remote_write_pages", "throttles")
+FAULT_BATCHES, FLUSHED_FAULTS, REMOTE_READ, REMOTE_WRITE, THROTTLES = map(
+    Counts._fields.index, ("fault_batches", "flushed_faults", "remote_read_pages", "remote_write_pages", "throttles")
 )
 Ints = NDArray[np.int64]
 
@@ -206,6 +207,7 @@ class UvmDriver:
             for block in sorted(masks):
                 self._do_once(block, Access(masks[block], write, counts_remote=False))
             self._totals[FAULT_BATCHES] = num_batches + 1
+            self._totals[FLUSHED_FAULTS] += max(0, len(pending) - FAULT_BATCH)
         return Counts(*(self._totals - before).tolist())
 
     def accessible(self, pages: Ints, write: bool) -> NDArray[np.bool_]:
@@ -263,6 +265,13 @@ class UvmDriver:
     def num_chunks(self) -> int:
         """Root chunks in use."""
         return self.capacity_chunks - int(self._free[0])
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory in use. Pages that were migrated to the GPU stay allocated until the range is freed."""
+        numbers, blocks = np.unique(self._state, return_counts=True)
+        pages = (self._states[i].cpu_pages.bit_count() for i in numbers.tolist())
+        return sum(n * k for n, k in zip(pages, blocks.tolist(), strict=True)) * PAGE_BYTES
 
     def victims(self) -> list[int]:
         """Blocks that own a chunk, the next to lose it first."""

@@ -96,6 +96,8 @@ class PassResult:
     name: str
     seconds: float
     counts: Counts
+    host_bytes: int
+    """Host memory in use after the pass."""
 
     def to_json(self) -> dict[str, Any]:
         """Bytes are those that migrated; what was read or written in place is counted apart."""
@@ -104,12 +106,15 @@ class PassResult:
             "name": self.name,
             "milliseconds": self.seconds * 1e3,
             "fault_groups": c.fault_groups,
+            "fault_batches": c.fault_batches,
+            "service_runs": c.service_runs,
             "migrations": c.migrations,
             "evicted_chunks": c.evicted_chunks,
             "h2d_bytes": (c.h2d_fault_pages + c.h2d_prefetch_pages) * PAGE_BYTES,
             "d2h_bytes": (c.d2h_fault_pages + c.d2h_prefetch_pages + c.d2h_eviction_pages) * PAGE_BYTES,
             "remote_read_bytes": c.remote_read_pages * PAGE_BYTES,
             "remote_write_bytes": c.remote_write_pages * PAGE_BYTES,
+            "host_bytes": self.host_bytes,
         }
 
 
@@ -149,7 +154,8 @@ def run_study(
             counts = driver.run(np.repeat(blocks, len(writes)), actions)
         else:
             counts = driver.gpu_random(blocks[0] * BLOCK_PAGES + rng.permutation(num_blocks * BLOCK_PAGES), writes)
-        results.append(PassResult(name, _pass_s(num_blocks * CHUNK_BYTES, counts, study, profile), counts))
+        seconds = _pass_s(num_blocks * CHUNK_BYTES, counts, study, profile)
+        results.append(PassResult(name, seconds, counts, driver.host_bytes))
     return results
 
 

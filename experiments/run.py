@@ -31,7 +31,7 @@ from experiments.listing import list_jobs
 from experiments.progress import Event, report_event, sweep_log
 from experiments.track import mirror_all
 from uvm_kv.config.build import Job, is_done, jobs_of, run_job
-from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
+from uvm_kv.config.names import CONF_DIR, check_overrides, mark_given, parse_overrides
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
@@ -125,7 +125,9 @@ def _task(composed: DictConfig) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent hears Ctrl-C and ends its workers.
     try:
         experiment = HydraConfig.get().runtime.choices.get("experiment") or EXPERIMENT_WITHOUT_FILE
-        composed = with_recorded_config(composed, HydraConfig.get().overrides.task)
+        given = HydraConfig.get().overrides.task
+        mark_given(composed.hardware.sources, parse_overrides(list(given)))
+        composed = with_recorded_config(composed, given)
         jobs = jobs_of(resolve(composed), experiment)
     except Exception as error:
         report_event(Event("failed", label, error=_message(error)))

@@ -35,6 +35,8 @@ def published_ms(config: UvmReplaySchema) -> list[float | None]:
         and config.capacity_bytes == PUBLISHED_CAPACITY_BYTES
         and config.working_set_ratio == 0.95
         and config.prefetch_threshold_percent == 51
+        and not config.prefetch
+        and config.concurrent_managed_access
         and (config.access, config.operation, config.advice, config.initial_location)
         == ("stream", "update", "none", "host")
         and config.passes[:2] == ["A", "B"]
@@ -53,6 +55,7 @@ def run(config: UvmReplaySchema) -> list[PassResult]:
         config.access,
         config.operation,
         config.advice,
+        config.prefetch,
         config.initial_location,
         config.seed,
     )
@@ -87,7 +90,7 @@ def main(arguments: list[str]) -> int:
         title=f"Simulated passes on {config.hardware.name}, working set {config.working_set_ratio:g} x device"
     )
     table.add_column("pass")
-    columns = ("ms", "published ms", "fault groups", "migrations", "evicted chunks", "MB in", "MB out", "MB in place")
+    columns = ("ms", "study", "faults", "moves", "evicted", "MB in", "MB out", "MB remote")
     for column in columns:
         table.add_column(column, justify="right")
     for one in passes:
@@ -100,6 +103,7 @@ def main(arguments: list[str]) -> int:
             *(f"{one[key] / 1e6:.1f}" for key in ("h2d_bytes", "d2h_bytes")),
             f"{(one['remote_read_bytes'] + one['remote_write_bytes']) / 1e6:.1f}",
         )
+    table.caption = "study: published ms; faults: groups; moves: migrations; evicted: chunks of 2 MiB"
     Console().print(table)
     return 0
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from omegaconf import open_dict
 
-from tests.jobs import MECHANISMS, composed, job, resolved
+from tests.jobs import MECHANISMS, composed, job, resolved, run
+from uvm_kv.config.command import compose_command
 from uvm_kv.config.names import CONF_DIR, check_overrides, groups, parse_overrides
 from uvm_kv.config.resolve import CHOICES, resolve
+from uvm_kv.config.schema import UvmReplaySchema
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,17 @@ def test_good_overrides_pass_the_name_check() -> None:
             ["mechanism=managed_demand", "driver.concurrent_managed_access=false"],
             r"driver.concurrent_managed_access=false \(Windows, WSL2\) with memory.host_kv_bytes=",
         ),
+        (
+            ["memory=managed", "placement=demand", "memory.host_kv_bytes=0", "hints=device",
+             "driver.concurrent_managed_access=false"],
+            "cudaMemAdvise and prefetch fail; use hints=none",
+        ),
+        (["memory=vmm", "placement=static_split", "memory.pageable=true"], "needs memory=pinned and placement"),
+        (["mechanism=pinned_swap", "memory.pageable=true"], "mechanism=pinned_swap means memory.pageable=False"),
+        (["hardware.sources.managed=null"], "hardware.managed.stream_fault_pages has no source"),
+        (["hardware.operators.q_proj.compute_efficiency=50"], "q_proj.compute_efficiency=50.0; a share lies between"),
+        (["hardware.managed.stream_fault_pages=1000"], "stream_fault_pages=1000; the driver fetches at most 256"),
+        (["hardware.managed.fault_batch_us=-1"], "fault_batch_us=-1.0; it must be zero or a positive number"),
         (["hints=by_tier"], "hints are advice on managed memory; with memory=device use hints=none"),
         (["scheduler.admission=optimistic"], "needs scheduler.preemption=recompute or swap"),
         (["scheduler.admission=optimistic", "scheduler.preemption=swap"], "swap needs memory=pinned"),
@@ -211,3 +224,25 @@ def test_choices_cover_what_the_groups_offer() -> None:
 def test_every_config_file_says_what_it_is() -> None:
     for file in CONF_DIR.rglob("*.yaml"):
         assert any(line.startswith("#") and len(line) > 8 for line in file.read_text().splitlines()[:3]), file
+
+
+def test_what_the_command_line_changes_of_a_profile_is_said_to_be_from_there(tmp_path: Path) -> None:
+    changed = compose_command("uvm_replay", UvmReplaySchema, ["hardware.link.h2d_gb_per_s=12", "hardware=a30"])
+    assert changed.hardware.sources["link.h2d_gb_per_s"] == "given on the command line"
+    assert "A30" in changed.hardware.sources["managed.evict_fixed_us"]
+
+
+def test_pageable_memory_swaps_more_slowly(tmp_path: Path) -> None:
+    sizes = ("batch_size=24", "workload.prompt_tokens=512", "workload.output_tokens=128", "max_steps=400")
+    pinned, pageable = (
+        run(tmp_path, f"mechanism={mechanism}", *sizes, "memory.device_kv_bytes=3000000000")
+        for mechanism in ("pinned_swap", "pageable_swap")
+    )
+    assert pinned["preemptions"] > 0
+    assert pageable["stall_s"] > pinned["stall_s"]
+
+
+def test_without_concurrent_access_managed_memory_that_fits_never_faults(tmp_path: Path) -> None:
+    axes = ("memory=managed", "placement=demand", "memory.host_kv_bytes=0", "max_steps=50")
+    assert run(tmp_path, *axes)["gpu_fault_groups"] > 0
+    assert run(tmp_path, *axes, "driver.concurrent_managed_access=false")["gpu_fault_groups"] == 0

@@ -66,6 +66,20 @@ def test_advice_decides_who_moves(capsys: pytest.CaptureFixture[str]) -> None:
     assert last("advice=accessed_by")["remote_write_bytes"] > 0
 
 
+def test_a_prefetch_takes_the_place_of_the_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    faulted, prefetched = (replay(capsys, f"prefetch={on}")[0] for on in ("false", "true"))
+    assert prefetched["fault_groups"] == 0
+    assert prefetched["h2d_bytes"] == faulted["h2d_bytes"]
+    assert prefetched["published_milliseconds"] is None
+    assert 4 * prefetched["milliseconds"] < faulted["milliseconds"]
+
+
+def test_without_concurrent_access_all_moves_before_the_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    first, _, again, _ = replay(capsys, "concurrent_managed_access=false")
+    assert first["fault_groups"] == 0 and first["h2d_bytes"] == HALF_BYTES
+    assert again["h2d_bytes"] == 0 and again["milliseconds"] < 12
+
+
 def test_where_the_data_starts(capsys: pytest.CaptureFixture[str]) -> None:
     first = {
         where: replay(capsys, "capacity_bytes=268435456", f"initial_location={where}")[0]
@@ -110,6 +124,7 @@ def test_the_table_shows_the_published_numbers(capsys: pytest.CaptureFixture[str
         (["advice=hope"], "advice=hope is unknown; allowed: none, preferred_device"),
         (["initial_location=moon"], "initial_location=moon is unknown"),
         (["concurrent_managed_access=false", "working_set_ratio=1.5"], "concurrent_managed_access=false"),
+        (["concurrent_managed_access=false", "advice=read_mostly"], "cudaMemAdvise and cudaMemPrefetchAsync fail"),
         (["hardware.link.h2d_gb_per_s=0"], "hardware.link.h2d_gb_per_s=0.0; it must be a positive number"),
         (["ratio=2"], "key 'ratio' is unknown"),
         (["capacity_bytes=lots"], "capacity_bytes=lots is not of the right type"),

@@ -155,6 +155,9 @@ def test_hints_do_what_they_are_named_for(layout: Layout) -> None:
     host = managed_totals(Hints("host", accessed_by=True), layout)
     assert host["evicted_chunks"] == host["h2d_fault_bytes"] == 0
     assert host["h2d_remote_read_bytes"] > remote["h2d_remote_read_bytes"]
+    # Read-mostly goes before the preferred location: what is read is duplicated and not read in place.
+    both = managed_totals(Hints("host", accessed_by=True, read_mostly=True), layout)
+    assert both["h2d_remote_read_bytes"] == 0 and both["h2d_fault_bytes"] > 0
     # Preferring the device migrates like no hint, but populates a chunk at once.
     device = managed_totals(Hints("device"), layout)
     assert device["gpu_fault_groups"] < none["gpu_fault_groups"]

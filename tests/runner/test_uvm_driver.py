@@ -433,11 +433,40 @@ def test_nothing_is_lost_or_resident_twice(seed: int) -> None:
             case _:
                 driver.do(blocks, Access(mask_of(random_pages(rng)), rng.random() < 0.5, WINDOW))
         driver.check_integrity()
-    c = driver.totals()
-    # What came in and went out is where it is now: what is on the GPU came by a copy or was zeroed there.
-    on_gpu = sum(driver.state(block).gpu.bit_count() for block in range(6))
-    into = c.h2d_fault_pages + c.h2d_prefetch_pages + c.zeroed_pages
-    assert on_gpu <= into
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_bytes_are_conserved(seed: int) -> None:
+    """What is on the GPU is what came by a copy or was zeroed there, less what went by a copy."""
+    rng = random.Random(seed)
+    driver = UvmDriver(6, rng.randrange(1, 6))
+    for _ in range(80):
+        first, last = sorted(rng.sample(range(7), 2))
+        match rng.randrange(5):
+            case 0:
+                driver.advise(range(first, last), Policy(rng.choice((None, *Location)), rng.random() < 0.5))
+            case 1:
+                driver.prefetch(range(first, last), rng.choice(tuple(Location)))
+            case 2:
+                driver.cpu_touch(first, mask_of(random_pages(rng)), rng.random() < 0.5)
+            case 3:
+                driver.gpu_batch([rng.randrange(6 * BLOCK_PAGES) for _ in range(300)], rng.random() < 0.5)
+            case _:
+                driver.do([first], Access(mask_of(random_pages(rng)), rng.random() < 0.5, WINDOW))
+        c = driver.totals()
+        came = c.h2d_fault_pages + c.h2d_prefetch_pages + c.zeroed_pages
+        went = c.d2h_fault_pages + c.d2h_prefetch_pages + c.d2h_eviction_pages
+        assert sum(driver.state(block).gpu.bit_count() for block in range(6)) == came - went
+
+
+def test_batched_calls_are_calls_of_each_range() -> None:
+    one, both = touched_by_cpu(6, 6), touched_by_cpu(6, 6)
+    ranges = [range(2), range(3, 6)]
+    counts = both.prefetch_batch(ranges, Location.DEVICE)
+    assert counts == Counts(*map(sum, zip(*(one.prefetch(r, Location.DEVICE) for r in ranges), strict=True)))
+    assert both.victims() == one.victims() == [0, 1, 3, 4, 5]
+    dead = touched_by_cpu(6, 6).discard_and_prefetch_batch(ranges, Location.DEVICE)
+    assert dead.h2d_prefetch_pages == 0 and dead.zeroed_pages == 5 * BLOCK_PAGES
 
 
 def test_tables_are_rebuilt_without_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,7 +477,18 @@ def test_tables_are_rebuilt_without_a_change(monkeypatch: pytest.MonkeyPatch) ->
 
     expected = counts()
     monkeypatch.setattr("uvm_kv.runner.sim.uvm.driver.MAX_KNOWN_STATES", 5)
+    monkeypatch.setattr(UvmDriver, "_is_full", lambda self: len(self._states) > 9)
     assert counts() == expected
+
+
+def test_more_states_than_the_tables_are_meant_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block in a state of its own: rebuilding the tables would free nothing."""
+    monkeypatch.setattr("uvm_kv.runner.sim.uvm.driver.MAX_KNOWN_STATES", 5)
+    driver = UvmDriver(100, 40)
+    for block in range(100):
+        driver.do([block], Access(run_of(block, 7)))
+    stream(driver, range(100))
+    driver.check_integrity()
 
 
 def test_events_add_up_to_the_totals() -> None:

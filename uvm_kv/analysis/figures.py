@@ -213,7 +213,7 @@ def _error_panel(axis: Any, rows: Sequence[Comparison], tolerance: float) -> Non
     axis.set_xlim(-widest * 1.1, widest * 1.1)
     axis.set_yticks(range(len(known)), [METRICS[row.metric].label for row in known], fontsize=8)
     axis.invert_yaxis()
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if widest > 0.05 else 1))
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if widest > 0.2 else 1))
     axis.set_xlabel("error of the simulation")
     words = sorted({row.verdict for row in known}, key=lambda w: [*VERDICT_COLOURS, "LESS", "MORE"].index(w))
     handles = [

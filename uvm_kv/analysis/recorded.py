@@ -51,8 +51,12 @@ def load_run(directory: Path) -> Recording:
     try:
         summary, manifest = read_json(directory / "summary.json"), read_json(directory / "manifest.json")
         requests, steps = read_table(directory, "requests"), read_table(directory, "steps")
-    except OSError as error:
-        raise ValueError(f"recorded={directory}: not readable ({error.strerror or error}); record it again") from None
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or no table.
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise ValueError(f"recorded={directory}: not readable ({reason}); record it again") from None
+    missing = {"warnings", "memory_emulated", "runner", "hardware", "origin"} - set(summary)
+    if missing:
+        raise ValueError(f"recorded={directory}: summary.json has no {min(missing)}; record it again")
     if not requests["request_id"]:
         raise ValueError(f"recorded={directory}: no request was finished; record a longer run")
     if INCOMPLETE in summary["warnings"]:
@@ -97,7 +101,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 if line.strip():
                     try:
                         row = json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise ValueError(f"{where}: not JSON ({error})") from None
                     if not isinstance(row, dict):
                         raise ValueError(f"{where}: {line.strip()[:40]!r} is not an object of names and values")

@@ -35,7 +35,7 @@ from uvm_kv.telemetry.provenance import manifest
 from uvm_kv.telemetry.recorder import Recorder
 from uvm_kv.telemetry.store import is_complete, read_plans, run_id, write_run
 from uvm_kv.telemetry.summary import SCHEMA_VERSION, summarize
-from uvm_kv.types import DTYPE_BYTES, NS_PER_S, Reach
+from uvm_kv.types import DTYPE_BYTES, NS_PER_S, MemoryKind, Reach
 from uvm_kv.workload.lengths import Lengths, mean_lengths
 from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, WithTokens, all_at_once, poisson
 
@@ -168,7 +168,19 @@ def build_runner(resolved: Resolved, roofline: Roofline, seed: int = 0) -> Model
         )
     hints = Hints(**dataclasses.asdict(config.hints))
     rules = Rules(Prefetcher(config.driver.prefetcher), config.driver.prefetch_threshold_percent)
-    return SimRunner(roofline, resolved.spec, resolved.capacity, resolved.memory, hints, rules)
+    memory = resolved.memory
+    if memory is MemoryKind.MANAGED and not config.driver.concurrent_managed_access:
+        memory = MemoryKind.DEVICE  # All of it is on the card before a kernel starts, and nothing faults.
+    return SimRunner(
+        roofline,
+        resolved.spec,
+        resolved.capacity,
+        memory,
+        hints,
+        rules,
+        managed_device_bytes=config.memory.device_kv_bytes,
+        pageable=config.memory.pageable,
+    )
 
 
 def check_requests_fit(resolved: Resolved, lengths: list[Lengths]) -> None:

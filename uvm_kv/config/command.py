@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
+from uvm_kv.config.names import CONF_DIR, check_overrides, mark_given, parse_overrides
 
 
 def compose_command(name: str, schema: type, arguments: list[str]) -> Any:
@@ -26,4 +26,7 @@ def compose_command(name: str, schema: type, arguments: list[str]) -> Any:
     check_overrides(overrides, schema())
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return OmegaConf.to_object(compose(name, arguments))
+        composed = compose(name, arguments)
+    if "hardware" in composed:
+        mark_given(composed.hardware.sources, overrides)
+    return OmegaConf.to_object(composed)

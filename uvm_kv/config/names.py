@@ -107,6 +107,14 @@ def check_overrides(overrides: Iterable[Override], config: Any = None) -> None:
                 _check_type(schema, key, value)
 
 
+def mark_given(hardware_sources: Any, overrides: Iterable[Override]) -> None:
+    """What the command line changes of a profile is not what the profile's source speaks of."""
+    for override in overrides:
+        path = override.key_or_group.removeprefix("hardware.")
+        if path != override.key_or_group and not path.startswith("sources"):
+            hardware_sources[path] = "given on the command line"
+
+
 def _check_type(schema: DictConfig, key: str, text: str) -> None:
     try:
         value = OverridesParser.create().parse_override(f"{key}={text}").value()

@@ -66,6 +66,7 @@ NOT_DETERMINING = ("results_dir", "tracking", "rerun", "num_repeats")
 VARIANT_AXES = (
     "memory.kind",
     "memory.host_kv_bytes",
+    "memory.pageable",
     "placement.",
     "hints.",
     "layout",
@@ -178,12 +179,8 @@ def resolve(composed: DictConfig) -> Resolved:
         # Its unit is the chunk: whole blocks are packed into whole chunks.
         num_device = spec.num_blocks_in_chunks(device_bytes // CHUNK_BYTES)
     capacity = KVCapacity(num_device, host_bytes // spec.block_bytes)
-    if memory is MemoryKind.MANAGED and capacity.num_host_blocks and not config.driver.concurrent_managed_access:
-        raise ValueError(
-            f"driver.concurrent_managed_access=false (Windows, WSL2) with memory.host_kv_bytes={host_bytes}: there the "
-            f"GPU takes no page faults and managed memory cannot exceed the card; use memory.host_kv_bytes=0, or "
-            f"memory=pinned"
-        )
+    if memory is MemoryKind.MANAGED and not config.driver.concurrent_managed_access:
+        _check_without_concurrent_access(config)
     contiguous = config.allocation != "paged"
     return Resolved(config, profile, model, memory, spec, capacity, account, max_model_len, contiguous, serving)
 
@@ -207,6 +204,20 @@ def _size_simulated_tiers(
     return budget.rows()
 
 
+def _check_without_concurrent_access(config: ConfigSchema) -> None:
+    if config.memory.host_kv_bytes:
+        raise ValueError(
+            f"driver.concurrent_managed_access=false (Windows, WSL2) with memory.host_kv_bytes="
+            f"{config.memory.host_kv_bytes}: there the GPU takes no page faults and managed memory cannot exceed the "
+            f"card; use memory.host_kv_bytes=0, or memory=pinned"
+        )
+    if config.hints != HintsSchema():
+        raise ValueError(
+            "driver.concurrent_managed_access=false (Windows, WSL2) with hints: there cudaMemAdvise and prefetch fail; "
+            "use hints=none"
+        )
+
+
 def build_profile(hardware: HardwareSchema) -> HardwareProfile:
     def group(kind: type, node: Any) -> Any:
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in dataclasses.asdict(node).items()}
@@ -223,7 +234,7 @@ def build_profile(hardware: HardwareSchema) -> HardwareProfile:
         group(ManagedDriver, hardware.managed),
         group(Power, hardware.power),
         operators,
-        {str(k): str(v) for k, v in hardware.sources.items()},
+        {str(k): "" if v is None else str(v) for k, v in hardware.sources.items()},
     )
 
 
@@ -310,6 +321,7 @@ def _check_mechanism(config: ConfigSchema) -> None:
     chosen = {next(iter(d)).removeprefix("override /"): next(iter(d.values())) for d in tree["defaults"]}
     expected = {
         "memory.kind": chosen["memory"],
+        "memory.pageable": tree.get("memory", {}).get("pageable", False),
         "placement.name": chosen["placement"],
         "scheduler.admission": tree["scheduler"]["admission"],
         "scheduler.preemption": tree["scheduler"]["preemption"],
@@ -362,6 +374,11 @@ def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
         )
     if memory is not MemoryKind.MANAGED and config.hints != HintsSchema():
         raise ValueError(f"hints are advice on managed memory; with memory={memory} use hints=none")
+    if config.memory.pageable and (memory is not MemoryKind.PINNED or config.placement.name != "resident"):
+        raise ValueError(
+            f"memory.pageable=true with memory={memory} and placement={config.placement.name}: a kernel cannot read "
+            f"pageable memory, and its copies overlap with nothing; it needs memory=pinned and placement=resident"
+        )
     location = config.hints.preferred_location
     if memory is MemoryKind.MANAGED and config.placement.name == "static_split" and location != "by_tier":
         raise ValueError(

@@ -31,6 +31,7 @@ class LinkSchema:
     zero_copy_gib: list[float] = MISSING
     zero_copy_share: list[float] = MISSING
     prefetch_share: float = MISSING
+    pageable_share: float = MISSING
     copy_call_us: float = MISSING
     prefetch_call_us: float = MISSING
     prefetch_chunk_us: float = MISSING
@@ -97,6 +98,7 @@ class MemorySchema:
     gpu_memory_utilization: float = 0.90
     device_kv_bytes: int | None = None
     host_kv_bytes: int | None = None
+    pageable: bool = False
 
 
 @dataclass
@@ -232,6 +234,7 @@ class UvmReplaySchema:
     access: str = MISSING
     operation: str = MISSING
     advice: str = MISSING
+    prefetch: bool = MISSING
     initial_location: str = MISSING
     concurrent_managed_access: bool = MISSING
     seed: int = MISSING

@@ -126,7 +126,9 @@ class ModelGeometry:
 def check_dense(path: str) -> None:
     """ValueError for a Hugging Face config whose weights or KV are not those of a dense transformer."""
     raw = _read_hf_config(path)
-    for name in ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank"):
+    if isinstance(raw.get("hidden_size"), int) and not {"num_attention_heads", "n_head"} & set(raw):
+        raise ValueError(f"model.path={path}: no attention heads in config.json; only transformers are counted")
+    for name in ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts", "kv_lora_rank"):
         value = raw.get(name)
         if isinstance(value, int) and value > 1:
             what = "latent attention" if name == "kv_lora_rank" else "a mixture of experts"
@@ -141,11 +143,12 @@ def _read_hf_config(path: str) -> dict[str, Any]:
         raw: dict[str, Any] = json.loads(file.read_text())
     except OSError as error:
         raise ValueError(f"model.path={path}: {file.name} cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"model.path={path}: {file.name} is not JSON ({error})") from None
-    if not isinstance(raw, dict):
+    # Models that also see or hear nest the decoder.
+    text = raw.get("text_config") or raw if isinstance(raw, dict) else None
+    if not isinstance(text, dict):
         raise ValueError(f"model.path={path}: {file.name} is not a model's config")
-    text: dict[str, Any] = raw.get("text_config") or raw  # Models that also see or hear nest the decoder.
     return text
 
 

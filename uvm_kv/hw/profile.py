@@ -37,6 +37,8 @@ class Link:
     """Zero-copy reads as a share of `h2d_gb_per_s`, by footprint read in a step; linear in between."""
     prefetch_share: float
     """cudaMemPrefetchAsync as a share of a pinned copy."""
+    pageable_share: float
+    """A copy from or to pageable memory, which the driver stages through pinned buffers, as a share of a pinned one."""
     copy_call_us: float
     prefetch_call_us: float
     prefetch_chunk_us: float
@@ -97,6 +99,10 @@ class OperatorCost:
     knee: float
 
 
+MAX_FAULT_BATCH = 256
+"""uvm_perf_fault_batch_count of the driver."""
+
+
 @dataclass(frozen=True)
 class HardwareProfile:
     name: str
@@ -110,15 +116,22 @@ class HardwareProfile:
 
     def __post_init__(self) -> None:
         for path, value in _quantities(self):
-            if not any(path == key or path.startswith(key + ".") for key in self.sources):
+            covering = [key for key in self.sources if path == key or path.startswith(key + ".")]
+            if not covering or not self.sources[max(covering, key=len)].strip():
                 raise ValueError(f"hardware.{path} has no source; add it under hardware.sources")
             numbers = value if isinstance(value, tuple) else (value,)
-            zero_ok = path.endswith("_us") or path == "gpu.context_bytes"
+            zero_ok = path.endswith(("_us", "_overlap")) or path == "gpu.context_bytes"
             if not numbers or not all(isfinite(n) and (n > 0 or (n == 0 and zero_ok)) for n in numbers):
-                raise ValueError(f"hardware.{path}={value}; it must be a positive number")
-            is_share = path.endswith(("_share", "hbm_efficiency", "_overlap")) or path.startswith("link.duplex")
+                allowed = "zero or a positive number" if zero_ok else "a positive number"
+                raise ValueError(f"hardware.{path}={value}; it must be {allowed}")
+            is_share = path.endswith(("_share", "_efficiency", "_overlap")) or path.startswith("link.duplex")
             if is_share and any(n > 1 for n in numbers):
                 raise ValueError(f"hardware.{path}={value}; a share lies between 0 and 1")
+        if self.managed.stream_fault_pages > MAX_FAULT_BATCH:
+            raise ValueError(
+                f"hardware.managed.stream_fault_pages={self.managed.stream_fault_pages}; the driver fetches at most "
+                f"{MAX_FAULT_BATCH} faults at once"
+            )
         xs, ys = self.link.zero_copy_gib, self.link.zero_copy_share
         if len(xs) != len(ys) or list(xs) != sorted(set(xs)):
             raise ValueError(

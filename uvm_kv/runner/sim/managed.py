@@ -33,7 +33,7 @@ from uvm_kv.runner.sim.uvm.block import (
     run_of,
 )
 from uvm_kv.runner.sim.uvm.cost import fault_s, prefetch_s
-from uvm_kv.types import Layout, ceil_div
+from uvm_kv.types import CHUNK_BYTES, Layout, ceil_div
 
 Groups = dict[int, int]
 """Blocks by the chunks that hold them: number of a group of blocks -> which blocks of it, one bit each, in the order
@@ -72,21 +72,30 @@ class Paged(NamedTuple):
 
 class ManagedKV:
     def __init__(
-        self, spec: KVCacheSpec, capacity: KVCapacity, hints: Hints, rules: Rules, profile: HardwareProfile
+        self,
+        spec: KVCacheSpec,
+        capacity: KVCapacity,
+        hints: Hints,
+        rules: Rules,
+        profile: HardwareProfile,
+        device_bytes: int | None = None,
     ) -> None:
+        """`device_bytes`: what managed memory can get of the card; by default, just the device tier's chunks."""
         from uvm_kv.runner.sim.uvm.driver import UvmDriver  # Its compiler takes 0.4 s to import.
 
         self._spec = spec
         self._profile = profile
         self._hints = hints
         num_device, num_blocks = capacity.num_device_blocks, sum(capacity)
-        self._driver = UvmDriver(spec.num_chunks(num_blocks), spec.num_chunks(num_device), rules)
+        num_chunks = spec.num_chunks(num_device) if device_bytes is None else device_bytes // CHUNK_BYTES
+        self._driver = UvmDriver(spec.num_chunks(num_blocks), num_chunks, rules)
         num_groups = ceil_div(num_blocks, spec.pieces_per_chunk)
         self._layer_stride = num_groups * spec.chunks_per_piece if spec.layout is Layout.LAYER_MAJOR else 0
         """Chunks from one layer to the next; 0 where a block holds all layers."""
         self.first_remote = num_blocks
         """From this block on, blocks are read over the link because the hints say so."""
-        if hints.preferred_location in ("host", "by_tier"):
+        # Read-mostly goes before the preferred location: what is read is duplicated, not read in place.
+        if hints.preferred_location in ("host", "by_tier") and not hints.read_mostly:
             self.first_remote = 0 if hints.preferred_location == "host" else num_device
         self._first_host_group = ceil_div(num_device, spec.pieces_per_chunk)
         self._advise()
@@ -168,7 +177,8 @@ class ManagedKV:
         for block in self._freed:
             group, bit = self.group_of(block)
             for layer in layers:
-                for offset, mask in self._pages(None, bit).items():
+                # A page that a live block shares is left alone.
+                for offset, mask in self._pages(None, bit, inward=True).items():
                     chunk = layer * self._layer_stride + group * self._spec.chunks_per_piece + offset
                     masks[chunk] = masks.get(chunk, 0) | mask
         chunks = np.array(sorted(masks), np.int32)
@@ -235,9 +245,9 @@ class ManagedKV:
             ]
         return known
 
-    def _pages(self, layer: int | None, bits: int) -> dict[int, int]:
-        """Chunk within a group -> mask of the pages that hold a layer (all layers where None) of the blocks in `bits`.
-        The layer does not matter where a chunk holds one layer only."""
+    def _pages(self, layer: int | None, bits: int, *, inward: bool = False) -> dict[int, int]:
+        """Chunk within a group -> mask of the pages that hold a layer (all layers where None) of the blocks in `bits`,
+        or with `inward` of those that hold nothing else. The layer does not matter where a chunk holds one only."""
         spec = self._spec
         whole = layer is None or self._layer_stride > 0
         size = spec.piece_bytes if whole else spec.layer_block_bytes
@@ -247,6 +257,8 @@ class ManagedKV:
                 continue
             start = slot * spec.piece_bytes + (0 if whole or layer is None else layer * size)
             first, last = start // PAGE_BYTES, ceil_div(start + size, PAGE_BYTES)
+            if inward:
+                first, last = ceil_div(start, PAGE_BYTES), (start + size) // PAGE_BYTES
             for chunk in range(first // BLOCK_PAGES, ceil_div(last, BLOCK_PAGES)):
                 inside = max(first, chunk * BLOCK_PAGES), min(last, (chunk + 1) * BLOCK_PAGES)
                 masks[chunk] = masks.get(chunk, 0) | run_of(inside[0] - chunk * BLOCK_PAGES, inside[1] - inside[0])

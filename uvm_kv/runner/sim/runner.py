@@ -66,10 +66,15 @@ class SimRunner(ModelRunner):
         memory: MemoryKind,
         hints: Hints | None = None,
         driver: Rules | None = None,
+        managed_device_bytes: int | None = None,
+        pageable: bool = False,
     ) -> None:
+        """`pageable`: the host tier is not pinned, so swaps are staged. `managed_device_bytes`: what managed memory
+        can get of the card; by default just its tier."""
         self._roofline = roofline
         self._profile = roofline.profile
         self._spec = spec
+        self._staging_share = roofline.profile.link.pageable_share if pageable else 1.0
         self._capacity = capacity
         self._now = 0
         self._sequences: dict[int, _Sequence] = {}
@@ -79,7 +84,9 @@ class SimRunner(ModelRunner):
         self._first_remote = capacity.num_device_blocks
         self._managed: ManagedKV | None = None
         if memory is MemoryKind.MANAGED:
-            self._managed = ManagedKV(spec, capacity, hints or Hints(), driver or Rules(), roofline.profile)
+            self._managed = ManagedKV(
+                spec, capacity, hints or Hints(), driver or Rules(), roofline.profile, managed_device_bytes
+            )
             self._first_remote = self._managed.first_remote
         self._version = 0
         """Of the block tables."""
@@ -263,8 +270,8 @@ class SimRunner(ModelRunner):
         call_s = link.copy_call_us * 1e-6
         late_s = traffic.late_bytes / link.h2d_bytes_per_s + traffic.late_calls * call_s
         swap_s = duplex(
-            traffic.swap_in_bytes / link.h2d_bytes_per_s,
-            traffic.swap_out_bytes / link.d2h_bytes_per_s,
+            traffic.swap_in_bytes / (link.h2d_bytes_per_s * self._staging_share),
+            traffic.swap_out_bytes / (link.d2h_bytes_per_s * self._staging_share),
             link.duplex_h2d,
             link.duplex_d2h,
         )

@@ -51,7 +51,7 @@ EVICT, ONCE = range(2)
 FAULT_BATCH = 256
 """Most faults that are fetched at once (uvm_perf_fault_batch_count)."""
 MAX_KNOWN_STATES = 1 << 16
-"""Beyond so many the tables are rebuilt from the states that blocks are in."""
+"""Beyond so many, or twice the number of blocks, the tables are rebuilt from the states that blocks are in."""
 FAULT_BATCHES, FLUSHED_FAULTS, REMOTE_READ, REMOTE_WRITE, THROTTLES = map(
     Counts._fields.index, ("fault_batches", "flushed_faults", "remote_read_pages", "remote_write_pages", "throttles")
 )
@@ -238,6 +238,19 @@ class UvmDriver:
         self.do(blocks, Prefetch(to))
         return Counts(*(self._totals - before).tolist())
 
+    def prefetch_batch(self, ranges: Sequence[range], to: Location) -> Counts:
+        """cudaMemPrefetchBatchAsync: one call, and each range is walked as by a call of its own."""
+        before = self._totals.copy()
+        for blocks in ranges:
+            self.prefetch(blocks, to)
+        return Counts(*(self._totals - before).tolist())
+
+    def discard_and_prefetch_batch(self, ranges: Sequence[range], to: Location) -> Counts:
+        """cudaMemDiscardAndPrefetchBatchAsync: resident and mapped there, with nothing copied."""
+        for blocks in ranges:
+            self.discard(blocks)
+        return self.prefetch_batch(ranges, to)
+
     def advise(self, blocks: range, policy: Policy) -> None:
         if policy.read_mostly:
             for block in blocks:
@@ -270,8 +283,8 @@ class UvmDriver:
     def host_bytes(self) -> int:
         """Host memory in use. Pages that were migrated to the GPU stay allocated until the range is freed."""
         numbers, blocks = np.unique(self._state, return_counts=True)
-        pages = (self._states[i].cpu_pages.bit_count() for i in numbers.tolist())
-        return sum(n * k for n, k in zip(pages, blocks.tolist(), strict=True)) * PAGE_BYTES
+        pages = [self._states[i].cpu_pages.bit_count() for i in numbers.tolist()]
+        return int(np.dot(pages, blocks)) * PAGE_BYTES
 
     def victims(self) -> list[int]:
         """Blocks that own a chunk, the next to lose it first."""
@@ -334,7 +347,7 @@ class UvmDriver:
         """Work out what `action` does to a block in `state`."""
         if _find(self._keys, self._slots, state << 32 | action) >= 0:
             return
-        if len(self._states) > MAX_KNOWN_STATES:
+        if self._is_full():
             self._forget()
             return  # The numbers of states have changed; the loop asks again.
         if 2 * self._num_known >= len(self._keys):
@@ -342,6 +355,10 @@ class UvmDriver:
         self._fill(self._num_known, self._states[state], self._action_list[action])
         _insert(self._keys, self._slots, state << 32 | action, self._num_known)
         self._num_known += 1
+
+    def _is_full(self) -> bool:
+        # With blocks in as many states, rebuilding the tables would free nothing.
+        return len(self._states) > max(MAX_KNOWN_STATES, 2 * self.num_blocks)
 
     def _learn_eviction(self) -> None:
         victim = self.victim()
@@ -359,8 +376,10 @@ class UvmDriver:
 
     def _do_once(self, block: int, action: Action) -> None:
         """Like `do`, for an action that will hardly come again."""
-        if len(self._states) > MAX_KNOWN_STATES:
+        if self._is_full():
             self._forget()
+        # In this order: what is learned must not displace what was put into slot 0.
+        self._learn_eviction()
         self._fill(0, self.state(block), action)
         self._action_list[ONCE] = action
         self.run(np.array([block], np.int32), np.array([ONCE], np.int32))

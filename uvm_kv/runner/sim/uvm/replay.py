@@ -25,8 +25,9 @@ from uvm_kv.runner.sim.uvm.block import (
     Location,
     Policy,
     Rules,
+    add,
 )
-from uvm_kv.runner.sim.uvm.cost import fault_s, remote_s
+from uvm_kv.runner.sim.uvm.cost import fault_s, prefetch_s, remote_s
 from uvm_kv.runner.sim.uvm.driver import UvmDriver
 from uvm_kv.types import CHUNK_BYTES
 
@@ -58,6 +59,8 @@ class Study:
     operation: str = "update"
     """update: read and write each element; read: read it."""
     advice: str = "none"
+    prefetch: bool = False
+    """cudaMemPrefetchAsync of the half, in one call, before each pass."""
     initial_location: str = "host"
     """none: never touched; device: written by the GPU, A and then B."""
     seed: int = 0
@@ -125,7 +128,15 @@ def run_study(
     *,
     concurrent_managed_access: bool = True,
 ) -> list[PassResult]:
-    """Simulated passes, in order. ValueError for impossible parameters."""
+    """Simulated passes, in order. ValueError for impossible parameters.
+
+    Without concurrent managed access the GPU takes no page faults: all of a half moves before its kernel starts.
+    """
+    if not concurrent_managed_access and (study.advice != "none" or study.prefetch):
+        raise ValueError(
+            f"concurrent_managed_access=false (Windows, WSL2) with advice={study.advice}, prefetch={study.prefetch}: "
+            f"there cudaMemAdvise and cudaMemPrefetchAsync fail; use advice=none and prefetch=false"
+        )
     num_blocks = ceil(study.half_bytes / CHUNK_BYTES)
     halves = {
         "A": np.arange(num_blocks, dtype=np.int32),
@@ -150,12 +161,18 @@ def run_study(
     results = []
     for name in study.passes:
         blocks = halves[name]
+        moved_s = 0.0
+        moved = Counts()
+        if study.prefetch or not concurrent_managed_access:
+            moved = driver.prefetch(range(int(blocks[0]), int(blocks[-1]) + 1), Location.DEVICE)
+            if study.prefetch or moved.migrations:
+                moved_s = prefetch_s(moved, 1, num_blocks, profile)
         if study.access == "stream":
             counts = driver.run(np.repeat(blocks, len(writes)), actions)
         else:
             counts = driver.gpu_random(blocks[0] * BLOCK_PAGES + rng.permutation(num_blocks * BLOCK_PAGES), writes)
-        seconds = _pass_s(num_blocks * CHUNK_BYTES, counts, study, profile)
-        results.append(PassResult(name, seconds, counts, driver.host_bytes))
+        seconds = moved_s + _pass_s(num_blocks * CHUNK_BYTES, counts, study, profile)
+        results.append(PassResult(name, seconds, add(moved, counts), driver.host_bytes))
     return results
 
 

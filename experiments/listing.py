@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from uvm_kv.config.build import Job, is_done, jobs_of, workload_of
 from uvm_kv.config.names import CONF_DIR
+from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.workload.lengths import mean_lengths
 
@@ -52,7 +53,8 @@ def list_jobs(overrides: list[Any], experiment: str) -> int:
         for number, combination in enumerate(progress.track(combinations, description="composing")):
             name = " ".join(combination) or "(defaults)"
             try:
-                jobs = jobs_of(resolve(compose("config", list(combination))), experiment)
+                composed = with_recorded_config(compose("config", list(combination)), combination)
+                jobs = jobs_of(resolve(composed), experiment)
             except ValueError as error:
                 refused += 1
                 console.print(f"{number:4d}  refused   {name}: {error}", markup=False, highlight=False, soft_wrap=True)

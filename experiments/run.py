@@ -31,7 +31,7 @@ from experiments.listing import list_jobs
 from experiments.progress import Event, report_event, sweep_log
 from experiments.track import mirror_all
 from uvm_kv.config.build import Job, is_done, jobs_of, run_job
-from uvm_kv.config.names import CONF_DIR, check_overrides, mark_given, parse_overrides
+from uvm_kv.config.names import CONF_DIR, check_overrides, mark_given, parse_overrides, with_implied
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
@@ -183,7 +183,10 @@ def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int
     console = Console()
     finished = [Path(e.directory) for e in events if e.directory is not None and e.status != "failed"]
     failed = [e for e in events if e.status == "failed"]
-    if sweep and finished:
+    on_cpu = sum(bool(read_json(d / "summary.json")["memory_emulated"]) for d in finished)
+    if sweep and on_cpu:
+        print(f"{on_cpu} runs on the CPU say nothing about memory kinds and are in no figure.", file=sys.stderr)
+    if sweep and len(finished) > on_cpu:
         from uvm_kv.analysis.report import write_report  # pandas and matplotlib: a single run does without
 
         print_report(write_report(finished, request.results_dir / request.experiment / "report"), console)
@@ -231,9 +234,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    arguments = [*flags, *overrides]
-    sys.argv[1:] = arguments
     try:
+        arguments = [*flags, *with_implied(overrides)]
+        sys.argv[1:] = arguments
         request = preflight(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from uvm_kv.config.build import Job, jobs_of, run_job
-from uvm_kv.config.names import CONF_DIR
+from uvm_kv.config.names import CONF_DIR, with_implied
 from uvm_kv.config.resolve import Resolved, resolve
 from uvm_kv.config.schema import register
 
@@ -28,7 +28,7 @@ MECHANISMS = (
 def composed(*overrides: str) -> DictConfig:
     register()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("config", list(overrides))
+        return compose("config", with_implied(list(overrides)))
 
 
 def resolved(*overrides: str) -> Resolved:

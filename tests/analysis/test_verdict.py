@@ -18,6 +18,7 @@ def table(rows: list[tuple[str, int, float, float]]) -> pd.DataFrame:
         made.append(
             {
                 "runner": "sim",
+                "memory_emulated": False,
                 "origin": "simulated",
                 "hardware": "rtx3090",
                 "model": "llama_7b",
@@ -141,7 +142,7 @@ def test_a_best_point_that_moved_nothing_is_called_so() -> None:
 
 def test_cpu_runs_are_kept_out_and_repeats_are_averaged() -> None:
     runs = table([*BASE, ("pinned_swap", 8, 110.0, 0.02), ("pinned_swap", 8, 120.0, 0.02)])
-    cpu = runs.assign(runner="cpu", output_tokens_per_s=1e9)
+    cpu = runs.assign(runner="cpu", memory_emulated=True, output_tokens_per_s=1e9)
     found = points(pd.concat([runs, cpu]))
     swap = found[found["mechanism"] == "pinned_swap"].iloc[0]
     assert swap["throughput"] == pytest.approx(115.0)

@@ -19,6 +19,8 @@ from uvm_kv.analysis.recorded import Recording
 from uvm_kv.analysis.validate import METRICS, Comparison
 from uvm_kv.analysis.verdict import BASELINES
 
+# TrueType fonts: some publishers reject Type 3.
+plt.rcParams["pdf.fonttype"] = 42
 # Okabe and Ito's colours, told apart by the colour-blind too; baselines are grey and black.
 STYLES: dict[str, tuple[str, str, str]] = {
     "device_resident": ("#888888", "-", "o"),

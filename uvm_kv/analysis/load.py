@@ -33,6 +33,8 @@ def load_runs(directories: Iterable[Path]) -> pd.DataFrame:
             summary, manifest = read_json(directory / "summary.json"), read_json(directory / "manifest.json")
         except OSError as error:
             raise ValueError(f"{directory}: not readable ({error}); delete it and run again") from None
+        if not (isinstance(summary, dict) and isinstance(manifest, dict) and "schema_version" in summary):
+            raise ValueError(f"{directory}: its summary.json or manifest.json is not of a run; delete it and run again")
         rows.append(
             _flatten(summary)
             | {"directory": str(directory), "git_sha": manifest["git_sha"], "git_dirty": manifest["git_dirty"]}
@@ -63,7 +65,7 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     averaged. Throughput is the steady one, or the whole run's where a run has no steady window. Runs on the CPU say
     nothing about memory kinds and are left out. `throughput_std` is the spread over repeats, NaN for a single run.
     """
-    usable = runs[runs["runner"] != "cpu"].copy()
+    usable = runs[~runs["memory_emulated"].astype(bool)].copy()
     if usable.empty:
         return usable
     usable["throughput"] = usable["output_tokens_per_s"].astype(float)

@@ -179,7 +179,7 @@ def _page(
     )
     for verdict in found:
         rows = pd.DataFrame(
-            [(m, "never" if b is None else str(b)) for m, b in verdict.loses_from.items()],
+            [(m, "not at the largest" if b is None else str(b)) for m, b in verdict.loses_from.items()],
             columns=["mechanism", "loses from batch"],
         )
         parts += [f"<p>{esc(verdict.title)}</p>", _html_table(rows)]

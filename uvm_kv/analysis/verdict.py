@@ -76,7 +76,7 @@ class Verdict:
             text += "that point moved no KV over the link; "
         if self.gain_same_admission is not None:
             text += f"{self.gain_same_admission:+.1%} over the device-only baseline of its own admission; "
-        text += "it does not lose at any batch tried; " if lose is None else f"it loses from batch {lose} on; "
+        text += "it does not lose at the largest batch tried; " if lose is None else f"it loses from batch {lose} on; "
         if self.same_batch is not None and self.gain_same_batch is not None:
             most = self.same_batch
             text += f"most at an equal batch: {self.gain_same_batch:+.1%}, by {most.mechanism} at batch {most.batch}; "

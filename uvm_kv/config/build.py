@@ -320,7 +320,7 @@ def identity(job: Job) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "origin": {"sim": "simulated", "replay": "replayed"}.get(config.runner, "measured"),
         "runner": config.runner,
-        "hardware": "cpu" if config.runner == "cpu" else config.hardware.name,
+        "hardware": config.hardware.name if job.resolved.serving is None else "cpu",
         "model": job.resolved.model.name,
         "mechanism": config.mechanism,
         "memory": config.memory.kind,

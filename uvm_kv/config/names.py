@@ -107,6 +107,17 @@ def check_overrides(overrides: Iterable[Override], config: Any = None) -> None:
                 _check_type(schema, key, value)
 
 
+def with_implied(arguments: list[str]) -> list[str]:
+    """prompts=FILE means workload=prompts, and is for a real model. Given before Hydra composes."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    if given.get("prompts", "null") == "null":
+        return arguments
+    if given.get("runner") == "sim":
+        raise ValueError("runner=sim with prompts=FILE: prompts are for a real model; drop one of them")
+    implied = [] if {"workload", "experiment"} & set(given) else ["workload=prompts"]
+    return [*arguments, *implied]
+
+
 def mark_given(hardware_sources: Any, overrides: Iterable[Override]) -> None:
     """What the command line changes of a profile is not what the profile's source speaks of."""
     for override in overrides:

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from uvm_kv.config.names import groups, parse_overrides
 from uvm_kv.config.schema import ConfigSchema
+from uvm_kv.telemetry.store import read_json
 
 FROM_COMMAND_LINE = ("runner", "replay.path", "results_dir", "rerun", "tracking", "num_repeats", "record_plans")
 NOT_OF_THE_WORK = ("results_dir", "rerun", "tracking", "num_repeats", "record_plans", "seed")
@@ -29,6 +30,8 @@ def with_recorded_config(composed: DictConfig, overrides: Sequence[str]) -> Dict
         raise ValueError(f"replay.path={composed.replay.path}: it is not a run directory (it has no config.yaml)")
     recorded = _load(file)
     recorded.replay.recorded_runner = recorded.runner
+    # A repeat is the same as one run with its own seed.
+    recorded.seed += read_json(Path(composed.replay.path) / "manifest.json")["repeat"]
     for key in FROM_COMMAND_LINE:
         OmegaConf.update(recorded, key, OmegaConf.select(composed, key))
     for override in parse_overrides(list(overrides)):

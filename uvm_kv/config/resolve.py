@@ -39,7 +39,7 @@ CHOICES = {
     "runner": ("sim", "cpu", "cuda", "replay"),
     "layout": ("auto", *Layout),
     "allocation": ("paged", "reserve_max", "on_demand"),
-    "dtype": tuple(DTYPE_BYTES),
+    "dtype": ("auto", *DTYPE_BYTES),
     "memory.kind": tuple(MemoryKind),
     "placement.name": tuple(POLICIES),
     "placement.reach": tuple(Reach),
@@ -143,6 +143,8 @@ def resolve(composed: DictConfig) -> Resolved:
     profile = build_profile(config.hardware)
     folder = model_folder(config) if "cpu" in (config.runner, config.replay.recorded_runner) else None
     model = build_model(config.model, folder)
+    if config.dtype == "auto":
+        config.dtype = "float16" if folder is None else "float32"  # float16 is slow on a CPU, and parity is in float32.
     memory = MemoryKind(config.memory.kind)
     check_served(config.placement.name, memory)
     _check_axes(config, memory)
@@ -341,6 +343,10 @@ def _check_mechanism(config: ConfigSchema) -> None:
 def _check_runner(config: ConfigSchema) -> None:
     if config.prompts is not None and config.runner == "sim":
         config.runner = "cpu"  # Prompts are text for a real model; a simulated one has lengths.
+    if config.replay.recorded_runner is not None and config.runner != "replay":
+        raise ValueError(
+            f"replay.recorded_runner={config.replay.recorded_runner} is filled in from a recording; drop it"
+        )
     if config.runner == "cpu":
         from importlib.util import find_spec
 

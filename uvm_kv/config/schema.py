@@ -198,7 +198,7 @@ class ConfigSchema:
     allocation: str = "paged"
     batch_size: int = 16
     max_model_len: int | None = None
-    dtype: str = "float16"
+    dtype: str = "auto"
     seed: int = 0
     num_repeats: int = 1
     max_steps: int | None = None

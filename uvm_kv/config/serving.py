@@ -30,8 +30,10 @@ class Serving:
     stop_tokens: frozenset[int]
 
     def fingerprint(self) -> str:
-        """Of what is served: the weights by name and size, the prompts by content."""
-        weights = sorted((f.name, f.stat().st_size) for f in self.folder.iterdir() if f.is_file())
+        """Of what is served: the model's files and the prompts, by content."""
+        from uvm_kv.runner.torch import content_digest
+
+        weights = sorted((f.name, content_digest(f)) for f in self.folder.iterdir() if f.is_file())
         text = json.dumps([weights, self.prompts])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -65,23 +67,34 @@ def prepare(config: ConfigSchema, folder: Path, geometry: ModelGeometry) -> Serv
         path = CONF_DIR.parent / path
     if not path.is_file():
         raise ValueError(f"prompts={config.prompts}: there is no such file")
+    if workload.name != "prompts":
+        raise ValueError(
+            f"prompts={config.prompts} with workload={workload.name}, which has its own lengths; use workload=prompts"
+        )
+    given = {"prompt_tokens": workload.prompt_tokens, "lengths": workload.lengths, "path": workload.path}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"workload.{name}={value} has no meaning with prompts={config.prompts}; drop one of them")
+    if workload.arrival not in (None, "all_at_once", "poisson"):
+        raise ValueError(
+            f"workload.arrival={workload.arrival} with prompts={config.prompts}; allowed are all_at_once and poisson "
+            f"(a closed loop would cut the outputs of its first requests short)"
+        )
     if (workload.arrival == "poisson") != (workload.request_rate is not None):
         raise ValueError(
             f"workload.arrival={workload.arrival} with workload.request_rate={workload.request_rate}; a rate in "
             f"requests per second goes with workload.arrival=poisson, and only with it"
         )
     tokenizer = load_tokenizer(folder)
-    output_tokens = workload.output_tokens or 64
+    assert workload.output_tokens is not None
     prompts = read_prompts(
         path,
         encode=None if tokenizer is None else lambda text: list(tokenizer(text)["input_ids"]),
         vocab_size=geometry.vocab_size,
-        output_tokens=output_tokens,
+        output_tokens=workload.output_tokens,
     )[: workload.num_requests]
-    workload.name, workload.prompt_tokens, workload.lengths, workload.path = "prompts", None, None, None
     workload.num_requests = len(prompts)
-    if workload.arrival in (None, "closed_loop", "trace"):
-        workload.arrival = "all_at_once"  # A closed loop would cut the outputs of its first requests short.
+    workload.arrival = workload.arrival or "all_at_once"
     return Serving(folder, prompts, tokenizer, _stop_tokens(folder))
 
 

@@ -36,7 +36,10 @@ def gpu() -> dict[str, str] | None:
     out = _run("nvidia-smi", "--query-gpu=name,uuid,driver_version", "--format=csv,noheader")
     if not out:
         return None
-    name, uuid, driver = (cell.strip() for cell in out.splitlines()[0].split(","))
+    cells = [cell.strip() for cell in out.splitlines()[0].split(",")]
+    if len(cells) != 3:
+        return None  # "No devices were found", with status 0.
+    name, uuid, driver = cells
     return {"name": name, "uuid": uuid, "driver": driver}
 
 

@@ -125,7 +125,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_outputs(directory: Path) -> list[dict[str, Any]]:
     """outputs.jsonl of a run with a real model; empty where there is none."""
     path = directory / "outputs.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    # Lines end at \n alone: text may hold what else Unicode calls a line end.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def _write_gzip(path: Path, lines: Iterable[str]) -> None:

@@ -20,8 +20,10 @@ MAX_POINTS = 500
 
 
 def is_mirrored(directory: Path) -> bool:
-    """Whether an offline mirror of the run lies beside it."""
-    return any((directory.parent / "wandb").glob(f"*run-*-{directory.name}"))
+    """Whether an offline mirror of the run lies beside it, and is not of an earlier run of the same id."""
+    finished = (directory / "summary.json").stat().st_mtime
+    mirrors = (directory.parent / "wandb").glob(f"*run-*-{directory.name}")
+    return any(mirror.stat().st_mtime >= finished for mirror in mirrors)
 
 
 def mirror(

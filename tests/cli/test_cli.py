@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import run
-from uvm_kv.cli import main
+from uvm_kv.cli import cuda_report, main
 from uvm_kv.cli.doctor import doctor
+from uvm_kv.memory import Capabilities, PcieLink
 from uvm_kv.telemetry import provenance
 from uvm_kv.telemetry.store import completed_runs
 
@@ -42,6 +43,32 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join(doctor())
     assert "no   runner=cpu: torch and transformers missing: pip install -e '.[torch]'" in text
     assert "no   tracking=wandb: wandb is missing" in text
+
+
+def test_doctor_reports_cuda_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = cuda_report.CudaReport(None, "the CUDA extension is not built", None, "not asked")
+    monkeypatch.setattr(cuda_report, "probe", lambda: missing)
+    text = "\n".join(doctor())
+    for said in ("extension: the CUDA extension is not built", "  nvcc: ", "ulimit -l is", "NUMA: ", "GPU: not asked"):
+        assert said in text
+    assert "no   the CUDA extension: the CUDA extension is not built" in text
+
+
+def test_doctor_says_what_follows_from_the_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card under WSL2: no concurrent managed access, and no host memory in a virtual range."""
+    links = PcieLink(1, 16), PcieLink(4, 16)
+    card = Capabilities(
+        "RTX 3090", "8.6", False, False, True, True, False, True, False, -1, 20 * 2**30, 24 * 2**30, *links
+    )
+    monkeypatch.setattr(cuda_report, "probe", lambda: cuda_report.CudaReport("CUDA 13.0", "", card, ""))
+    text = "\n".join(doctor())
+    assert "GPU: RTX 3090, compute capability 8.6" in text
+    assert "memory: 20.0 GiB free of 24.0 GiB" in text
+    assert "PCIe: 1.0 x16 now, 4.0 x16 at most" in text
+    assert "yes  memory=pinned on this GPU" in text
+    assert "no   memory=managed on this GPU: no concurrent managed access" in text
+    assert "no   memory=vmm on this GPU" in text
+    assert "no   batched prefetch and discard" in text
 
 
 def test_probes_that_fail_are_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from uvm_kv.cli import cuda_report
 from uvm_kv.telemetry.provenance import git_state, gpu, machine, versions
 
 MIN_PYTHON = (3, 11)
@@ -16,7 +17,7 @@ MIN_FREE_DISK_BYTES = 1_000_000_000
 
 def doctor() -> list[str]:
     """Lines to print. The first says which NVIDIA GPU there is, or `no NVIDIA GPU`."""
-    card, host, found = gpu(), machine(), versions()
+    card, host, found, cuda = gpu(), machine(), versions(), cuda_report.probe()
     lines = ["no NVIDIA GPU" if card is None else f"{card['name']}, driver {card['driver']}, {card['uuid']}", ""]
     memory = host["memory_bytes"] / 2**30
     lines += [
@@ -25,9 +26,12 @@ def doctor() -> list[str]:
         f"  Python {found['python']}, " + ", ".join(f"{k} {v}" for k, v in found.items() if v and k != "python"),
         f"  commit {git_state()['git_sha'] or 'unknown (not a git checkout)'}",
         "",
+        *cuda_report.lines(cuda),
+        "",
         "What works, and what does not",
     ]
-    lines += [f"  {'yes' if works else 'no ':3s}  {what}: {why}" for works, what, why in _abilities(card is not None)]
+    abilities = _abilities(card is not None) + cuda_report.abilities(cuda)
+    lines += [f"  {'yes' if works else 'no ':3s}  {what}: {why}" for works, what, why in abilities]
     return lines
 
 
@@ -48,7 +52,7 @@ def _abilities(has_gpu: bool) -> list[tuple[bool, str, str]]:
             "SmolLM2's weights are here" if weights else "SmolLM2's weights are missing: make demo-model",
         )
     )
-    why_cuda = "the CUDA extension is not part of this version yet"
+    why_cuda = "the runner for a GPU is not part of this version yet"
     checks.append((False, "runner=cuda", why_cuda if has_gpu else f"no NVIDIA GPU, and {why_cuda}"))
     checks.append((True, "runner=replay", "needs a run made with record_plans=true"))
     for module, what in (("pyarrow", "tables as parquet"), ("wandb", "tracking=wandb"), ("matplotlib", "figures")):
@@ -57,7 +61,7 @@ def _abilities(has_gpu: bool) -> list[tuple[bool, str, str]]:
         checks.append(
             (here, what, f"{module} is here" if here else f"{module} is missing: pip install {module}{instead}")
         )
-    for tool, what in (("g++", "a C++ compiler"), ("nvcc", "a CUDA compiler"), ("nsys", "Nsight Systems")):
+    for tool, what in (("g++", "a C++ compiler"), ("nsys", "Nsight Systems")):
         path = shutil.which(tool)
         checks.append((path is not None, what, path or f"{tool} is not on the PATH"))
     free = shutil.disk_usage(Path.cwd()).free

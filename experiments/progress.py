@@ -23,7 +23,7 @@ PLAIN_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class Event:
-    """How one run ended: done, skipped (it was complete), or failed with an error of a few lines."""
+    """A run has started, or how it ended: done, skipped (it was complete), or failed with an error of a few lines."""
 
     status: str
     label: str
@@ -42,15 +42,19 @@ def report_event(event: Event) -> None:
 
 
 class SweepLog:
-    """The parent's end: every event so far."""
+    """The parent's end: how every run ended so far, and how many are running."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.events: list[Event] = []
+        self.num_running = 0
 
     def poll(self) -> None:
-        lines = self._path.read_text().splitlines()
-        self.events = [Event(**json.loads(line)) for line in lines]
+        said = [Event(**json.loads(line)) for line in self._path.read_text().splitlines()]
+        self.events = [event for event in said if event.status != "started"]
+        # What failed before it had a directory never started.
+        ended = sum(e.status in ("done", "failed") and e.directory is not None for e in self.events)
+        self.num_running = len(said) - len(self.events) - ended
 
     def count(self, status: str) -> int:
         return sum(e.status == status for e in self.events)
@@ -110,4 +114,6 @@ def _show(log: SweepLog, num_jobs: int, name: str, stop: threading.Event) -> Non
 
 
 def _counts(log: SweepLog) -> str:
-    return ", ".join(f"{log.count(s)} {s}" for s in ("done", "skipped", "failed") if s == "done" or log.count(s))
+    counts = [(log.count(s), s) for s in ("done", "skipped", "failed")]
+    counts.insert(1, (log.num_running, "running"))
+    return ", ".join(f"{count} {what}" for count, what in counts if what == "done" or count)

@@ -140,6 +140,7 @@ def _task(composed: DictConfig) -> None:
         if is_done(job):
             report_event(Event("skipped", name, str(job.directory), tracking=tracking))
             continue
+        report_event(Event("started", name, str(job.directory)))
         try:
             _run(job, alone=not _in_sweep())
         except Exception as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.progress import ENVIRONMENT, Event, SweepLog, report_event
 from tests.helpers import REPOSITORY
 from uvm_kv.config.names import groups
 from uvm_kv.telemetry.store import completed_runs, read_json
@@ -259,3 +260,18 @@ def test_a_sweep_of_a_real_model_alone_has_no_report_and_says_why(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "2 runs on the CPU say nothing about memory kinds and are in no figure" in done.stderr
     assert "2 of 2 runs are complete" in done.stderr
+
+
+def test_progress_counts_what_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "events"))
+    for event in (
+        Event("started", "a", "runs/a"),
+        Event("started", "b", "runs/b"),
+        Event("skipped", "c", "runs/c"),
+        Event("failed", "d", error="refused before it started"),
+        Event("done", "a", "runs/a"),
+    ):
+        report_event(event)
+    log = SweepLog(tmp_path / "events")
+    log.poll()
+    assert (log.count("done"), log.num_running, log.count("skipped"), log.count("failed")) == (1, 1, 1, 1)

@@ -39,7 +39,7 @@ def summarize(steps: Table, requests: Table, *, power: PowerModel | None, comple
         inside = (end > window[0]) & (end <= window[1])
         steady = float(tokens[inside].sum() * NS_PER_S / (window[1] - window[0]))
     else:
-        warnings.append("no steady window: no admission follows the first completion; raise workload.num_requests")
+        warnings.append("no steady window: no admission follows the first completion; it takes more requests")
     weights = (end - start).astype(float)
     if inside.any():
         weights = weights * inside

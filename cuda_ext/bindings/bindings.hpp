@@ -14,5 +14,7 @@ void bind_resources(nb::module_& m);
 void bind_layout(nb::module_& m);
 void bind_residency(nb::module_& m);
 void bind_copy(nb::module_& m);
+void bind_attention(nb::module_& m);
+void bind_probes(nb::module_& m);
 
 }  // namespace uvm_kv::bindings

@@ -3,7 +3,7 @@
 
 NB_MODULE(_C, m) {
   using namespace uvm_kv::bindings;
-  m.doc() = "Memory of the KV slabs: resources, hints, copies. Use it through uvm_kv.memory.";
+  m.doc() = "Memory of the KV slabs: resources, hints, copies, kernels. Use it through uvm_kv.memory.";
   bind_errors(m);
   bind_device(m);
   bind_stream(m);
@@ -11,4 +11,6 @@ NB_MODULE(_C, m) {
   bind_layout(m);
   bind_residency(m);
   bind_copy(m);
+  bind_attention(m);
+  bind_probes(m);
 }

@@ -1,4 +1,5 @@
-"""The thin Python face of the C++ extension, and its only importer: slabs, hints, copies, capabilities, counters.
+"""The thin Python face of the C++ extension, and its only importer: slabs, hints, copies, kernels,
+capabilities, counters.
 
 Importing this package touches neither the extension nor the driver. What needs the extension says so in one line where
 it is not built. Streams are keyword-only and mandatory: an integer handle, or anything with `__cuda_stream__`,
@@ -7,6 +8,7 @@ it is not built. Streams are keyword-only and mandatory: an integer handle, or a
 
 from __future__ import annotations
 
+from uvm_kv.memory.attention import PagedAttention, PagedKV, append_kv, plan_capacity
 from uvm_kv.memory.capabilities import Capabilities, PcieLink, capabilities, num_devices, pcie_link
 from uvm_kv.memory.copies import CopyMethod, TransferCounters, TwoWayCopies, copy_blocks
 from uvm_kv.memory.extension import ExtensionMissingError, build_info, extension
@@ -35,12 +37,15 @@ __all__ = [
     "DeviceView",
     "ExtensionMissingError",
     "KVMemory",
+    "PagedAttention",
+    "PagedKV",
     "PcieLink",
     "Place",
     "Slab",
     "TransferCounters",
     "TwoWayCopies",
     "advise",
+    "append_kv",
     "build_info",
     "capabilities",
     "copy_blocks",
@@ -55,6 +60,7 @@ __all__ = [
     "num_devices",
     "numa_place",
     "pcie_link",
+    "plan_capacity",
     "prefetch",
     "prefetch_batch",
     "query",

@@ -50,7 +50,7 @@ void bind_copy(nb::module_& m) {
       .def_ro("num_bytes", &TransferTotals::bytes)
       .def_ro("ns", &TransferTotals::ns);
   nb::class_<TransferCounters>(m, "TransferCounters", "Bytes and device time of our own transfers, by label.")
-      .def(nb::init<>())
+      .def(nb::init<int>(), nb::kw_only(), "device"_a = 0, "device: of the streams that will be measured.")
       .def("copy", &measured_copy, "label"_a, nb::kw_only(), "source"_a, "target"_a, "runs"_a, "method"_a, "stream"_a,
            Release(), "copy() between two events.")
       .def("prefetch", &measured_prefetch, "label"_a, nb::kw_only(), "slab"_a, "ranges"_a, "to"_a, "batched"_a,

@@ -48,7 +48,9 @@ void bind_device(nb::module_& m) {
   m.def("pageable_memory_access", &pageable_memory_access, "device"_a, "The GPU reads plain malloc memory.");
   m.def("mapped_host_memory", &mapped_host_memory, "device"_a);
   m.def("virtual_memory_management", &virtual_memory_management, "device"_a);
-  m.def("host_virtual_memory", &host_virtual_memory, "device"_a, "Virtual memory management of host memory.");
+  m.def("host_virtual_memory", &host_virtual_memory, "device"_a, "Virtual memory management on a host NUMA node.");
+  m.def("host_virtual_memory_of_any_node", &host_virtual_memory_of_any_node, "device"_a,
+        "Virtual memory management of host memory wherever the driver puts it.");
   m.def("batch_copy", &batch_copy, "cudaMemcpyBatchAsync is there.");
   m.def("batch_prefetch", &batch_prefetch, "Batched prefetch and discard are there.");
   m.def("host_numa_node", &host_numa_node, "device"_a, "Node next to the device; -1 without NUMA.");

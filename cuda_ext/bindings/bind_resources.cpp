@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
+
 #include "bindings.hpp"
 #include "uvm_kv/device_resource.hpp"
 #include "uvm_kv/managed_resource.hpp"
@@ -31,28 +33,35 @@ nb::dlpack::dtype to_dtype(const std::string& name) {
   throw std::invalid_argument("dtype " + name + "; it is one of uint8, int32, int64, float16, bfloat16, float32");
 }
 
-/// Always tagged as plain CUDA memory, managed memory too: torch refuses the managed tag.
-nb::ndarray<nb::array_api> device_view(nb::handle_t<Slab> self, std::size_t offset,
-                                       const std::vector<std::size_t>& shape, const std::string& dtype_name) {
-  const Slab& slab = nb::cast<const Slab&>(self);
-  const nb::dlpack::dtype dtype = to_dtype(dtype_name);
-  std::size_t bytes = dtype.bits / 8;
-  for (const std::size_t extent : shape) bytes *= extent;
-  require_aligned(offset, dtype.bits / 8, "a view of " + dtype_name);
-  return nb::ndarray<nb::array_api>(slab.part({offset, bytes}), shape.size(), shape.data(), self, nullptr, dtype,
-                                    nb::device::cuda::value, slab.resource().device());
+/// What a view owns: its share of the slab's memory, which may be the last one.
+nb::capsule owner_of(const Slab& slab) {
+  auto share = std::make_unique<std::shared_ptr<void>>(slab.hold());
+  nb::capsule owner(share.get(), [](void* held) noexcept {
+    const nb::gil_scoped_release release;  // Giving memory back waits for the device.
+    delete static_cast<std::shared_ptr<void>*>(held);
+  });
+  share.release();
+  return owner;
 }
 
-nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> host_view(nb::handle_t<Slab> self, std::size_t offset,
-                                                            std::size_t bytes) {
-  const Slab& slab = nb::cast<const Slab&>(self);
-  return nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(slab.host_part({offset, bytes}), {bytes}, self);
+/// Always tagged as plain CUDA memory, managed memory too: torch refuses the managed tag.
+nb::ndarray<nb::array_api> device_view(const Slab& slab, std::size_t offset, const std::vector<std::size_t>& shape,
+                                       const std::string& dtype_name) {
+  const nb::dlpack::dtype dtype = to_dtype(dtype_name);
+  const std::size_t bytes = array_bytes(shape, dtype.bits / 8);
+  require_aligned(offset, dtype.bits / 8, "a view of " + dtype_name);
+  return nb::ndarray<nb::array_api>(slab.part({offset, bytes}), shape.size(), shape.data(), owner_of(slab), nullptr,
+                                    dtype, nb::device::cuda::value, slab.resource().device());
+}
+
+nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> host_view(const Slab& slab, std::size_t offset, std::size_t bytes) {
+  return nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(slab.host_part({offset, bytes}), {bytes}, owner_of(slab));
 }
 
 void bind_slab(nb::module_& m) {
-  nb::class_<Slab>(m, "Slab", "One allocation, aligned to 2 MiB. Freed when closed or forgotten.")
+  nb::class_<Slab>(m, "Slab", "One allocation, aligned to 2 MiB. Freed when it and its views have ended.")
       .def(nb::init<std::shared_ptr<MemoryResource>, std::size_t>(), "resource"_a, "num_bytes"_a, Release())
-      .def("close", &Slab::close, Release(), "Frees now. Views of it must not be used afterwards.")
+      .def("close", &Slab::close, Release(), "Frees now, or with the last view of it.")
       .def_prop_ro("closed", &Slab::closed)
       .def_prop_ro("address", &Slab::address)
       .def_prop_ro("num_bytes", &Slab::bytes)
@@ -63,9 +72,9 @@ void bind_slab(nb::module_& m) {
       .def_prop_ro("managed", [](const Slab& s) { return s.resource().properties().managed; })
       .def_prop_ro("host_offset", &Slab::host_offset, "The CPU may touch [host_offset, num_bytes).")
       .def("device_view", &device_view, nb::kw_only(), "offset"_a, "shape"_a, "dtype"_a,
-           "A DLPack producer over part of the slab, tagged as CUDA memory. Keeps the slab alive.")
+           "A DLPack producer over part of the slab, tagged as CUDA memory. Keeps the memory alive.")
       .def("host_view", &host_view, nb::kw_only(), "offset"_a, "num_bytes"_a,
-           "The bytes as a NumPy array over the same memory. Keeps the slab alive.");
+           "The bytes as a NumPy array over the same memory. Keeps the memory alive.");
 }
 
 void bind_kinds(nb::module_& m) {
@@ -85,7 +94,8 @@ void bind_kinds(nb::module_& m) {
           },
           nb::kw_only(), "device"_a, "reserve_bytes"_a = kDefaultReserveBytes, "allow_oversubscription"_a = false);
   nb::class_<VmmResource, MemoryResource>(m, "VmmResource", "One range: device memory first, host memory after it.")
-      .def(nb::init<int, std::size_t, int>(), nb::kw_only(), "device"_a, "device_bytes"_a, "numa_node"_a)
+      .def(nb::init<int, std::size_t, int>(), nb::kw_only(), "device"_a, "device_bytes"_a, "numa_node"_a,
+           "numa_node: -1 lets the driver choose.")
       .def_prop_ro("granularity", &VmmResource::granularity)
       .def_prop_ro("device_bytes", &VmmResource::device_bytes);
 }
@@ -104,10 +114,19 @@ void bind_resources(nb::module_& m) {
       .def(nb::init<std::shared_ptr<MemoryResource>>(), "inner"_a)
       .def_prop_ro("statistics", &StatisticsResource::statistics);
   bind_slab(m);
+  nb::class_<Booking>(m, "Booking", "Managed memory of another library, counted by the guard until it ends.")
+      .def(
+          "__init__",
+          [](Booking* self, int device, std::size_t bytes, std::size_t reserve, bool allow) {
+            new (self) Booking(bytes, [device] { return free_bytes(device); }, {reserve, allow});
+          },
+          nb::kw_only(), "device"_a, "num_bytes"_a, "reserve_bytes"_a = kDefaultReserveBytes,
+          "allow_oversubscription"_a = false, "Before that library allocates; raises OversubscriptionError.")
+      .def("end", &Booking::end, "When that library has freed it.");
   m.attr("default_reserve_bytes") = kDefaultReserveBytes;
   m.def(
       "managed_bytes_held", [] { return ManagedLedger::of_process().held(); },
-      "Bytes of managed memory over all pools of this process.");
+      "Bytes of managed memory over all slabs and bookings of this process.");
   m.def(
       "require_fits",
       [](std::size_t held, std::size_t asked, std::size_t free, std::size_t reserve, bool allow) {

@@ -95,16 +95,20 @@ CopyMethod choose_method(std::span<const CopyRun> runs, CopyMethod asked) {
   std::size_t bytes = 0;
   for (const CopyRun& run : runs) bytes += run.bytes;
   if (bytes / std::max<std::size_t>(1, runs.size()) < kSmallRunBytes) return CopyMethod::kernel;
-  return batch_copy() ? CopyMethod::batch : CopyMethod::each;
+  return CopyMethod::batch;
 }
 
 CopyMethod copy(const Slab& target, const Slab& source, std::span<const CopyRun> runs, CopyMethod asked,
                 std::uintptr_t stream) {
   const cudaStream_t on = to_stream(stream);
+  const int device = source.resource().device();
+  require(target.resource().device() == device, "copies between slabs of device " + std::to_string(device) + " and " +
+                                                    std::to_string(target.resource().device()));
   require_inside(runs, source.bytes(), target.bytes());
   require_independent(runs, source.address(), target.address());
   const CopyMethod method = choose_method(runs, asked);
   if (runs.empty()) return method;
+  const DeviceScope scope(device);  // A kernel is launched on the current device, whatever its stream says.
   if (method == CopyMethod::kernel) {
     copy_by_kernel(target, source, runs, on);
     return method;
@@ -115,7 +119,7 @@ CopyMethod copy(const Slab& target, const Slab& source, std::span<const CopyRun>
     return method;
   }
   require_not_capturing(on, "a batch copy");
-  need(batch_copy(), "batched copies (cudaMemcpyBatchAsync, CUDA 12.8)", source.resource().device());
+  need(batch_copy(), "batched copies (cudaMemcpyBatchAsync, CUDA 12.8)", device);
   copy_batch(target, source, pieces, on);
   return method;
 }
@@ -123,6 +127,7 @@ CopyMethod copy(const Slab& target, const Slab& source, std::span<const CopyRun>
 void fill(const Slab& slab, ByteRange range, unsigned char value, std::uintptr_t stream) {
   const cudaStream_t on = to_stream(stream);
   require_inside(range, slab.bytes());
+  const DeviceScope scope(slab.resource().device());
   const CopyRun whole{range.offset, range.offset, range.bytes};
   for (const CopyRun& part : cut({&whole, 1}, slab.seam(), 0))
     UVM_KV_CUDA_BYTES(cudaMemsetAsync(slab.data() + part.source, value, part.bytes, on), part.bytes);

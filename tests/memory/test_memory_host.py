@@ -371,7 +371,87 @@ def test_guard_counts_all_pools_and_threads(host: Host) -> None:
     ledger.end()
 
 
+def test_bookings_are_held_as_long_as_they_live(host: Host) -> None:
+    ledger, held = host.ledger(), (Size * 4)()
+    with pytest.raises(ValueError, match="40 B held in all pools and 61 B asked exceed 100 B"):
+        host.check("bookings", ledger._pointer, held)
+    assert list(held) == [60, 60, 0, 40]
+    assert ledger.held() == 40, "a refused booking leaves the ledger as it was"
+    ledger.end()
+
+
+# ---- slabs and host pages
+
+
+def test_a_slab_ends_once_with_its_last_view_and_never_in_a_forked_child(host: Host) -> None:
+    counts = (ctypes.c_int * 4)()
+    host._lib.host_slab_ends(counts)
+    assert list(counts) == [1, 0, 1, 0]
+
+
+def test_pinned_pages_are_aligned_and_not_copied_on_fork(host: Host) -> None:
+    """A copy-on-write would leave the device with one copy of a page and the process with the other."""
+    host._lib.host_pages.restype = ctypes.c_void_p
+    host._lib.host_pages_address.restype = Size
+    pages = ctypes.c_void_p(host._lib.host_pages(Size(2 * CHUNK_BYTES)))
+    address = host._lib.host_pages_address(pages)
+    assert address % CHUNK_BYTES == 0
+    flags = smaps_flags(address)
+    host._lib.host_pages_end(pages)
+    if flags is None:
+        pytest.skip("this kernel prints no VmFlags")
+    assert "dc" in flags
+
+
+def smaps_flags(address: int) -> list[str] | None:
+    """VmFlags of the mapping at `address`."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            begin, end = (int(part, 16) for part in head.split("-"))
+            inside = begin <= address < end
+        elif inside and head == "VmFlags:":
+            return line.split()[1:]
+    return None
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("MemTotal:  9 kB\nMemFree: 1 kB\nMemAvailable:    7 kB\nHugePages_Total:  0\n", 7 * 1024),
+        ("MemTotal:  9 kB\n", MAX),
+    ],
+)
+def test_available_host_memory(host: Host, tmp_path: Path, text: str, wanted: int) -> None:
+    (tmp_path / "meminfo").write_text(text)
+    host._lib.host_available_bytes.restype = Size
+    assert host._lib.host_available_bytes(str(tmp_path / "meminfo").encode()) == wanted
+    assert host._lib.host_available_bytes(b"/no/such/file") == MAX
+
+
 # ---- arguments
+
+
+@pytest.mark.parametrize(
+    ("shape", "item_bytes", "wanted"),
+    [((), 4, 4), ((3, 5), 2, 30), ((0, MAX), 8, 0), ((2**62, 4), 1, None), ((MAX,), 2, None), ((2**32, 2**32), 1, None)],
+)
+def test_shapes_do_not_wrap(host: Host, shape: tuple[int, ...], item_bytes: int, wanted: int | None) -> None:
+    out = Size(1)
+    arguments = (Size * len(shape))(*shape), Size(len(shape)), Size(item_bytes), ctypes.byref(out)
+    if wanted is not None:
+        host.check("array_bytes", *arguments)
+        assert out.value == wanted
+        return
+    with pytest.raises(ValueError, match="more bytes than any slab"):
+        host.check("array_bytes", *arguments)
+
+
+def test_the_legacy_stream_is_refused_with_torch_in_mind(host: Host) -> None:
+    """torch.cuda.current_stream().cuda_stream is 0 until another stream is entered."""
+    with pytest.raises(ValueError, match=r"torch's current one too.*new_stream\(\) or torch.cuda.Stream\(\)"):
+        host.sizes("stream", 0)
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ enum class CopyMethod : int { automatic = 0, batch = 1, each = 2, kernel = 3 };
 /// about 128 KiB; batching removes most but not all of it. An estimate until experiments.microbench has measured it.
 inline constexpr std::size_t kSmallRunBytes = std::size_t{32} << 10;
 
-/// What `automatic` means for these runs. Where the driver has no batch copy, that is `each` for long runs, which is
-/// the same engine and the same bytes; asking for `batch` by name is an error there.
+/// What `automatic` means for these runs: `kernel` for short ones, `batch` for long ones, and never `each`, so that a
+/// driver or a stream that cannot take a batch is an error and not another path.
 CopyMethod choose_method(std::span<const CopyRun> runs, CopyMethod asked);
 
-/// Enqueues the copies; they have no order among themselves. Both slabs must be reachable from the device.
+/// Enqueues the copies; they have no order among themselves. Both slabs and the stream belong to one device.
 /// Returns the method that was used.
 CopyMethod copy(const Slab& target, const Slab& source, std::span<const CopyRun> runs, CopyMethod asked,
                 std::uintptr_t stream);

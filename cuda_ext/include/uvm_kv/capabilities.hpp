@@ -53,6 +53,7 @@ inline bool pageable_memory_access(int device) { return attribute(cudaDevAttrPag
 /// Pinned host memory has one address on both sides.
 inline bool mapped_host_memory(int device) {
   return attribute(cudaDevAttrCanMapHostMemory, device) != 0 &&
+         attribute(cudaDevAttrHostRegisterSupported, device) != 0 &&
          attribute(cudaDevAttrCanUseHostPointerForRegisteredMem, device) != 0;
 }
 
@@ -63,6 +64,11 @@ inline bool virtual_memory_management(int device) {
 /// cuMemCreate on a host NUMA node.
 inline bool host_virtual_memory(int device) {
   return driver_attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device) != 0;
+}
+
+/// The same on the host as a whole, where the driver chooses the node. Came with CUDA 13.0.
+inline bool host_virtual_memory_of_any_node(int device) {
+  return driver_attribute(CU_DEVICE_ATTRIBUTE_HOST_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device) != 0;
 }
 
 /// cudaMemcpyBatchAsync came with CUDA 12.8.

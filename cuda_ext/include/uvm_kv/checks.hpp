@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -57,6 +58,17 @@ inline void require_aligned(std::uintptr_t address, std::size_t alignment, const
           what + " at address " + std::to_string(address) + " is not aligned to " + text(alignment));
 }
 
+/// Bytes of an array; a shape whose product does not fit into a word is refused, not wrapped.
+inline std::size_t array_bytes(std::span<const std::size_t> shape, std::size_t item_bytes) {
+  std::size_t bytes = item_bytes;
+  for (const std::size_t extent : shape) {
+    require(extent == 0 || bytes <= std::numeric_limits<std::size_t>::max() / extent,
+            "an array of more bytes than any slab has");
+    bytes *= extent;
+  }
+  return bytes;
+}
+
 /// Does not overflow: offset and bytes may be anything.
 inline void require_inside(ByteRange range, std::size_t slab_bytes) {
   require(range.bytes > 0, "a range of 0 B at offset " + text(range.offset) + "; it must hold at least one byte");
@@ -70,7 +82,8 @@ inline void require_inside(std::span<const ByteRange> ranges, std::size_t slab_b
   for (const ByteRange range : ranges) require_inside(range, slab_bytes);
 }
 
-/// A discard drops whole pages: a range that ends inside one would drop its neighbour's bytes too.
+/// A discard drops whole pages: a range that ends inside one would drop its neighbour's bytes too. CUDA 13.0 documents
+/// no rounding for it (advice and prefetch round outwards), so nothing but whole pages is safe.
 inline void require_whole_pages(std::span<const ByteRange> ranges) {
   for (const ByteRange range : ranges) {
     require(range.offset % kPageBytes == 0 && range.bytes % kPageBytes == 0,
@@ -104,10 +117,12 @@ inline void require_location_fits(Advice advice, Location location) {
             "accessed-by takes a device or the host, not a NUMA node");
 }
 
-/// 0 and 1 are the legacy stream, which waits for everything and which the batch calls refuse.
+/// 0 and 1 are the legacy stream, which waits for everything and which the batch calls refuse. 0 is also what torch's
+/// current stream says of itself until another one is entered, so that is what the message must help with.
 inline void require_stream(std::uintptr_t stream) {
   require(stream > 1, "stream " + std::to_string(stream) +
-                          " is the legacy default stream; give a stream of your own (uvm_kv.memory.new_stream())");
+                          " is the legacy default stream (torch's current one too, outside `with torch.cuda.stream(s)`)"
+                          "; give a stream of your own: uvm_kv.memory.new_stream() or torch.cuda.Stream()");
 }
 
 /// The two parts of a virtual range: both whole granules, at least one of them not empty.

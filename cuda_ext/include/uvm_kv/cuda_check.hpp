@@ -46,6 +46,13 @@ inline void check(cudaError_t status, const char* call, std::size_t bytes, const
 }
 
 }  // namespace detail
+
+/// For calls in destructors, where nobody can answer a failure: the next launch must not be blamed for it.
+inline bool succeeded(cudaError_t status) noexcept {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status == cudaSuccess;
+}
+
 }  // namespace uvm_kv
 
 #define UVM_KV_CUDA(call) ::uvm_kv::detail::check((call), #call, 0, __FILE__, __LINE__)

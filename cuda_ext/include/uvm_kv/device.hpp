@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "uvm_kv/cuda_check.hpp"
+#include "uvm_kv/numa.hpp"
 
 namespace uvm_kv {
 
@@ -16,7 +17,7 @@ class DeviceScope {
     UVM_KV_CUDA(cudaGetDevice(&before_));
     UVM_KV_CUDA(cudaSetDevice(device));  // Creates the primary context too, which the driver API needs.
   }
-  ~DeviceScope() { cudaSetDevice(before_); }
+  ~DeviceScope() { succeeded(cudaSetDevice(before_)); }
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
 
@@ -30,13 +31,14 @@ inline int num_devices() {
   return count;
 }
 
-/// Before memory goes whose end the driver does not wait for by itself: nothing may still run on it.
+/// Before memory goes: nothing may still run on it. cudaFree "may" wait by itself, unmapping does not. A device that is
+/// capturing cannot be waited for, and the attempt ends its capture: slabs are closed outside captures.
 inline void wait_for_device(int device) noexcept {
   int before = 0;
-  cudaGetDevice(&before);
-  cudaSetDevice(device);
-  cudaDeviceSynchronize();
-  cudaSetDevice(before);
+  succeeded(cudaGetDevice(&before));
+  succeeded(cudaSetDevice(device));
+  succeeded(cudaDeviceSynchronize());
+  succeeded(cudaSetDevice(before));
 }
 
 /// Free bytes of the card at this moment, whoever holds the rest.
@@ -45,6 +47,13 @@ inline std::size_t free_bytes(int device) {
   std::size_t free = 0, total = 0;
   UVM_KV_CUDA(cudaMemGetInfo(&free, &total));
   return free;
+}
+
+/// Before host memory is pinned, by whichever call.
+inline void require_host_room(std::size_t bytes) {
+  if (host_has_room(bytes)) return;
+  detail::fail("the host has only " + text(available_host_bytes()) + " available", ENOMEM, true, "pinned host memory",
+               bytes, __FILE__, __LINE__);
 }
 
 inline std::size_t total_bytes(int device) {

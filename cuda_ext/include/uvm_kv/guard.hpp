@@ -1,11 +1,17 @@
 // A guard against oversubscription: managed memory beyond the card's free memory is refused unless the user asks for
 // it, since oversubscribing a shared card can hang it for everybody. Host only: no CUDA header here.
+//
+// It looks once, when memory is asked for, and counts this process's slabs in full wherever their pages lie now. What it
+// cannot see: managed memory that other libraries of this process hold (CuPy, cuda.core: give it a Booking), managed
+// memory of other processes that is not on the card yet, and what anybody allocates afterwards, which then evicts ours.
+// The reserve stands for those; on a card with other users it should be larger than the default.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "uvm_kv/checks.hpp"
 #include "uvm_kv/errors.hpp"
@@ -58,7 +64,7 @@ class ManagedLedger {
     return held_;
   }
 
-  /// One for the process: the card is one, however many pools there are.
+  /// One for the process, and for all its cards: on the safe side where there are several.
   static ManagedLedger& of_process() {
     static ManagedLedger ledger;
     return ledger;
@@ -67,6 +73,30 @@ class ManagedLedger {
  private:
   mutable std::mutex mutex_;
   std::size_t held_ = 0;
+};
+
+/// Bytes that are in the ledger as long as this lives.
+class Booking final {
+ public:
+  template <class FreeNow>
+  Booking(std::size_t bytes, FreeNow&& free_now, const GuardOptions& options,
+          ManagedLedger& ledger = ManagedLedger::of_process())
+      : ledger_(&ledger), bytes_(bytes) {
+    ledger.book(bytes, std::forward<FreeNow>(free_now), options);
+  }
+  ~Booking() { end(); }
+  Booking(Booking&& other) noexcept : ledger_(other.ledger_), bytes_(std::exchange(other.bytes_, 0)) {}
+  Booking(const Booking&) = delete;
+  Booking& operator=(const Booking&) = delete;
+
+  /// A second call does nothing.
+  void end() noexcept { ledger_->release(std::exchange(bytes_, 0)); }
+  /// The memory could not be given back: it stays in the ledger for good.
+  void keep() noexcept { bytes_ = 0; }
+
+ private:
+  ManagedLedger* ledger_;
+  std::size_t bytes_;
 };
 
 }  // namespace uvm_kv

@@ -28,6 +28,7 @@ class ManagedResource final : public MemoryResource {
   }
 
   void deallocate(void* data, std::size_t) noexcept override {
+    wait_for_device(device_);
     const std::lock_guard lock(mutex_);
     give_back(aligned_.take_base(data));
   }
@@ -42,25 +43,24 @@ class ManagedResource final : public MemoryResource {
  private:
   /// Booked before the driver is asked, so that the guard stands first; a failing driver call unbooks.
   void* ask(std::size_t size) {
-    ManagedLedger& ledger = ManagedLedger::of_process();
-    ledger.book(size, [this] { return free_bytes(device_); }, guard_);
+    Booking booking(size, [this] { return free_bytes(device_); }, guard_);
     void* base = nullptr;
+    UVM_KV_CUDA_BYTES(cudaMallocManaged(&base, size, cudaMemAttachGlobal), size);
     try {
-      UVM_KV_CUDA_BYTES(cudaMallocManaged(&base, size, cudaMemAttachGlobal), size);
-      booked_[base] = size;
+      booked_.emplace(base, std::move(booking));
     } catch (...) {
-      if (base != nullptr) cudaFree(base);
-      ledger.release(size);
+      succeeded(cudaFree(base));
       throw;
     }
     return base;
   }
 
+  /// What could not be freed is still held, and stays booked.
   void give_back(void* base) noexcept {
-    cudaFree(base);
+    const bool freed = succeeded(cudaFree(base));
     const auto found = booked_.find(base);
     if (found == booked_.end()) return;
-    ManagedLedger::of_process().release(found->second);
+    if (!freed) found->second.keep();
     booked_.erase(found);
   }
 
@@ -68,7 +68,7 @@ class ManagedResource final : public MemoryResource {
   GuardOptions guard_;
   std::mutex mutex_;
   AlignedAllocations aligned_;
-  std::unordered_map<void*, std::size_t> booked_;
+  std::unordered_map<void*, Booking> booked_;
 };
 
 }  // namespace uvm_kv

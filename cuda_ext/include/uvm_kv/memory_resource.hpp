@@ -1,7 +1,10 @@
 // The one interface of all kinds of memory, and the slab that owns a piece of it.
 //
-// A slab is allocated once, aligned to 2 MiB, and given back when the slab ends; blocks are parts of it.
+// A slab is allocated once, aligned to 2 MiB, and given back when the slab and all views of it have ended; blocks are
+// parts of it.
 #pragma once
+
+#include <unistd.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -41,27 +44,33 @@ class MemoryResource {
   MemoryResource& operator=(const MemoryResource&) = delete;
 };
 
-/// Owner of one allocation. Keeps its resource alive.
+/// Owner of one allocation, with its views. Keeps its resource alive.
 class Slab final {
  public:
   Slab(std::shared_ptr<MemoryResource> resource, std::size_t bytes) : resource_(std::move(resource)), bytes_(bytes) {
     require_slab_bytes(bytes);
-    data_ = resource_->allocate(bytes);
+    // A forked child owns nothing: CUDA does not survive a fork, and unmapping there could hit what took the address.
+    const auto give_back = [resource = resource_, bytes, owner = getpid()](void* data) noexcept {
+      if (getpid() == owner) resource->deallocate(data, bytes);
+    };
+    memory_ = std::shared_ptr<void>(resource_->allocate(bytes), give_back);
   }
-  ~Slab() { close(); }
   Slab(const Slab&) = delete;
   Slab& operator=(const Slab&) = delete;
 
-  /// Gives the memory back now; views of it must not be used afterwards. A second call does nothing.
-  void close() noexcept {
-    if (data_ != nullptr) resource_->deallocate(std::exchange(data_, nullptr), bytes_);
-  }
+  /// Gives the memory back: now, or when the last view of it ends. A second call does nothing.
+  void close() noexcept { memory_.reset(); }
 
-  bool closed() const { return data_ == nullptr; }
+  bool closed() const { return memory_ == nullptr; }
   /// Of an open slab: a closed one has no address, and asking is an error.
   std::byte* data() const {
     require(!closed(), "this slab is closed");
-    return static_cast<std::byte*>(data_);
+    return static_cast<std::byte*>(memory_.get());
+  }
+  /// What a view holds, so that no view ever outlives its memory.
+  std::shared_ptr<void> hold() const {
+    require(!closed(), "this slab is closed");
+    return memory_;
   }
   /// The address of a part, for a view of it.
   std::byte* part(ByteRange range) const {
@@ -86,7 +95,7 @@ class Slab final {
  private:
   std::shared_ptr<MemoryResource> resource_;
   std::size_t bytes_;
-  void* data_ = nullptr;
+  std::shared_ptr<void> memory_;
 };
 
 /// cudaMalloc and cudaMallocManaged promise 256 B of alignment. Large allocations come aligned to 2 MiB in practice;
@@ -102,7 +111,12 @@ class AlignedAllocations {
     const auto address = reinterpret_cast<std::uintptr_t>(base);
     void* data = reinterpret_cast<void*>((address + kChunkBytes - 1) / kChunkBytes * kChunkBytes);
     const std::lock_guard lock(mutex_);
-    bases_[data] = base;
+    try {
+      bases_[data] = base;
+    } catch (...) {
+      free(base);
+      throw;
+    }
     return data;
   }
 

@@ -5,47 +5,12 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
-#include <sys/mman.h>
-
-#include <cerrno>
-#include <cstring>
 
 #include "uvm_kv/capabilities.hpp"
 #include "uvm_kv/memory_resource.hpp"
 #include "uvm_kv/numa.hpp"
 
 namespace uvm_kv {
-namespace detail {
-
-/// Anonymous pages, aligned to 2 MiB.
-class HostPages {
- public:
-  explicit HostPages(std::size_t bytes) : bytes_(bytes) {
-    void* all = mmap(nullptr, bytes + kChunkBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (all == MAP_FAILED)
-      fail(std::strerror(errno), errno, true, "mmap(host pages)", bytes + kChunkBytes, __FILE__, __LINE__);
-    const auto address = reinterpret_cast<std::uintptr_t>(all);
-    const std::uintptr_t begin = (address + kChunkBytes - 1) / kChunkBytes * kChunkBytes;
-    if (begin > address) munmap(all, begin - address);
-    munmap(reinterpret_cast<void*>(begin + bytes), address + kChunkBytes - begin);
-    data_ = reinterpret_cast<void*>(begin);
-    madvise(data_, bytes, MADV_HUGEPAGE);  // Fewer and larger pages to map; a kernel without them changes nothing.
-  }
-  ~HostPages() {
-    if (data_ != nullptr) munmap(data_, bytes_);
-  }
-  HostPages(const HostPages&) = delete;
-  HostPages& operator=(const HostPages&) = delete;
-
-  void* data() const { return data_; }
-  void* release() { return std::exchange(data_, nullptr); }
-
- private:
-  void* data_ = nullptr;
-  std::size_t bytes_;
-};
-
-}  // namespace detail
 
 class PinnedResource final : public MemoryResource {
  public:
@@ -58,7 +23,8 @@ class PinnedResource final : public MemoryResource {
 
   void* allocate(std::size_t bytes) override {
     const DeviceScope scope(device_);
-    detail::HostPages pages(bytes);
+    require_host_room(bytes);
+    HostPages pages(bytes);
     if (numa_node_ >= 0 && num_numa_nodes() > 1) bind_to_node(pages.data(), bytes, numa_node_);
     UVM_KV_CUDA_BYTES(cudaHostRegister(pages.data(), bytes, cudaHostRegisterMapped | cudaHostRegisterPortable), bytes);
     return pages.release();
@@ -66,8 +32,8 @@ class PinnedResource final : public MemoryResource {
 
   void deallocate(void* data, std::size_t bytes) noexcept override {
     wait_for_device(device_);
-    cudaHostUnregister(data);
-    munmap(data, bytes);
+    // Pages that stay pinned must keep their address: another mapping there could not be registered.
+    if (succeeded(cudaHostUnregister(data))) munmap(data, bytes);
   }
   Properties properties() const override {
     return {.host_accessible = true, .device_accessible = true, .managed = false};

@@ -1,7 +1,9 @@
 // Hints on parts of a managed slab, and the state that the driver keeps of them.
 //
-// Every argument is checked before the first driver call. Nothing is mirrored here: `query` asks the driver. There is
-// no attribute for where a page lies now; the last prefetch is the nearest thing.
+// Every argument is checked before the first driver call that changes anything. Nothing is mirrored here: `query` asks
+// the driver. There is no attribute for where a page lies now; the last prefetch is the nearest thing, and it says what
+// was asked for, not whether it has been done. Advice and prefetch round a range outwards to pages of 4 KiB: a block
+// that is smaller takes its neighbour's bytes along.
 #pragma once
 
 #include <cuda_runtime_api.h>

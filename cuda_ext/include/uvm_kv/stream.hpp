@@ -3,8 +3,10 @@
 // CUDA 13.0 has no prefetch node, and a batch copy during capture fails or vanishes. So hints and batch copies are
 // issued outside capture, and captured work meets them through external event nodes:
 //
-//   copy stream    [batch copy] record(e, external)
-//   graph               wait(e, external) -> [kernels]          replayed any number of times
+//   copy stream    [batch copy] record(e)
+//   graph               wait(e, external) -> [kernels]          replayed any number of times: waits for the latest record
+//
+// `external` makes a node of a graph, and is an error outside of a capture. A graph does not keep its events alive.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,6 +17,7 @@
 
 #include "uvm_kv/checks.hpp"
 #include "uvm_kv/cuda_check.hpp"
+#include "uvm_kv/device.hpp"
 #include "uvm_kv/errors.hpp"
 
 namespace uvm_kv {
@@ -37,17 +40,24 @@ inline void require_not_capturing(cudaStream_t stream, const char* what) {
                              "wait for an event (Event.wait(..., external=True))");
 }
 
-/// A captured graph, ready to launch.
+/// The flag of an external node, which only a capture takes.
+inline unsigned external_flag(cudaStream_t stream, bool external, unsigned flag) {
+  if (!external) return 0;
+  require(is_capturing(stream), "external=True makes a node of a graph, and this stream is not capturing: leave it out");
+  return flag;
+}
+
+/// A captured graph, ready to launch. The events it meets must live as long as it does.
 class Graph final {
  public:
   explicit Graph(cudaGraph_t captured) : graph_(captured) {
     const cudaError_t status = cudaGraphInstantiate(&executable_, captured, 0);
-    if (status != cudaSuccess) cudaGraphDestroy(captured);
+    if (status != cudaSuccess) succeeded(cudaGraphDestroy(captured));
     detail::check(status, "cudaGraphInstantiate", 0, __FILE__, __LINE__);
   }
   ~Graph() {
-    cudaGraphExecDestroy(executable_);
-    cudaGraphDestroy(graph_);
+    succeeded(cudaGraphExecDestroy(executable_));
+    succeeded(cudaGraphDestroy(graph_));
   }
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
@@ -68,8 +78,11 @@ class Graph final {
 /// A stream that does not wait for the legacy stream.
 class Stream final {
  public:
-  Stream() { UVM_KV_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
-  ~Stream() { cudaStreamDestroy(stream_); }
+  explicit Stream(int device) {
+    const DeviceScope scope(device);
+    UVM_KV_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  }
+  ~Stream() { succeeded(cudaStreamDestroy(stream_)); }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
@@ -89,13 +102,15 @@ class Stream final {
   cudaStream_t stream_ = nullptr;
 };
 
+/// Is recorded on streams of its own device, and waited for on any.
 class Event final {
  public:
-  explicit Event(bool timing) {
+  Event(bool timing, int device) {
+    const DeviceScope scope(device);
     UVM_KV_CUDA(cudaEventCreateWithFlags(&event_, timing ? cudaEventDefault : cudaEventDisableTiming));
   }
   ~Event() {
-    if (event_ != nullptr) cudaEventDestroy(event_);
+    if (event_ != nullptr) succeeded(cudaEventDestroy(event_));
   }
   Event(Event&& other) noexcept : event_(std::exchange(other.event_, nullptr)) {}
   Event& operator=(Event&& other) noexcept {
@@ -105,15 +120,15 @@ class Event final {
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
 
-  /// `external`: while capturing, a node that records anew on each replay, not an edge of the graph.
+  /// `external`: of a capturing stream, a node that records anew on each replay, not an edge of the graph.
   void record(std::uintptr_t stream, bool external) const {
-    const unsigned flags = external ? cudaEventRecordExternal : cudaEventRecordDefault;
-    UVM_KV_CUDA(cudaEventRecordWithFlags(event_, to_stream(stream), flags));
+    const cudaStream_t on = to_stream(stream);
+    UVM_KV_CUDA(cudaEventRecordWithFlags(event_, on, external_flag(on, external, cudaEventRecordExternal)));
   }
-  /// Work issued to `stream` after this call waits for the event.
+  /// Work issued to `stream` after this call waits for the event. `external`: of a capturing stream, a node.
   void wait(std::uintptr_t stream, bool external) const {
-    const unsigned flags = external ? cudaEventWaitExternal : cudaEventWaitDefault;
-    UVM_KV_CUDA(cudaStreamWaitEvent(to_stream(stream), event_, flags));
+    const cudaStream_t on = to_stream(stream);
+    UVM_KV_CUDA(cudaStreamWaitEvent(on, event_, external_flag(on, external, cudaEventWaitExternal)));
   }
   bool done() const {
     const cudaError_t status = cudaEventQuery(event_);

@@ -22,6 +22,9 @@ struct TransferTotals {
 
 class TransferCounters final {
  public:
+  /// `device`: of the streams that will be measured.
+  explicit TransferCounters(int device) : device_(device) {}
+
   /// Runs `enqueue` between two events on `stream` and books `bytes` under `label` ("h2d", "d2h", "prefetch", ...).
   /// A call that throws is not booked.
   template <class Enqueue>
@@ -33,6 +36,10 @@ class TransferCounters final {
     pending.end.record(stream, false);
     const std::lock_guard lock(mutex_);
     pending_.push_back(std::move(pending));
+    while (pending_.size() > kMaxPending && pending_.front().end.done()) {
+      book(pending_.front());
+      pending_.pop_front();
+    }
   }
 
   /// Totals by label of the transfers that have ended. `wait`: waits for those that have not.
@@ -66,7 +73,7 @@ class TransferCounters final {
   /// Events are kept for the next call: creating one costs more than recording it.
   Event take() {
     const std::lock_guard lock(mutex_);
-    if (spare_.empty()) return Event(true);
+    if (spare_.empty()) return Event(true, device_);
     Event event = std::move(spare_.back());
     spare_.pop_back();
     return event;
@@ -81,6 +88,10 @@ class TransferCounters final {
     spare_.push_back(std::move(ended.end));
   }
 
+  /// Above this, what has ended is booked at once, so that a long run does not gather events.
+  static constexpr std::size_t kMaxPending = 64;
+
+  int device_;
   mutable std::mutex mutex_;
   std::deque<Pending> pending_;
   std::vector<Event> spare_;

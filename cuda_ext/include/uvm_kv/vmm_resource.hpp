@@ -73,7 +73,7 @@ inline CUmemAllocationProp physical(CUmemLocationType type, int id) {
 inline std::size_t granularity_of(const CUmemAllocationProp& properties) {
   std::size_t granularity = 0;
   UVM_KV_DRIVER(
-      DriverApi::get().cuMemGetAllocationGranularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED));
+      DriverApi::get().cuMemGetAllocationGranularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_MINIMUM));
   return granularity;
 }
 
@@ -81,25 +81,38 @@ inline std::size_t granularity_of(const CUmemAllocationProp& properties) {
 
 class VmmResource final : public MemoryResource {
  public:
-  /// Every slab of this resource has its first `device_bytes` on the device. `numa_node`: of the host part.
+  /// Every slab of this resource has its first `device_bytes` on the device. `numa_node`: of the host part; -1 lets the
+  /// driver choose, and 0 is right where the system has no NUMA.
   VmmResource(int device, std::size_t device_bytes, int numa_node)
       : device_(device), device_bytes_(device_bytes), numa_node_(numa_node) {
     require(device >= 0 && device < num_devices(), "no device " + std::to_string(device));
-    require(numa_node >= 0 && numa_node < num_numa_nodes(), "no NUMA node " + std::to_string(numa_node));
+    require(numa_node >= -1 && numa_node < num_numa_nodes(), "no NUMA node " + std::to_string(numa_node));
     const DeviceScope scope(device);
     need(virtual_memory_management(device), "virtual memory management", device);
-    need(host_virtual_memory(device), "virtual memory management of host memory", device);
+    if (numa_node >= 0)
+      need(host_virtual_memory(device), "virtual memory management of host memory on a NUMA node", device);
+    else
+      need(host_virtual_memory_of_any_node(device), "virtual memory management of host memory on any node", device);
     granularity_ = std::max({detail::granularity_of(device_part()), detail::granularity_of(host_part()), kChunkBytes});
   }
 
   void* allocate(std::size_t bytes) override {
     require_parts(device_bytes_, bytes, granularity_);
+    const std::size_t host_bytes = bytes - device_bytes_;
     const DeviceScope scope(device_);
+    require_host_room(host_bytes);
     Mapping mapping{detail::ReservedRange(bytes, granularity_), {}};
     const CUdeviceptr begin = mapping.range.begin();
-    if (device_bytes_ > 0) mapping.parts.emplace_back(begin, device_bytes_, device_part());
-    if (bytes > device_bytes_) mapping.parts.emplace_back(begin + device_bytes_, bytes - device_bytes_, host_part());
-    allow_access(begin, bytes);
+    mapping.parts.reserve(2);
+    if (device_bytes_ > 0) {
+      mapping.parts.emplace_back(begin, device_bytes_, device_part());
+      allow(begin, device_bytes_, {CU_MEM_LOCATION_TYPE_DEVICE, device_});
+    }
+    if (host_bytes > 0) {
+      mapping.parts.push_back(host_memory(begin + device_bytes_, host_bytes));
+      allow(begin + device_bytes_, host_bytes, {CU_MEM_LOCATION_TYPE_DEVICE, device_});
+      allow(begin + device_bytes_, host_bytes, host_part().location);
+    }
     void* data = reinterpret_cast<void*>(begin);
     const std::lock_guard lock(mutex_);
     mappings_.emplace(data, std::move(mapping));
@@ -131,16 +144,29 @@ class VmmResource final : public MemoryResource {
   };
 
   CUmemAllocationProp device_part() const { return detail::physical(CU_MEM_LOCATION_TYPE_DEVICE, device_); }
-  CUmemAllocationProp host_part() const { return detail::physical(CU_MEM_LOCATION_TYPE_HOST_NUMA, numa_node_); }
+  CUmemAllocationProp host_part() const {
+    if (numa_node_ < 0) return detail::physical(CU_MEM_LOCATION_TYPE_HOST, 0);
+    return detail::physical(CU_MEM_LOCATION_TYPE_HOST_NUMA, numa_node_);
+  }
 
-  void allow_access(CUdeviceptr begin, std::size_t bytes) const {
-    const DriverApi& api = DriverApi::get();
-    const CUmemAccessDesc device{{CU_MEM_LOCATION_TYPE_DEVICE, device_}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
-    UVM_KV_DRIVER_BYTES(api.cuMemSetAccess(begin, bytes, &device, 1), bytes);
-    if (bytes == device_bytes_) return;
-    const CUmemAccessDesc host{{CU_MEM_LOCATION_TYPE_HOST_NUMA, numa_node_}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
-    UVM_KV_DRIVER_BYTES(api.cuMemSetAccess(begin + device_bytes_, bytes - device_bytes_, &host, 1),
-                        bytes - device_bytes_);
+  /// A container may deny NUMA placement, which the driver then reports as anything: say what can be done.
+  detail::MappedPart host_memory(CUdeviceptr at, std::size_t bytes) const {
+    try {
+      return {at, bytes, host_part()};
+    } catch (const OutOfMemory&) {
+      throw;
+    } catch (const CudaError& error) {
+      if (numa_node_ < 0) throw;
+      throw CudaError(std::string(error.what()) + " for NUMA node " + std::to_string(numa_node_) +
+                          "; numa_node=-1 lets the driver choose",
+                      error.code);
+    }
+  }
+
+  /// One part at a time: the driver promises nothing for a range over two kinds of memory.
+  static void allow(CUdeviceptr begin, std::size_t bytes, CUmemLocation whom) {
+    const CUmemAccessDesc access{whom, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    UVM_KV_DRIVER_BYTES(DriverApi::get().cuMemSetAccess(begin, bytes, &access, 1), bytes);
   }
 
   int device_;

@@ -12,7 +12,7 @@ CUDA_SOURCES := $(wildcard $(addprefix cuda_ext/,CMakeLists.txt build_backend/*.
 extra = $$($(BIN)/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])')
 
-.PHONY: help demo demo-model test test-full lint format bench clean
+.PHONY: help demo demo-model test test-full lint format bench gpu-check wheels clean
 
 help:
 	@echo "make demo    the main job: install, sweep batch sizes on a simulated RTX 3090, print the verdict"
@@ -21,6 +21,8 @@ help:
 	@echo "make test-full  the same, with every combination of the real model's configurations"
 	@echo "make lint    ruff, types, import contract"
 	@echo "make bench   speed of the simulator and the engine"
+	@echo "make gpu-check OUT=dir  on a machine with a GPU: build, test, benchmark, one archive (8 minutes)"
+	@echo "make wheels  fill wheels/ for a GPU machine that has torch and no network"
 	@echo "make clean   remove .venv and caches; results stay"
 
 $(BIN)/python:
@@ -77,6 +79,25 @@ format: .venv/.installed-dev
 bench: .venv/.installed-dev
 	$(BIN)/python -m experiments.bench
 	$(BIN)/python -m experiments.bench_model
+
+# With wheels/ the machine's own Python, which has torch, is used and no network; without, .venv as everywhere.
+OUT ?= results/gpu_check
+CARRIED := $(wildcard wheels/*.whl)
+gpu-check: $(if $(CARRIED),,.venv/.installed-dev .venv/.installed-cuda)
+	$(if $(CARRIED),$(PYTHON),$(BIN)/python) -m experiments.gpu_check --output $(OUT)
+
+.venv/.installed-cuda: .venv/.installed-dev
+	@echo "Installing CuPy, CUPTI, NVML and cuda.core into .venv ..."
+	$(INSTALL) $(call extra,cuda)
+	@touch $@
+
+# What such a machine may lack; antlr4 comes as sources only, and the oldest CUPTI for the oldest driver.
+WHEEL_PYTHON ?= 3.12
+wheels: | $(BIN)/python
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check -c constraints.txt --no-deps --dest wheels \
+		--only-binary=:all: --python-version $(WHEEL_PYTHON) --platform manylinux_2_28_x86_64 --platform any \
+		nanobind scikit-build-core hydra-core omegaconf hydra-joblib-launcher "cupti-python==13.2.*" nvidia-ml-py gguf
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir wheels 'antlr4-python3-runtime==4.9.*'
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from tests.helpers import REPOSITORY
-from uvm_kv.memory import ExtensionMissingError, Slab, copies, new_stream, pcie_link, stream_handle
+from uvm_kv.cli.cuda_report import kernels_for, nvcc
+from uvm_kv.memory import ExtensionMissingError, Slab, copies, new_stream, stream_handle
 from uvm_kv.memory import extension as load
+from uvm_kv.memory.capabilities import kernel_pcie_link, num_devices, pcie_link
 from uvm_kv.memory.counters import Nvml, UnifiedMemoryCounters, total, unified_memory_trace
 from uvm_kv.types import MIB
 
@@ -82,9 +84,73 @@ def test_pcie_link_as_the_kernel_prints_it(tmp_path: Path) -> None:
         "max_link_width": "16\n",
     }.items():
         (folder / name).write_text(text)
-    assert pcie_link("0000:65:00.0", devices=tmp_path) == (1, 16)
-    assert pcie_link("0000:65:00.0", devices=tmp_path, maximum=True) == (4, 16)
-    assert pcie_link("0000:66:00.0", devices=tmp_path) == (None, None)
+    assert kernel_pcie_link("0000:65:00.0", devices=tmp_path) == (1, 16)
+    assert kernel_pcie_link("0000:65:00.0", devices=tmp_path, maximum=True) == (4, 16)
+    assert kernel_pcie_link("0000:66:00.0", devices=tmp_path) == (None, None)
+
+
+class _Driver:
+    """An extension whose driver cannot be used."""
+
+    class CudaError(RuntimeError):
+        pass
+
+    def __init__(self, version: int, code: str) -> None:
+        self._version, self._code = version, code
+
+    def driver_version(self) -> int:
+        return self._version
+
+    def num_devices(self) -> int:
+        raise self.CudaError(f"cudaGetDeviceCount(&count): {self._code}, so it says")
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "found"),
+    [
+        (0, "cudaErrorInsufficientDriver", 0),
+        (13000, "cudaErrorNoDevice", 0),
+        (12080, "cudaErrorInsufficientDriver", None),
+        (13000, "cudaErrorSystemNotReady", None),
+    ],
+)
+def test_a_driver_that_is_too_old_is_an_error_and_not_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, version: int, code: str, found: int | None
+) -> None:
+    module = sys.modules["uvm_kv.memory.capabilities"]  # By name: the package has a function of that name.
+    monkeypatch.setattr(module, "extension", lambda: _Driver(version, code))
+    if found is not None:
+        assert num_devices() == found
+        return
+    with pytest.raises(RuntimeError, match=code):
+        num_devices()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "card", "how"),
+    [
+        ("86", "8.6", "machine code of sm_86"),
+        ("86-real,90-real", "8.9", "machine code of sm_86"),
+        ("86", "9.0", "PTX of compute_86"),
+        ("86-real", "9.0", None),
+        ("90", "8.6", None),
+        ("75-real,80-real,86-real,89-real,90", "12.0", "PTX of compute_90"),
+        ("native", "9.0", "as CMake resolved native"),
+    ],
+)
+def test_doctor_knows_whether_the_kernels_run(architectures: str, card: str, how: str | None) -> None:
+    said = kernels_for(architectures, card)
+    assert said is None if how is None else said is not None and said.startswith(how)
+
+
+def test_doctor_finds_the_nvcc_that_the_build_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, release in (("nvcc-13", "13.0"), ("nvcc-12", "12.8")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc-13"))
+    assert nvcc() == f"{tmp_path / 'nvcc-13'}, 13.0"
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc-12"))
+    assert str(nvcc()).endswith("12.8; the build asks for CUDA 13 and takes NVIDIA wheels instead")
 
 
 def test_unified_memory_records_are_summed_by_cause() -> None:
@@ -109,26 +175,68 @@ def test_no_cupti_no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_nvml_no_meter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert Nvml.open() is None
+    assert Nvml.open("0000:65:00.0") is None
 
 
 class _Nvml:
-    """A card with an energy meter and no PCIe counter."""
+    """One card, at 0000:65:00.0, with an energy meter and no PCIe counter."""
+
+    ANSWERS: ClassVar = {
+        "nvmlDeviceGetTotalEnergyConsumption": 1500,
+        "nvmlDeviceGetPowerUsage": 250_000,
+        "nvmlDeviceGetCurrPcieLinkGeneration": 1,
+        "nvmlDeviceGetMaxPcieLinkGeneration": 5,
+        "nvmlDeviceGetCurrPcieLinkWidth": 16,
+        "nvmlDeviceGetMaxPcieLinkWidth": 16,
+    }
 
     class NVMLError(Exception):
         pass
 
+    def __init__(self) -> None:
+        self.num_open = 0
+
+    def nvmlInit(self) -> None:
+        self.num_open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.num_open -= 1
+
+    def nvmlDeviceGetHandleByPciBusId(self, bus_id: str) -> str:
+        if bus_id != "0000:65:00.0":
+            raise self.NVMLError
+        return bus_id
+
+    def nvmlDeviceGetPcieThroughput(self, *_: Any) -> Any:
+        raise self.NVMLError
+
     def __getattr__(self, name: str) -> Any:
-        def call(*_: Any) -> Any:
-            if name == "nvmlDeviceGetPcieThroughput":
-                raise self.NVMLError
-            return {"nvmlDeviceGetTotalEnergyConsumption": 1500, "nvmlDeviceGetPowerUsage": 250_000}.get(name, 1)
-
-        return call
+        return lambda *_: self.ANSWERS[name]
 
 
-def test_a_meter_that_fails_is_none_and_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", _Nvml())  # type: ignore[arg-type]
-    meter = Nvml.open()
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> _Nvml:
+    played = _Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", played)  # type: ignore[arg-type]
+    return played
+
+
+def test_a_meter_that_fails_is_none_and_not_zero(nvml: _Nvml) -> None:
+    meter = Nvml.open("0000:65:00.0")
     assert meter is not None
     assert meter.read() == (1.5, 250.0, None, None)
+    meter.close()
+    assert nvml.num_open == 0
+
+
+def test_a_card_that_nvml_does_not_know_leaves_nothing_open(nvml: _Nvml) -> None:
+    assert Nvml.open("0000:66:00.0") is None
+    assert nvml.num_open == 0
+
+
+def test_the_card_itself_is_asked_for_its_link_first(nvml: _Nvml) -> None:
+    """In a virtual machine the kernel knows the virtual slot only."""
+    assert pcie_link("0000:65:00.0") == (1, 16)
+    assert pcie_link("0000:65:00.0", maximum=True) == (5, 16)
+    assert pcie_link("0000:66:00.0") == (None, None)
+    assert nvml.num_open == 0

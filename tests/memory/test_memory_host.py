@@ -435,7 +435,14 @@ def test_available_host_memory(host: Host, tmp_path: Path, text: str, wanted: in
 
 @pytest.mark.parametrize(
     ("shape", "item_bytes", "wanted"),
-    [((), 4, 4), ((3, 5), 2, 30), ((0, MAX), 8, 0), ((2**62, 4), 1, None), ((MAX,), 2, None), ((2**32, 2**32), 1, None)],
+    [
+        ((), 4, 4),
+        ((3, 5), 2, 30),
+        ((0, MAX), 8, 0),
+        ((2**62, 4), 1, None),
+        ((MAX,), 2, None),
+        ((2**32, 2**32), 1, None),
+    ],
 )
 def test_shapes_do_not_wrap(host: Host, shape: tuple[int, ...], item_bytes: int, wanted: int | None) -> None:
     out = Size(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from uvm_kv.memory import Capabilities, ExtensionMissingError, PcieLink, build_info, capabilities, num_devices
+from uvm_kv.memory.capabilities import driver_version
 
 PACKAGES = ("cuda-bindings", "cupti-python", "cupy-cuda13x", "nvidia-ml-py")
 
@@ -20,7 +22,12 @@ class CudaReport(NamedTuple):
     """How it was built; None: it is not there, and `extension_missing` says why."""
     extension_missing: str
     found: Capabilities | None
+    """Of device 0."""
     found_missing: str
+    architectures: str = ""
+    """That the extension was built for, as CMake was told."""
+    driver: str | None = None
+    """The newest CUDA that the driver knows."""
 
 
 def probe() -> CudaReport:
@@ -29,12 +36,15 @@ def probe() -> CudaReport:
     except ExtensionMissingError as error:
         return CudaReport(None, str(error), None, "not asked: only the extension asks the driver")
     extension = f"CUDA {built.cuda_version}, architectures {built.architectures}"
+    driver, found, why = driver_version(), None, ""
     try:
-        if num_devices() == 0:
-            return CudaReport(extension, "", None, "no NVIDIA GPU")
-        return CudaReport(extension, "", capabilities(), "")
+        if num_devices() > 0:
+            found = capabilities()
+        else:
+            why = "no NVIDIA GPU"
     except RuntimeError as error:  # CudaError: a driver that answers, and not well.
-        return CudaReport(extension, "", None, str(error))
+        why = f"{error}; the driver knows CUDA {driver}, the extension is of CUDA {built.cuda_version}"
+    return CudaReport(extension, "", found, why, built.architectures, driver)
 
 
 def lines(report: CudaReport) -> list[str]:
@@ -43,7 +53,8 @@ def lines(report: CudaReport) -> list[str]:
     out = [
         "CUDA",
         f"  extension: {report.extension or report.extension_missing}",
-        f"  nvcc: {nvcc() or 'none on the PATH; the build takes NVIDIA wheels instead'}",
+        f"  driver: {f'knows CUDA {report.driver}' if report.driver else 'none, or nobody to ask it'}",
+        f"  nvcc: {nvcc() or 'none found; the build takes NVIDIA wheels instead'}",
         f"  packages: {packages or 'none of ' + ', '.join(PACKAGES)}",
         f"  pinned memory: {_pinned_limit()}",
         f"  NUMA: {num_numa_nodes()} node(s)",
@@ -62,6 +73,22 @@ def lines(report: CudaReport) -> list[str]:
     ]
 
 
+def kernels_for(architectures: str, compute_capability: str) -> str | None:
+    """How kernels built for `architectures` (86 is machine code and PTX) run on a card of 8.9; None: not at all."""
+    major, minor = map(int, compute_capability.split("."))
+    card, best = 10 * major + minor, None
+    for entry in re.split("[,;]", architectures):
+        number, _, kind = entry.partition("-")
+        if not number.isdigit():
+            return f"as CMake resolved {entry}"
+        built = int(number)
+        if kind != "virtual" and built // 10 == major and built <= card:
+            return f"machine code of sm_{built}"
+        if kind != "real" and built <= card:
+            best = f"PTX of compute_{built}, which the driver compiles at first use"
+    return best
+
+
 def abilities(report: CudaReport) -> list[tuple[bool, str, str]]:
     """(works, what, why) for each memory kind and hint on this machine."""
     checks = [(report.extension is not None, "the CUDA extension", report.extension or report.extension_missing)]
@@ -70,6 +97,10 @@ def abilities(report: CudaReport) -> list[tuple[bool, str, str]]:
         kinds = "memory=device, pinned, managed, vmm on a GPU"
         return [*checks, (False, kinds, report.found_missing)]
     managed = "concurrent managed access" if found.concurrent_managed_access else "no concurrent managed access"
+    how = kernels_for(report.architectures, found.compute_capability) if report.architectures else None
+    if report.architectures:
+        why = how or f"built for {report.architectures}: install again on this machine"
+        checks.append((how is not None, "kernels on this GPU", why))
     vmm = found.virtual_memory_management and found.host_virtual_memory
     batch = "CUDA 13.0 and concurrent managed access" if found.batch_prefetch else "needs both of them"
     return [
@@ -84,16 +115,20 @@ def abilities(report: CudaReport) -> list[tuple[bool, str, str]]:
 
 
 def nvcc() -> str | None:
-    """Path and release of the nvcc on the PATH."""
-    path = shutil.which("nvcc")
+    """Path and release of the nvcc that a build would find: by CUDACXX, on the PATH, in the usual place."""
+    given = (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc")
+    path = next((found for name in given if name and (found := shutil.which(name))), None)
     if path is None:
         return None
     try:
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         return path
-    release = re.search(r"release ([\d.]+)", said)
-    return f"{path}, {release[1]}" if release else path
+    release = re.search(r"release (\d+)([\d.]*)", said)
+    if release is None:
+        return path
+    unfit = "" if release[1] == "13" else "; the build asks for CUDA 13 and takes NVIDIA wheels instead"
+    return f"{path}, {release[1]}{release[2]}{unfit}"
 
 
 def num_numa_nodes(root: Path = Path("/sys/devices/system/node")) -> int:
@@ -104,7 +139,16 @@ def num_numa_nodes(root: Path = Path("/sys/devices/system/node")) -> int:
 def _pinned_limit() -> str:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / 2**20:.0f} MiB"
-    return f"ulimit -l is {limit} (it binds mlock; the NVIDIA driver pins by itself, up to the free memory)"
+    available = re.search(r"MemAvailable:\s+(\d+) kB", _text(Path("/proc/meminfo")))
+    room = f"{int(available[1]) / 2**20:.1f} GiB available" if available else "not told by this system"
+    return f"ulimit -l is {limit} (it binds mlock; the NVIDIA driver pins by itself, up to the free memory: {room})"
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def _link(link: PcieLink) -> str:

@@ -5,20 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from uvm_kv.memory.counters import Nvml
 from uvm_kv.memory.extension import extension
-
-NO_DEVICE_CODES = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorStubLibrary")
 
 
 def num_devices() -> int:
-    """Visible devices; 0 where there is no driver. Any other failure is an error."""
+    """Visible devices; 0 where there is no driver. Any other failure, as of a driver too old, is an error."""
     module = extension()
     try:
         return int(module.num_devices())
     except module.CudaError as error:
-        if any(code in str(error) for code in NO_DEVICE_CODES):
+        if module.driver_version() == 0 or "cudaErrorNoDevice" in str(error):
             return 0
         raise
+
+
+def driver_version() -> str | None:
+    """The newest CUDA that the driver knows, as 13.0; None without a driver."""
+    version = extension().driver_version()
+    return f"{version // 1000}.{version % 1000 // 10}" if version else None
 
 
 class PcieLink(NamedTuple):
@@ -32,8 +37,18 @@ _GENERATION = {"2.5": 1, "5.0": 2, "8.0": 3, "16.0": 4, "32.0": 5, "64.0": 6}
 """By GT/s, as the kernel prints it."""
 
 
-def pcie_link(bus_id: str, *, devices: Path = Path("/sys/bus/pci/devices"), maximum: bool = False) -> PcieLink:
-    """Of the device at `bus_id` (0000:65:00.0). `maximum`: of what card and slot can do, not of what runs now."""
+def pcie_link(bus_id: str, *, maximum: bool = False) -> PcieLink:
+    """Of the device at `bus_id` (0000:65:00.0). `maximum`: of what card and slot can do, not of what runs now.
+
+    By NVML, which asks the card; where there is none, by the kernel, which in a virtual machine knows its virtual slot.
+    """
+    with Nvml.opened(bus_id) as meter:
+        found = PcieLink(*((None, None) if meter is None else meter.pcie_link(maximum=maximum)))
+    return kernel_pcie_link(bus_id, maximum=maximum) if None in found else found
+
+
+def kernel_pcie_link(bus_id: str, *, devices: Path = Path("/sys/bus/pci/devices"), maximum: bool = False) -> PcieLink:
+    """As the kernel says in its file system."""
     folder = devices / bus_id.lower()
     which = "max" if maximum else "current"
     speed, width = (_read(folder / f"{which}_link_{what}") for what in ("speed", "width"))
@@ -58,6 +73,7 @@ class Capabilities(NamedTuple):
     mapped_host_memory: bool
     virtual_memory_management: bool
     host_virtual_memory: bool
+    """Of a NUMA node, as `Slab.vmm` takes by default."""
     batch_copy: bool
     batch_prefetch: bool
     host_numa_node: int

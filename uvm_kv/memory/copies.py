@@ -17,7 +17,7 @@ Pairs = Sequence[tuple[int, int]]
 
 class CopyMethod(IntEnum):
     AUTOMATIC = 0
-    """KERNEL for short runs, BATCH for long ones where the driver has it, else EACH."""
+    """KERNEL for short runs, BATCH for long ones; never EACH."""
     BATCH = 1
     """cudaMemcpyBatchAsync; cannot be captured into a graph."""
     EACH = 2
@@ -33,12 +33,6 @@ class Placed(NamedTuple):
     layout: Any
 
 
-def runs_between(source: Placed, target: Placed, blocks: Pairs, layers: tuple[int, int] | None = None) -> Any:
-    """Runs of bytes for `blocks` in layers [first, last), by default all."""
-    every = (0, source.layout.num_layers)
-    return extension().copy_runs(source=source.layout, target=target.layout, blocks=blocks, layers=layers or every)
-
-
 def copy_blocks(
     source: Placed,
     target: Placed,
@@ -48,10 +42,27 @@ def copy_blocks(
     method: CopyMethod = CopyMethod.AUTOMATIC,
     stream: object,
 ) -> CopyMethod:
-    """Enqueues the copies, which have no order among themselves, and says which method was used."""
-    runs = runs_between(source, target, blocks, layers)
+    """Enqueues copies of `blocks` in layers [first, last), by default all. They have no order among themselves.
+
+    Returns the method that was used. ValueError for blocks or layers outside and for copies that overlap;
+    CapturingStreamError and MissingCapabilityError where a batch cannot be.
+    """
+    return CopyMethod(extension().copy(**_request(source, target, blocks, layers, method, stream)))
+
+
+def _request(
+    source: Placed,
+    target: Placed,
+    blocks: Pairs,
+    layers: tuple[int, int] | None,
+    method: CopyMethod,
+    stream: object,
+) -> dict[str, Any]:
+    layouts = {"source": source.layout, "target": target.layout}
+    every = (0, source.layout.num_layers)
+    runs = extension().copy_runs(**layouts, blocks=blocks, layers=every if layers is None else layers)
     slabs = {"source": source.slab.raw, "target": target.slab.raw}
-    return CopyMethod(extension().copy(**slabs, runs=runs, method=int(method), stream=stream_handle(stream)))
+    return {**slabs, "runs": runs, "method": int(method), "stream": stream_handle(stream)}
 
 
 class TransferTotals(NamedTuple):
@@ -62,10 +73,10 @@ class TransferTotals(NamedTuple):
 
 
 class TransferCounters:
-    """Bytes and time of our own transfers, by CUDA events around each call."""
+    """Bytes and time of our own transfers on one device, by CUDA events around each call."""
 
-    def __init__(self) -> None:
-        self._raw = extension().TransferCounters()
+    def __init__(self, *, device: int = 0) -> None:
+        self._raw = extension().TransferCounters(device=device)
 
     def copy_blocks(
         self,
@@ -79,10 +90,7 @@ class TransferCounters:
         stream: object,
     ) -> CopyMethod:
         """As the function of that name, and counted under `label`."""
-        runs = runs_between(source, target, blocks, layers)
-        slabs = {"source": source.slab.raw, "target": target.slab.raw}
-        used = self._raw.copy(label, **slabs, runs=runs, method=int(method), stream=stream_handle(stream))
-        return CopyMethod(used)
+        return CopyMethod(self._raw.copy(label, **_request(source, target, blocks, layers, method, stream)))
 
     def prefetch(self, label: str, slab: Slab, parts: Parts, to: Place, *, batched: bool, stream: object) -> None:
         """As `prefetch` or `prefetch_batch`, and counted under `label`: the bytes asked for, moved or already there."""
@@ -95,35 +103,27 @@ class TransferCounters:
         return {label: TransferTotals(total.num_calls, total.num_bytes, total.ns) for label, total in found.items()}
 
 
+class CopyLane:
+    """Copies from one slab to another on a stream of their own, counted under `label`."""
+
+    def __init__(self, label: str, source: Placed, target: Placed, counters: TransferCounters) -> None:
+        self.label, self.source, self.target, self.counters = label, source, target, counters
+        self.stream = new_stream(device=source.slab.device_ordinal)
+
+    def __call__(self, blocks: Pairs, *, layers: tuple[int, int] | None = None, after: Any = None) -> Any:
+        """Copies (source block, target block) pairs once `after` has come; returns the event of their end."""
+        if after is not None:
+            after.wait(stream=self.stream.handle)
+        self.counters.copy_blocks(self.label, self.source, self.target, blocks, layers=layers, stream=self.stream)
+        done = new_event(device=self.source.slab.device_ordinal)
+        done.record(stream=self.stream.handle)
+        return done
+
+
 class TwoWayCopies:
-    """Both directions at once, on two streams of their own; each call waits for `after` and returns an event."""
+    """Both directions at once: `copy_in` takes (host, device) pairs of blocks, `copy_out` (device, host) pairs."""
 
     def __init__(self, device: Placed, host: Placed) -> None:
-        self.device, self.host = device, host
-        self.in_stream, self.out_stream = new_stream(), new_stream()
-        self.counters = TransferCounters()
-
-    def copy_in(self, blocks: Pairs, *, layers: tuple[int, int] | None = None, after: Any = None) -> Any:
-        """(host block, device block) pairs."""
-        return self._go("h2d", self.host, self.device, blocks, layers, after, self.in_stream)
-
-    def copy_out(self, blocks: Pairs, *, layers: tuple[int, int] | None = None, after: Any = None) -> Any:
-        """(device block, host block) pairs."""
-        return self._go("d2h", self.device, self.host, blocks, layers, after, self.out_stream)
-
-    def _go(
-        self,
-        label: str,
-        source: Placed,
-        target: Placed,
-        blocks: Pairs,
-        layers: tuple[int, int] | None,
-        after: Any,
-        stream: Any,
-    ) -> Any:
-        if after is not None:
-            after.wait(stream=stream.handle)
-        self.counters.copy_blocks(label, source, target, blocks, layers=layers, stream=stream)
-        done = new_event()
-        done.record(stream=stream.handle)
-        return done
+        self.counters = TransferCounters(device=device.slab.device_ordinal)
+        self.copy_in = CopyLane("h2d", host, device, self.counters)
+        self.copy_out = CopyLane("d2h", device, host, self.counters)

@@ -42,7 +42,7 @@ def total(records: Iterable[tuple[int, int, int]]) -> UnifiedMemoryCounters:
         elif kind in (GPU_FAULTS, REMOTE_MAP):
             sums[kind] += value
         elif kind in sums:
-            sums[kind] += 1  # The value is an address or a size here; the record itself is the event.
+            sums[kind] += 1  # The value is a program counter or a size here; the record itself is the event.
     return UnifiedMemoryCounters(h2d, d2h, *sums.values())
 
 
@@ -91,9 +91,9 @@ def _start(device: int) -> UnifiedMemoryTrace | None:
         cupti.activity_register_callbacks(lambda: (BUFFER_BYTES, 0), trace._completed)
         cupti.activity_configure_unified_memory_counter(config.ctypes.data, len(config))
         cupti.activity_enable(cupti.ActivityKind.UNIFIED_MEMORY_COUNTER)
-    except (ImportError, AttributeError, RuntimeError):  # cuptiError and its NotSupportedError are RuntimeErrors.
+    except (ImportError, AttributeError, RuntimeError):  # NotSupportedError, as of a driver, is a RuntimeError;
         return None
-    except Exception as error:
+    except Exception as error:  # cuptiError, the answer of a CUPTI that refuses, is not.
         if type(error).__name__ != "cuptiError":
             raise
         return None
@@ -120,26 +120,46 @@ class CardReading(NamedTuple):
 
 
 class Nvml:
-    """The card's own meters, by nvidia-ml-py. `open` is None where there is no NVML."""
+    """The card's own meters, by nvidia-ml-py. `open` is None where there is no NVML, or no such card."""
 
     def __init__(self, module: Any, handle: Any) -> None:
         self._module, self._handle = module, handle
 
     @classmethod
-    def open(cls, uuid: str | None = None) -> Nvml | None:
-        """By UUID, or the first card."""
+    def open(cls, bus_id: str) -> Nvml | None:
+        """`bus_id` as CUDA gives it (`extension().pci_bus_id(device)`): NVML counts cards in another order."""
         try:
             module = importlib.import_module("pynvml")
         except ImportError:
             return None
         try:
             module.nvmlInit()
-            by_uuid = module.nvmlDeviceGetHandleByUUID
-            return cls(module, by_uuid(uuid) if uuid else module.nvmlDeviceGetHandleByIndex(0))
         except module.NVMLError:
             return None
+        try:
+            return cls(module, module.nvmlDeviceGetHandleByPciBusId(bus_id))
+        except module.NVMLError:
+            module.nvmlShutdown()
+            return None
+
+    @classmethod
+    @contextmanager
+    def opened(cls, bus_id: str) -> Iterator[Nvml | None]:
+        meter = cls.open(bus_id)
+        try:
+            yield meter
+        finally:
+            if meter is not None:
+                meter.close()
+
+    def pcie_link(self, *, maximum: bool = False) -> tuple[int | None, int | None]:
+        """(generation, width) now, or at most."""
+        which = "Max" if maximum else "Curr"
+        generation, width = (self._ask(f"nvmlDeviceGet{which}PcieLink{what}") for what in ("Generation", "Width"))
+        return generation or None, width or None
 
     def read(self) -> CardReading:
+        """Takes about 40 ms: the two PCIe counters are windows of 20 ms."""
         m = self._module
         energy, power = self._ask("nvmlDeviceGetTotalEnergyConsumption"), self._ask("nvmlDeviceGetPowerUsage")
         received = self._ask("nvmlDeviceGetPcieThroughput", getattr(m, "NVML_PCIE_UTIL_RX_BYTES", 1))

@@ -46,7 +46,11 @@ class KVMemory:
         else:
             self.device = Placed(Slab.device(near, device=device), slab_layout(spec, num_blocks=num_device_blocks))
             if num_host_blocks:
-                slab = Slab.pinned(far, device=device)
+                try:
+                    slab = Slab.pinned(far, device=device)
+                except BaseException:
+                    self.device.slab.close()
+                    raise
                 self.host = Placed(slab, slab_layout(spec, num_blocks=num_host_blocks))
 
     def locate(self, block: int) -> tuple[Placed, int]:

@@ -62,7 +62,10 @@ def ranges_of(parts: Parts) -> Any:
 
 
 def advise(slab: Slab, parts: Parts, advice: Advice, place: Place, *, stream: object) -> None:
-    """`place` says for whom; read-mostly ignores it. `stream` is asked only whether it is capturing."""
+    """`place` says for whom or where; read-mostly and the unsetting of a preferred location ignore it.
+
+    Accessed-by takes a device or the host. `stream` is asked only whether it is capturing: advice holds from now on.
+    """
     extension().advise(slab.raw, ranges_of(parts), int(advice), tuple(place), stream=stream_handle(stream))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +19,7 @@ _TYPESTR = {"uint8": "|u1", "int32": "<i4", "int64": "<i8", "float16": "<f2", "f
 
 
 class DeviceView:
-    """Part of a slab for whoever takes DLPack or `__cuda_array_interface__`. Keeps the slab alive.
+    """Part of a slab for whoever takes DLPack or `__cuda_array_interface__`. Keeps the memory, also of a closed slab.
 
     Managed memory too is tagged as plain CUDA memory, since torch refuses the managed tag.
     """
@@ -44,8 +46,9 @@ class DeviceView:
 
 
 class Slab:
-    """Made by the class methods, one for each memory kind; a context manager that frees at its end.
+    """Made by the class methods, one for each memory kind; a context manager that closes at its end.
 
+    Memory is given back when the slab is closed or forgotten *and* no view of it is left. Close it outside of captures.
     `num_bytes` must be a positive multiple of 2 MiB. Any resource of the extension will do for `resource`, also a
     StatisticsResource around another one.
     """
@@ -74,7 +77,10 @@ class Slab:
         reserve_bytes: int | None = None,
         allow_oversubscription: bool = False,
     ) -> Slab:
-        """Refused (OversubscriptionError) where the managed bytes of this process would exceed what is free now."""
+        """Refused (OversubscriptionError) where the managed bytes of this process would exceed what is free now.
+
+        Does not see what other libraries and other processes hold: see `managed_booking`, and guard.hpp.
+        """
         module = extension()
         reserve = module.default_reserve_bytes if reserve_bytes is None else reserve_bytes
         guard = {"reserve_bytes": reserve, "allow_oversubscription": allow_oversubscription}
@@ -82,7 +88,10 @@ class Slab:
 
     @classmethod
     def vmm(cls, num_bytes: int, *, device_bytes: int, device: int = 0, numa_node: int | None = None) -> Slab:
-        """The first `device_bytes` lie on the device, the rest on the host. Both in multiples of the granularity."""
+        """The first `device_bytes` lie on the device, the rest on the host. Both in multiples of the granularity.
+
+        `numa_node`: None for the node next to the device, -1 for the driver's choice, as a container may need.
+        """
         module = extension()
         node = max(0, module.host_numa_node(device)) if numa_node is None else numa_node
         resource = module.VmmResource(device=device, device_bytes=device_bytes, numa_node=node)
@@ -95,6 +104,10 @@ class Slab:
     @property
     def address(self) -> int:
         return int(self.raw.address)
+
+    @property
+    def device_ordinal(self) -> int:
+        return int(self.raw.device)
 
     @property
     def kind(self) -> MemoryKind:
@@ -129,5 +142,23 @@ class Slab:
 
 
 def managed_bytes_held() -> int:
-    """Managed memory over all slabs of this process, as the guard counts it."""
+    """Managed memory over all slabs and bookings of this process, as the guard counts it."""
     return int(extension().managed_bytes_held())
+
+
+@contextmanager
+def managed_booking(
+    num_bytes: int, *, device: int = 0, reserve_bytes: int | None = None, allow_oversubscription: bool = False
+) -> Iterator[None]:
+    """Has the guard count managed memory that another library (CuPy, cuda.core) allocates and frees inside.
+
+    Raises OversubscriptionError as a slab of that size would.
+    """
+    module = extension()
+    reserve = module.default_reserve_bytes if reserve_bytes is None else reserve_bytes
+    guard = {"reserve_bytes": reserve, "allow_oversubscription": allow_oversubscription}
+    booking = module.Booking(device=device, num_bytes=num_bytes, **guard)
+    try:
+        yield
+    finally:
+        booking.end()

@@ -1,9 +1,17 @@
-"""Tests that need a GPU. Where there is none, or no extension, each is skipped with the reason."""
+"""Tests that need a GPU. Where there is none, or no extension, each is skipped with the reason.
+
+They run one at a time, also under `pytest -n auto` and beside another checkout: the guard knows only its own process,
+and tests that look at free memory must not see each other's.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +25,19 @@ def missing() -> str | None:
         return None if num_devices() > 0 else "no NVIDIA GPU"
     except ExtensionMissingError as error:
         return str(error)
+    except RuntimeError as error:
+        if "cudaErrorInsufficientDriver" in str(error):
+            return str(error)
+        raise
 
 
 @pytest.fixture(autouse=True)
-def _gpu() -> None:
+def _gpu() -> Iterator[None]:
     if (reason := missing()) is not None:
         pytest.skip(reason)
+    with (Path(tempfile.gettempdir()) / f"uvm-kv-gpu-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Closing the file gives it back.
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Slabs of every kind, by name: registering one here puts it under the whole conformance suite.
 
-All are small: a test must never ask for more managed memory than half of what is free.
+All are small: the tests together must stay under 24 GB of managed memory and under half of what is free.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from uvm_kv.memory import Slab, extension
 from uvm_kv.types import MIB
@@ -29,6 +30,12 @@ def _vmm(device_bytes: int) -> Slab:
     return Slab.vmm(max(SLAB_BYTES, up + unit) if device_bytes < SLAB_BYTES else up, device_bytes=up)
 
 
+def _vmm_any_node() -> Slab:
+    if not extension().host_virtual_memory_of_any_node(0):
+        pytest.skip("no virtual memory management of host memory without a node")
+    return Slab.vmm(SLAB_BYTES, device_bytes=SLAB_BYTES // 2, numa_node=-1)
+
+
 def _counted() -> Slab:
     c = extension()
     return Slab(c.StatisticsResource(c.DeviceResource(device=0)), SLAB_BYTES)
@@ -42,6 +49,7 @@ MAKERS: dict[str, Make] = {
     "vmm_both": lambda: _vmm(SLAB_BYTES // 2),
     "vmm_host": lambda: _vmm(0),
     "vmm_device": lambda: _vmm(SLAB_BYTES),
+    "vmm_any_node": _vmm_any_node,
     "counted": _counted,
 }
 

@@ -90,13 +90,13 @@ def test_the_kernel_copies_at_any_alignment(c: Any, offset: int, stream: Any, st
     np.testing.assert_array_equal(get(target, 2 * MIB, stream, staging), want)
 
 
-def test_short_runs_go_by_kernel_and_long_ones_by_batch(c: Any, stream: Any) -> None:
+def test_short_runs_go_by_kernel_and_long_ones_by_batch(stream: Any) -> None:
     small, large = KVCacheSpec(1, 1, 32, 2, 8, Layout.LAYER_MAJOR), KVCacheSpec(1, 8, 128, 2, 64, Layout.LAYER_MAJOR)
     for spec, wanted in ((small, CopyMethod.KERNEL), (large, CopyMethod.BATCH)):
         source, target = placed("pinned", spec), placed("device", spec)
         used = copy_blocks(source, target, [(0, 1), (2, 5)], stream=stream)
         stream.synchronize()
-        assert used is (wanted if wanted is CopyMethod.KERNEL or c.batch_copy() else CopyMethod.EACH)
+        assert used is wanted
 
 
 def test_copies_that_meet_are_refused_and_nothing_is_copied(stream: Any, staging: Slab) -> None:
@@ -145,6 +145,19 @@ def test_counters_wait_only_when_told(stream: Any) -> None:
         counters.copy_blocks("h2d", source, target, [(0, 0), (1, 1)], stream=stream)
     assert counters.totals(wait=True)["h2d"][:2] == (3, 6 * spec.block_bytes)
     assert counters.totals(wait=False)["h2d"].num_calls == 3
+
+
+def test_counters_do_not_gather_events(c: Any, stream: Any) -> None:
+    spec = KVCacheSpec(1, 1, 32, 2, 8, Layout.LAYER_MAJOR)
+    source, target = placed("pinned", spec), placed("device", spec)
+    counters, layouts = c.TransferCounters(), {"source": source.layout, "target": target.layout}
+    runs = c.copy_runs(**layouts, blocks=[(0, 1)], layers=(0, 1))
+    for _ in range(200):
+        where = {"source": source.slab.raw, "target": target.slab.raw, "stream": stream.handle}
+        counters.copy("h2d", **where, runs=runs, method=3)
+        stream.synchronize()
+    assert counters.num_pending <= 65
+    assert counters.totals(wait=True)["h2d"].num_calls == 200
 
 
 @pytest.mark.parametrize("kind", list(MemoryKind))

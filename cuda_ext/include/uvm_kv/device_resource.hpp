@@ -24,10 +24,7 @@ class DeviceResource final : public MemoryResource {
     return aligned_.allocate(bytes, ask, [](void* data) { UVM_KV_CUDA(cudaFree(data)); });
   }
 
-  void deallocate(void* data, std::size_t) noexcept override {
-    wait_for_device(device_);
-    succeeded(cudaFree(aligned_.take_base(data)));
-  }
+  void deallocate(void* data, std::size_t) noexcept override { succeeded(cudaFree(aligned_.take_base(data))); }
   Properties properties() const override {
     return {.host_accessible = false, .device_accessible = true, .managed = false};
   }

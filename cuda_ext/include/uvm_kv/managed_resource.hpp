@@ -28,7 +28,6 @@ class ManagedResource final : public MemoryResource {
   }
 
   void deallocate(void* data, std::size_t) noexcept override {
-    wait_for_device(device_);
     const std::lock_guard lock(mutex_);
     give_back(aligned_.take_base(data));
   }

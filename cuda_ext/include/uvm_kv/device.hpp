@@ -31,8 +31,8 @@ inline int num_devices() {
   return count;
 }
 
-/// Before memory is unmapped: nothing may still run on it. (cudaFree waits by itself.) A device that is capturing cannot
-/// be waited for, and the attempt ends its capture: slabs are closed outside captures.
+/// Before memory is unmapped: nothing may still run on it. (cudaFree waits by itself.) A device that is capturing
+/// cannot be waited for, and the attempt ends its capture: slabs are closed outside captures.
 inline void wait_for_device(int device) noexcept {
   int before = 0;
   succeeded(cudaGetDevice(&before));

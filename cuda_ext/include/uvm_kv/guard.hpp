@@ -1,8 +1,8 @@
 // A guard against oversubscription: managed memory beyond the card's free memory is refused unless the user asks for
 // it, since oversubscribing a shared card can hang it for everybody. Host only: no CUDA header here.
 //
-// It looks once, when memory is asked for, and counts this process's slabs in full wherever their pages lie now. What it
-// cannot see: managed memory that other libraries of this process hold (CuPy, cuda.core: give it a Booking), managed
+// It looks once, when memory is asked for, and counts this process's slabs in full wherever their pages lie now. What
+// it cannot see: managed memory that other libraries of this process hold (CuPy, cuda.core: give it a Booking), managed
 // memory of other processes that is not on the card yet, and what anybody allocates afterwards, which then evicts ours.
 // The reserve stands for those; on a card with other users it should be larger than the default.
 #pragma once

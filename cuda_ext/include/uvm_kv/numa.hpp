@@ -49,7 +49,8 @@ class HostPages {
   explicit HostPages(std::size_t bytes) : bytes_(bytes) {
     void* all = mmap(nullptr, bytes + kChunkBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (all == MAP_FAILED)
-      throw std::system_error(errno, std::generic_category(), "mmap of " + text(bytes + kChunkBytes) + " of host pages");
+      throw std::system_error(errno, std::generic_category(),
+                              "mmap of " + text(bytes + kChunkBytes) + " of host pages");
     const auto address = reinterpret_cast<std::uintptr_t>(all);
     const std::uintptr_t begin = (address + kChunkBytes - 1) / kChunkBytes * kChunkBytes;
     if (begin > address) munmap(all, begin - address);

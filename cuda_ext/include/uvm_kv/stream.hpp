@@ -4,7 +4,7 @@
 // issued outside capture, and captured work meets them through external event nodes:
 //
 //   copy stream    [batch copy] record(e)
-//   graph               wait(e, external) -> [kernels]          replayed any number of times: waits for the latest record
+//   graph               wait(e, external) -> [kernels]          replayed at will: waits for the latest record
 //
 // `external` makes a node of a graph, and is an error outside of a capture. A graph does not keep its events alive.
 #pragma once
@@ -43,7 +43,8 @@ inline void require_not_capturing(cudaStream_t stream, const char* what) {
 /// The flag of an external node, which only a capture takes.
 inline unsigned external_flag(cudaStream_t stream, bool external, unsigned flag) {
   if (!external) return 0;
-  require(is_capturing(stream), "external=True makes a node of a graph, and this stream is not capturing: leave it out");
+  require(is_capturing(stream),
+          "external=True makes a node of a graph, and this stream is not capturing: leave it out");
   return flag;
 }
 

@@ -9,11 +9,12 @@ namespace uvm_kv {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr std::int64_t kMostUnits = std::int64_t{1} << 30;  // 32-bit counting, and a step past the end
 
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams params) {
-  const std::int64_t units = std::int64_t{params.num_tokens} * append_units_per_token(params.kv);
-  const std::int64_t step = std::int64_t{gridDim.x} * kThreads;
-  for (std::int64_t unit = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; unit < units; unit += step) {
+  const int units = params.num_tokens * append_units_per_token(params.kv);
+  const int step = static_cast<int>(gridDim.x) * kThreads;
+  for (int unit = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x); unit < units; unit += step) {
     append_unit(params, unit);
   }
 }
@@ -59,6 +60,10 @@ Status append_kv(const AppendParams& params, CUstream_st* stream) {
     return status;
   }
   const std::int64_t units = std::int64_t{params.num_tokens} * append_units_per_token(params.kv);
+  if (units > kMostUnits) {
+    return make_status(Status::Code::kNotSupported, "num_tokens=%d; %lld rows of this size in one launch are the most",
+                       params.num_tokens, static_cast<long long>(kMostUnits / append_units_per_token(params.kv)));
+  }
   const int blocks = static_cast<int>(std::min<std::int64_t>((units + kThreads - 1) / kThreads, 1 << 16));
   append_kernel<<<blocks, kThreads, 0, stream>>>(params);
   const cudaError_t error = cudaGetLastError();

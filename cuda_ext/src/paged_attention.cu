@@ -68,8 +68,14 @@ Status resident_ctas(Kernel kernel, int shared_bytes, KnownCtas& known, int* num
   return status;
 }
 
+// Units that the plan may hold in a pass.
+std::int64_t most_units(const AttentionArgs& args, int pass) {
+  const int group = args.num_q_heads / args.kv.num_kv_heads;
+  return args.capacity.items[pass] * args.kv.num_kv_heads * row_blocks_of(pass == 1, group);
+}
+
 template <class T, int kHeadDim, int kRows, bool kWide>
-Status launch_pass(AttentionParams params, int num_host_workers, CUstream_st* stream) {
+Status launch_pass(AttentionParams params, const AttentionArgs& args, CUstream_st* stream) {
   static KnownCtas known{};
   constexpr int kSharedBytes = kCtaWarps * ring_bytes_per_warp<T, kHeadDim>();
   int num_ctas = 0;
@@ -78,24 +84,26 @@ Status launch_pass(AttentionParams params, int num_host_workers, CUstream_st* st
   if (!status.ok()) {
     return status;
   }
-  params.num_host_workers = num_host_workers > 0 ? num_host_workers : kWide ? kHostCtas : kHostWarps;
+  // Never more CTAs than units: each worker costs some atomic operations on one address.
+  num_ctas = static_cast<int>(std::min<std::int64_t>(num_ctas, most_units(args, kWide ? 1 : 0)));
+  params.num_host_workers = args.num_host_workers > 0 ? args.num_host_workers : kWide ? kHostCtas : kHostWarps;
   attention_kernel<T, kHeadDim, kRows, kWide>
       <<<num_ctas, kCtaWarps * kWarpLanes, kSharedBytes, stream>>>(params);
   return cuda_status(cudaGetLastError(), kWide ? "wide attention kernel" : "narrow attention kernel");
 }
 
 template <class T, int kHeadDim>
-Status launch_narrow(const AttentionParams& params, int num_host_workers, CUstream_st* stream) {
+Status launch_narrow(const AttentionParams& params, const AttentionArgs& args, CUstream_st* stream) {
   const int rows = narrow_rows(kHeadDim, params.group());
   if constexpr (kHeadDim == 64 || kHeadDim == 128) {
     if (rows == 1) {
-      return launch_pass<T, kHeadDim, 1, false>(params, num_host_workers, stream);
+      return launch_pass<T, kHeadDim, 1, false>(params, args, stream);
     }
     if (rows == 8) {
-      return launch_pass<T, kHeadDim, 8, false>(params, num_host_workers, stream);
+      return launch_pass<T, kHeadDim, 8, false>(params, args, stream);
     }
   }
-  return launch_pass<T, kHeadDim, 4, false>(params, num_host_workers, stream);
+  return launch_pass<T, kHeadDim, 4, false>(params, args, stream);
 }
 
 // As many CTAs as the capacity may need, up to a few waves: the kernel strides over what the plan really holds.
@@ -111,10 +119,10 @@ template <class T, int kHeadDim>
 Status launch_all(const AttentionParams& params, const AttentionArgs& args, CUstream_st* stream) {
   Status status;
   if (args.capacity.items[0] > 0) {
-    status = launch_narrow<T, kHeadDim>(params, args.num_host_workers, stream);
+    status = launch_narrow<T, kHeadDim>(params, args, stream);
   }
   if (status.ok() && args.capacity.items[1] > 0) {
-    status = launch_pass<T, kHeadDim, kWideWarpRows, true>(params, args.num_host_workers, stream);
+    status = launch_pass<T, kHeadDim, kWideWarpRows, true>(params, args, stream);
   }
   if (status.ok() && args.capacity.merges > 0) {
     status = launch_merge<T, kHeadDim>(params, args.capacity.merges, stream);
@@ -183,11 +191,11 @@ Status check_workspace(const AttentionArgs& args) {
 }
 
 Status check_units(const AttentionArgs& args) {
-  const std::int64_t items = std::max(args.capacity.items[0], args.capacity.items[1]);
-  const std::int64_t row_blocks = (args.num_q_heads / args.kv.num_kv_heads + kWideRows - 1) / kWideRows;
-  if (items * args.kv.num_kv_heads * row_blocks > std::numeric_limits<std::int32_t>::max() / 2) {
-    return make_status(Status::Code::kNotSupported, "%lld items of %d KV heads are too many for one launch",
-                       static_cast<long long>(items), args.kv.num_kv_heads);
+  const std::int64_t units =
+      std::max({most_units(args, 0), most_units(args, 1), args.capacity.merges * args.num_q_heads});
+  if (units > std::numeric_limits<std::int32_t>::max() / 2) {  // counters go a little past the end
+    return make_status(Status::Code::kNotSupported, "%lld units of work; 2^30 in one launch are the most",
+                       static_cast<long long>(units));
   }
   return {};
 }

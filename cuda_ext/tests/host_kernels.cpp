@@ -2,13 +2,15 @@
 //
 // Planning, index arithmetic, pieces, queues and merge are the headers' own. What stands in for the device is below:
 // every lane is a fiber, lanes meet where the device would synchronise them, and an asynchronous copy lands at the last
-// moment that the code's own waits allow: until then its target holds NaN.
+// moment that the code's own waits allow: until then its target holds NaN, and another copy to it is an error.
 #include <ucontext.h>
 
 #include <cstdlib>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <unordered_set>
 #include <vector>
 
 #include "uvm_kv/append.cuh"
@@ -164,6 +166,8 @@ struct HostCta {
   Meeting meeting;
   std::deque<HostWarp> warps;
   std::vector<Chunk16> ring;
+  std::unordered_set<const Chunk16*> in_flight;  // targets of copies that have not landed
+  int num_clashes = 0;                           // copies to a target that had one in flight: nobody knows which wins
   int unit = 0;
 };
 
@@ -178,18 +182,6 @@ class HostLane {
   int num_ctas() const { return num_ctas_; }
   void cta_barrier() { state_.meeting.wait(); }
 
-  template <int kLanes, int kCount>
-  void sum_team(float (&values)[kCount]) {
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-      float other[kCount];
-      std::copy(values, values + kCount, other);
-      exchange(other, distance);
-      for (int i = 0; i < kCount; ++i) {
-        values[i] += other[i];
-      }
-    }
-  }
-
   template <int kCount>
   void exchange(float (&values)[kCount], int distance) {
     static_assert(kCount <= HostWarp::kMostValues);
@@ -201,7 +193,21 @@ class HostLane {
     std::copy(mailbox[index() ^ distance], mailbox[index() ^ distance] + kCount, values);
   }
 
+  template <int kLanes, int kCount>
+  void hand_round(float (&values)[kCount]) {
+    constexpr int kHeld = kCount > kLanes ? kCount / kLanes : 1;
+    HostWarp& warp = my_warp();
+    auto& mailbox = warp.mailbox[turn_];
+    turn_ = 1 - turn_;
+    std::copy(values, values + kHeld, mailbox[index()]);
+    warp.meeting.wait();
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = mailbox[index() / kLanes * kLanes + i * kLanes / kCount][i % kHeld];
+    }
+  }
+
   void copy_chunk(Chunk16* target, const std::byte* source, bool valid) {
+    state_.num_clashes += state_.in_flight.insert(target).second ? 0 : 1;
     std::memset(target, 0xff, sizeof(Chunk16));
     open_.push_back({target, valid ? source : nullptr});
   }
@@ -216,6 +222,7 @@ class HostLane {
     while (groups_.size() > kGroups) {
       for (const Copy& copy : groups_.front()) {
         *copy.target = copy.source == nullptr ? Chunk16{} : *reinterpret_cast<const Chunk16*>(copy.source);
+        state_.in_flight.erase(copy.target);
       }
       groups_.pop_front();
     }
@@ -265,8 +272,9 @@ class HostLane {
 
 // ---- the kernels
 
+// Answers how many copies clashed.
 template <class T, int kHeadDim, int kRows, bool kWide>
-void run_pass(const AttentionParams& params, int num_ctas) {
+int run_pass(const AttentionParams& params, int num_ctas) {
   Machine machine;
   std::deque<HostCta> ctas;
   std::vector<std::function<void()>> bodies;
@@ -280,6 +288,7 @@ void run_pass(const AttentionParams& params, int num_ctas) {
     }
   }
   machine.run(std::move(bodies));
+  return std::accumulate(ctas.begin(), ctas.end(), 0, [](int sum, const HostCta& c) { return sum + c.num_clashes; });
 }
 
 template <class T>
@@ -289,11 +298,10 @@ void run_merge(const AttentionParams& params) {
     const MergeItem& item = params.merges[i];
     for (int head = 0; head < params.num_q_heads; ++head) {
       const MergeRow row = merge_row(params, item, head);
-      const float m = merge_maximum(row);
       for (int element = 0; element < head_dim; element += 4) {
-        MergeSum sum = merge_part(row, m, head_dim, 0, element);
+        MergeSum sum = merge_part(row, head_dim, 0, element);
         for (int part = 1; part < kMergeParts; ++part) {
-          merge_add(sum, merge_part(row, m, head_dim, part, element));
+          merge_add(sum, merge_part(row, head_dim, part, element));
         }
         merge_store<T>(params, item, head, element, sum);
       }
@@ -302,48 +310,51 @@ void run_merge(const AttentionParams& params) {
 }
 
 template <class T, int kHeadDim>
-void run_passes(const AttentionParams& params, int num_ctas) {
+int run_passes(const AttentionParams& params, const PlanCapacity& capacity, int num_ctas) {
   const int rows = narrow_rows(kHeadDim, params.group());
   constexpr bool kTuned = kHeadDim == 64 || kHeadDim == 128;
-  if (params.plan->num_items[0] > 0) {
+  int num_clashes = 0;
+  if (capacity.items[0] > 0) {
     if (rows == 4) {
-      run_pass<T, kHeadDim, 4, false>(params, num_ctas);
+      num_clashes += run_pass<T, kHeadDim, 4, false>(params, num_ctas);
     } else if constexpr (kTuned) {
-      rows == 1 ? run_pass<T, kHeadDim, 1, false>(params, num_ctas) : run_pass<T, kHeadDim, 8, false>(params, num_ctas);
+      num_clashes += rows == 1 ? run_pass<T, kHeadDim, 1, false>(params, num_ctas)
+                               : run_pass<T, kHeadDim, 8, false>(params, num_ctas);
     }
   }
-  if (params.plan->num_items[1] > 0) {
-    run_pass<T, kHeadDim, kWideWarpRows, true>(params, num_ctas);
+  if (capacity.items[1] > 0) {
+    num_clashes += run_pass<T, kHeadDim, kWideWarpRows, true>(params, num_ctas);
   }
   run_merge<T>(params);
+  return num_clashes;
 }
 
 template <class T>
-void run_head_dim(const AttentionParams& params, int num_ctas) {
+int run_head_dim(const AttentionParams& params, const PlanCapacity& capacity, int num_ctas) {
   switch (params.kv.head_dim) {
     case 64:
-      return run_passes<T, 64>(params, num_ctas);
+      return run_passes<T, 64>(params, capacity, num_ctas);
     case 80:
-      return run_passes<T, 80>(params, num_ctas);
+      return run_passes<T, 80>(params, capacity, num_ctas);
     case 96:
-      return run_passes<T, 96>(params, num_ctas);
+      return run_passes<T, 96>(params, capacity, num_ctas);
     case 128:
-      return run_passes<T, 128>(params, num_ctas);
+      return run_passes<T, 128>(params, capacity, num_ctas);
     case 256:
-      return run_passes<T, 256>(params, num_ctas);
+      return run_passes<T, 256>(params, capacity, num_ctas);
     default:
       std::abort();
   }
 }
 
-void run_attention(DType dtype, const AttentionParams& params, int num_ctas) {
+int run_attention(DType dtype, const AttentionParams& params, const PlanCapacity& capacity, int num_ctas) {
   switch (dtype) {
     case DType::kFp16:
-      return run_head_dim<Fp16>(params, num_ctas);
+      return run_head_dim<Fp16>(params, capacity, num_ctas);
     case DType::kBf16:
-      return run_head_dim<Bf16>(params, num_ctas);
+      return run_head_dim<Bf16>(params, capacity, num_ctas);
     case DType::kFp32:
-      return run_head_dim<float>(params, num_ctas);
+      return run_head_dim<float>(params, capacity, num_ctas);
     default:
       std::abort();
   }
@@ -451,21 +462,23 @@ int hk_fill_plan(const HkCache* cache, const HkBatch* batch, const std::int64_t*
   return answer(uvm_kv::fill_plan(plan_input(*cache, *batch), capacity, buffer), text);
 }
 
-// Planning, pieces on num_ctas CTAs, merge. The workspace starts as NaN, but for the queues.
-int hk_attention(const HkCache* cache, const HkBatch* batch, int layer, float scale, const std::byte* query,
-                 std::byte* out, std::int64_t query_stride_bytes, int num_ctas, int num_host_workers, char* text) {
-  uvm_kv::PlanCapacity capacity;
+// Planning, pieces on num_ctas CTAs, merge. The workspace starts as NaN, but for the queues, and the plan as all ones.
+// counts: as of hk_count_plan, or more, as in a captured graph.
+int hk_attention(const HkCache* cache, const HkBatch* batch, const std::int64_t* counts, int layer, float scale,
+                 const std::byte* query, std::byte* out, std::int64_t query_stride_bytes, int num_ctas,
+                 int num_host_workers, char* text) {
+  const uvm_kv::PlanCapacity capacity{{counts[0], counts[1]}, counts[2], counts[3]};
   const uvm_kv::PlanInput input = plan_input(*cache, *batch);
-  uvm_kv::Status status = uvm_kv::count_plan(input, &capacity);
-  if (!status.ok()) {
-    return answer(status, text);
-  }
   std::vector<uvm_kv::Chunk16> plan(static_cast<std::size_t>(capacity.bytes()) / 16);
   std::vector<uvm_kv::Chunk16> workspace(
       static_cast<std::size_t>(uvm_kv::attention_workspace_bytes(capacity, cache->head_dim) + 15) / 16);
   auto* plan_bytes = reinterpret_cast<std::byte*>(plan.data());
   auto* workspace_bytes = reinterpret_cast<std::byte*>(workspace.data());
-  status = uvm_kv::fill_plan(input, capacity, {plan_bytes, plan.size() * 16});
+  std::memset(plan_bytes, 0xff, plan.size() * 16);
+  const uvm_kv::Status status = uvm_kv::fill_plan(input, capacity, {plan_bytes, plan.size() * 16});
+  if (!status.ok()) {
+    return answer(status, text);
+  }
   std::memset(workspace_bytes, 0xff, workspace.size() * 16);
   std::memset(workspace_bytes, 0, uvm_kv::WorkspaceLayout::kQueueBytes);
 
@@ -481,7 +494,10 @@ int hk_attention(const HkCache* cache, const HkBatch* batch, int layer, float sc
   params.scale_log2 = scale * uvm_kv::kLog2E;
   params.num_host_workers = num_host_workers;
   uvm_kv::set_plan(&params, capacity, plan_bytes, workspace_bytes);
-  uvm_kv::run_attention(static_cast<uvm_kv::DType>(cache->dtype), params, num_ctas);
+  if (const int clashes = uvm_kv::run_attention(static_cast<uvm_kv::DType>(cache->dtype), params, capacity, num_ctas)) {
+    return answer(uvm_kv::make_status(uvm_kv::Status::Code::kCudaError,
+                                      "%d copies went to a target that had one in flight", clashes), text);
+  }
   for (const std::byte* b = workspace_bytes; b < workspace_bytes + uvm_kv::WorkspaceLayout::kQueueBytes; ++b) {
     if (*b != std::byte{0}) {
       return answer(uvm_kv::make_status(uvm_kv::Status::Code::kCudaError, "the queues were not left at zero"), text);
@@ -506,7 +522,7 @@ void hk_append(const HkCache* cache, const HkBatch* batch, int layer, std::int32
   params.value_stride_bytes = value_stride_bytes;
   const std::int64_t units = std::int64_t{num_tokens} * uvm_kv::append_units_per_token(params.kv);
   for (std::int64_t unit = 0; unit < units; ++unit) {
-    uvm_kv::append_unit(params, unit);
+    uvm_kv::append_unit(params, static_cast<int>(unit));
   }
 }
 
@@ -527,11 +543,10 @@ void hk_merge(const float* stats, const float* acc, int count, int dim, float* f
     folded[d] /= l;
   }
   const uvm_kv::MergeRow row{stats, acc, 1, count};
-  const float highest = uvm_kv::merge_maximum(row);
   for (int d = 0; d < dim; d += 4) {
-    uvm_kv::MergeSum sum = uvm_kv::merge_part(row, highest, dim, 0, d);
+    uvm_kv::MergeSum sum = uvm_kv::merge_part(row, dim, 0, d);
     for (int part = 1; part < uvm_kv::kMergeParts; ++part) {
-      uvm_kv::merge_add(sum, uvm_kv::merge_part(row, highest, dim, part, d));
+      uvm_kv::merge_add(sum, uvm_kv::merge_part(row, dim, part, d));
     }
     for (int e = 0; e < 4; ++e) {
       merged[d + e] = sum.acc[e] / sum.l;

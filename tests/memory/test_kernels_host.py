@@ -75,7 +75,7 @@ def load(path: Path) -> ctypes.CDLL:
     lib.hk_count_plan.argtypes = [cache, batch, c_void_p, c_char_p]
     lib.hk_fill_plan.argtypes = [cache, batch, c_void_p, c_void_p, c_int64, c_char_p]
     lib.hk_attention.argtypes = [
-        *(cache, batch, c_int, ctypes.c_float, c_void_p, c_void_p, c_int64, c_int, c_int, c_char_p)
+        *(cache, batch, c_void_p, c_int, ctypes.c_float, c_void_p, c_void_p, c_int64, c_int, c_int, c_char_p)
     ]
     lib.hk_append.argtypes = [cache, batch, c_int, c_int32, *[c_void_p] * 4, c_int64, c_int64]
     lib.hk_merge.argtypes = [c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p]
@@ -248,12 +248,29 @@ def fill(lib: ctypes.CDLL, case: Case, rng: np.random.Generator, *, layer: int =
     case.query = to_storage(lib, g.dtype, rng.standard_normal(shape) * scale)
 
 
-def run(lib: ctypes.CDLL, case: Case, *, layer: int = 1, num_ctas: int = 1, num_host_workers: int = 1) -> Array:
+def count(lib: ctypes.CDLL, case: Case) -> Array:
+    """Narrow items, wide items, merges, rows of partials, bytes of the plan."""
+    counts, text = np.zeros(5, np.int64), ctypes.create_string_buffer(240)
+    assert lib.hk_count_plan(byref(case.cache()), byref(case.batch()), pointer(counts), text) == OK, text.value
+    return counts
+
+
+def run(
+    lib: ctypes.CDLL,
+    case: Case,
+    *,
+    layer: int = 1,
+    num_ctas: int = 1,
+    num_host_workers: int = 1,
+    counts: Array | None = None,
+) -> Array:
     g = case.geometry
+    counts = count(lib, case) if counts is None else counts
     out = np.full(case.query.shape, 0xFFFF if case.query.dtype == np.uint16 else np.nan, case.query.dtype)
     text = ctypes.create_string_buffer(240)
     code = lib.hk_attention(
-        *(byref(case.cache()), byref(case.batch()), layer, g.head_dim**-0.5, pointer(case.query), pointer(out)),
+        *(byref(case.cache()), byref(case.batch()), pointer(counts), layer, g.head_dim**-0.5),
+        *(pointer(case.query), pointer(out)),
         *(g.num_q_heads * g.head_dim * g.element_bytes, num_ctas, num_host_workers, text),
     )
     assert code == OK, text.value
@@ -354,10 +371,8 @@ class Plan:
 
 def plan_of(lib: ctypes.CDLL, case: Case, counts: Array | None = None) -> Plan:
     text = ctypes.create_string_buffer(240)
+    counts = count(lib, case) if counts is None else counts
     cache, batch = case.cache(), case.batch()
-    if counts is None:
-        counts = np.zeros(5, np.int64)
-        assert lib.hk_count_plan(byref(cache), byref(batch), pointer(counts), text) == OK, text.value
     buffer = np.full(int(counts[4]), 0xFF, np.uint8)
     code = lib.hk_fill_plan(byref(cache), byref(batch), pointer(counts), pointer(buffer), len(buffer), text)
     assert code == OK, text.value
@@ -474,6 +489,24 @@ def test_slots_lie_as_the_spec_says(
         if chunk_bytes and spec.piece_bytes <= CHUNK_BYTES:
             first, last = ordered, ordered + spec.layer_block_bytes - 1
             assert (first // CHUNK_BYTES == last // CHUNK_BYTES).all()
+
+
+@pytest.mark.parametrize("layout", [LAYER_MAJOR, BLOCK_MAJOR])
+def test_slots_far_beyond_4_gib_and_2_to_the_31_elements(lib: ctypes.CDLL, layout: int) -> None:
+    geometry = Geometry(FP16, layout, 80, 8, 64, 128, 16, CHUNK_BYTES)
+    piece, num_blocks = geometry.layer_block_bytes, 100_000
+    empty = np.zeros(0, np.int32)
+    case = Case(geometry, empty, empty, [], num_blocks, num_blocks, device=np.zeros(16), host=np.zeros(16))
+    on_host = c_int()
+    for layer, block in ((79, 99_999), (79, 0), (0, 99_999), (40, 65_536)):
+        # 32 pieces of a layer to a chunk; a block of all layers takes 2.5 chunks, so it starts at every third.
+        start = (
+            layer * num_blocks * piece + block * piece
+            if layout == LAYER_MAJOR
+            else block * 3 * CHUNK_BYTES + layer * piece
+        )
+        at = lib.hk_slot(byref(case.cache()), layer, block, 1, 7, 15, byref(on_host))
+        assert (at, on_host.value) == (start + ((8 + 7) * 16 + 15) * 256, 0)
 
 
 @pytest.mark.parametrize("layout", [LAYER_MAJOR, BLOCK_MAJOR])
@@ -667,6 +700,25 @@ def test_merging_partial_softmax_is_exact(lib: ctypes.CDLL, count: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
 def test_attention_matches_float64(lib: ctypes.CDLL, shape: tuple[int, ...], seed: int) -> None:
     check_shape(lib, shape, seed)
+
+
+def test_a_graph_may_be_replayed_with_smaller_plans(lib: ctypes.CDLL, rng: np.random.Generator) -> None:
+    """One capacity: both passes and merges, a pass without items, no merges, a table of a resting sequence that says
+    nothing, and no sequence at all."""
+    both = make_case(rng, Geometry(FP16, num_q_heads=8), [1, 20, 1, 3], [400, 90, 60, 300])
+    fill(lib, both, rng)
+    counts = count(lib, both) + np.array([2, 1, 3, 40, 0])
+    for query_lens in ([1, 20, 1, 3], [1, 0, 1, 0], [0, 20, 0, 3], [0, 0, 1, 0], [0, 0, 0, 0]):
+        rows = np.repeat(query_lens, both.query_lens) > 0
+        step = replace(
+            *(both,),
+            query_lens=np.int32(query_lens),
+            tables=[t if q else np.full_like(t, -7) for t, q in zip(both.tables, query_lens, strict=True)],
+            query=np.ascontiguousarray(both.query[rows]),
+        )
+        out = run(lib, step, counts=counts, num_ctas=2)
+        if any(query_lens):
+            assert error_of(lib, step, out) < TOLERANCE[FP16]
 
 
 def test_large_scores_do_not_overflow(lib: ctypes.CDLL, rng: np.random.Generator) -> None:

@@ -26,12 +26,12 @@ UVM_KV_HD int append_units_per_token(const PagedKV& kv) {
 }
 
 // Consecutive units lie side by side in the source row, and row by row side by side in the slot.
-UVM_KV_HD void append_unit(const AppendParams& params, std::int64_t unit) {
+UVM_KV_HD void append_unit(const AppendParams& params, int unit) {
   const PagedKV& kv = params.kv;
   const int per_token = append_units_per_token(kv);
   const int per_row = static_cast<int>(kv.row_bytes() / 16);
-  const int token = static_cast<int>(unit / per_token);
-  const int in_token = static_cast<int>(unit - std::int64_t{token} * per_token);
+  const int token = unit / per_token;
+  const int in_token = unit - token * per_token;
   const int seq = params.seqs[token];
   if (seq < 0) {
     return;
@@ -51,7 +51,7 @@ UVM_KV_HD void append_unit(const AppendParams& params, std::int64_t unit) {
 
 // Launches on `stream`; capturable.
 //   kInvalidArgument: a null or unaligned pointer, strides that are no multiple of 16 bytes or shorter than a row
-//   kNotSupported: the block size
+//   kNotSupported: the block size; rows of more than 16 GiB
 //   kCudaError: what the launch said
 Status append_kv(const AppendParams& params, CUstream_st* stream);
 

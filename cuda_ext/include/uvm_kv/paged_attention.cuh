@@ -92,17 +92,57 @@ constexpr int ring_bytes_per_warp() {
 struct Piece {
   WorkItem item;
   int kv_head;
-  int row0;      // first query row of this warp
-  int num_rows;  // rows from there on, may be negative
+  int group;
+  int row0;         // first query row of this warp
+  int num_rows;     // rows from there on, may be negative
+  int visible_end;  // tokens before here exist, and every row may see them
+
+  UVM_KV_HD Piece(const WorkItem& of, int head, int heads_per_kv_head, int first_row)
+      : item(of), kv_head(head), group(heads_per_kv_head), row0(first_row), num_rows(of.num_rows - first_row) {
+    visible_end = last_visible(0) < item.end ? last_visible(0) + 1 : item.end;
+  }
 
   // Last position that a row may see.
-  UVM_KV_HD int last_visible(int row, int group) const { return item.first_position + (row0 + row) / group; }
+  UVM_KV_HD int last_visible(int row) const { return item.first_position + (row0 + row) / group; }
 };
+
+// Exchanges at kDistance and below; values[0 .. kHeld) are this lane's share by now.
+template <int kDistance, int kHeld, int kCount, class Lane>
+UVM_KV_HD void sum_halves(Lane& lane, float (&values)[kCount]) {
+  if constexpr (kDistance > 0) {
+    constexpr int kKept = kHeld > 1 ? kHeld / 2 : 1;
+    const bool keeps_upper = kHeld > 1 && (lane.index() & kDistance) != 0;
+    float other[kKept];
+    UVM_KV_UNROLL
+    for (int i = 0; i < kKept; ++i) {
+      const float upper = values[kHeld > 1 ? i + kKept : i];
+      other[i] = keeps_upper ? values[i] : upper;
+      values[i] = keeps_upper ? upper : values[i];
+    }
+    lane.exchange(other, kDistance);
+    UVM_KV_UNROLL
+    for (int i = 0; i < kKept; ++i) {
+      values[i] += other[i];
+    }
+    sum_halves<kDistance / 2, kKept>(lane, values);
+  }
+}
+
+// Every lane of a team gets the team's sum of each value. At each distance a lane keeps one half of its values and gives
+// the other away; the sums it is left with are handed round at the end. So a value takes about 2 exchanges and 1 addition
+// where summing each by itself takes log2(kLanes) of both; the additions are the same, in the same order.
+template <int kLanes, int kCount, class Lane>
+UVM_KV_HD void sum_team(Lane& lane, float (&values)[kCount]) {
+  static_assert((kCount & (kCount - 1)) == 0);
+  sum_halves<kLanes / 2, kCount>(lane, values);
+  lane.template hand_round<kLanes>(values);
+}
 
 // Copies the stages of a piece into a warp's ring, always one table entry ahead of itself.
 template <class T, int kHeadDim>
 class StageCopier {
   using Shape = RowShape<T, kHeadDim>;
+  static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
 
  public:
   UVM_KV_HD StageCopier(const AttentionParams& params, const Piece& piece, Chunk16* ring, int lane, int first_token,
@@ -110,8 +150,8 @@ class StageCopier {
       : kv_(params.kv),
         blocks_(params.table.row(piece.item.seq)),
         ring_(ring + lane),
-        layer_(params.layer),
-        head_offset_(kv_.slot_offset(0, piece.kv_head, 0)),
+        device_(head_of(kv_.device, params.layer, piece.kv_head)),
+        host_(kv_.split_block == kNoSplit ? device_ : head_of(kv_.host, params.layer, piece.kv_head)),
         value_offset_(kv_.slot_offset(1, 0, 0)),
         chunk_(lane % Shape::kLanes),
         token_(first_token + lane / Shape::kLanes * Shape::kTeamTokens),
@@ -123,10 +163,12 @@ class StageCopier {
   // The next stage, into place `slot` of the ring. Slots past the end become zeros and are not read.
   template <class Lane>
   UVM_KV_HD void copy_stage(Lane& lane, int slot) {
-    const std::byte* key = kv_.device.base;  // an address that exists; nothing is read from it
+    const std::byte* key = device_;  // past the end nothing is read from it
     if (token_ < end_) {
-      const int in_block = token_ & (kv_.block_size - 1);
-      key = kv_.block(layer_, block_) + head_offset_ + in_block * kv_.row_bytes();
+      const bool on_host = block_ >= kv_.split_block;
+      const SlabView& slab = on_host ? kv_.host : kv_.device;
+      key = (on_host ? host_ : device_) + slab.block_offset(on_host ? block_ - kv_.split_block : block_) +
+            (token_ & (kv_.block_size - 1)) * kRowBytes;
     }
     Chunk16* target = ring_ + slot * Shape::kStageChunks;
     copy_rows(lane, target, key);
@@ -136,11 +178,14 @@ class StageCopier {
   }
 
  private:
+  UVM_KV_HD const std::byte* head_of(const SlabView& slab, int layer, int head) const {
+    return slab.base + slab.layer_offset(layer) + kv_.slot_offset(0, head, 0);
+  }
+
   UVM_KV_HD void look_up() { block_ = token_ < end_ ? blocks_[token_ >> kv_.log2_block_size] : 0; }
 
   template <class Lane>
   UVM_KV_HD void copy_rows(Lane& lane, Chunk16* target, const std::byte* row) const {
-    constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(T));
     UVM_KV_UNROLL
     for (int t = 0; t < Shape::kTeamTokens; ++t) {
       UVM_KV_UNROLL
@@ -155,8 +200,8 @@ class StageCopier {
   const PagedKV& kv_;
   const std::int32_t* blocks_;
   Chunk16* ring_;
-  int layer_;
-  std::int64_t head_offset_;
+  const std::byte* device_;  // the layer's K of this head in the first block of either slab
+  const std::byte* host_;
   std::int64_t value_offset_;
   int chunk_;
   int token_;  // first token of this lane's team in the next stage
@@ -178,14 +223,13 @@ struct RowStates {
 
   // Rows that do not exist stay zero. Lanes past the head size too.
   UVM_KV_HD void load(const AttentionParams& params, const Piece& piece, int lane) {
-    const int group = params.group();
     UVM_KV_UNROLL
     for (int r = 0; r < kRows; ++r) {
       m[r] = kLowestScore;
       l[r] = 0.0f;
       const int row = piece.row0 + r;
-      const int token = piece.item.query_row + row / group;
-      const int head = piece.kv_head * group + row % group;
+      const int token = piece.item.query_row + row / piece.group;
+      const int head = piece.kv_head * piece.group + row % piece.group;
       UVM_KV_UNROLL
       for (int c = 0; c < Shape::kLaneChunks; ++c) {
         const int chunk = lane % Shape::kLanes + c * Shape::kLanes;
@@ -196,12 +240,12 @@ struct RowStates {
 
   // One stage: scores, new maximum, weights, weighted V.
   template <class Lane>
-  UVM_KV_HD void consume(Lane& lane, const Chunk16* stage, const Piece& piece, int group, int token) {
+  UVM_KV_HD void consume(Lane& lane, const Chunk16* stage, const Piece& piece, int token) {
     float scores[Shape::kTeamTokens * kRows];
     const Chunk16* keys = stage + lane.index();
     dot_keys(keys, scores);
-    lane.template sum_team<Shape::kLanes>(scores);
-    mask(piece, group, token, scores);
+    sum_team<Shape::kLanes>(lane, scores);
+    mask(piece, token, scores);
     to_weights(scores);
     add_values(keys + Shape::kStageChunks / 2, scores);
   }
@@ -287,15 +331,13 @@ struct RowStates {
   }
 
   // Only the stages at the end of a piece, or beyond the first row's position, take the slow way.
-  UVM_KV_HD static void mask(const Piece& piece, int group, int token, float* scores) {
-    const int all_see = piece.last_visible(0, group) < piece.item.end ? piece.last_visible(0, group) + 1
-                                                                       : piece.item.end;
-    if (token + Shape::kTeamTokens <= all_see) {
+  UVM_KV_HD static void mask(const Piece& piece, int token, float* scores) {
+    if (token + Shape::kTeamTokens <= piece.visible_end) {
       return;
     }
     UVM_KV_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const int last = piece.last_visible(r, group);
+      const int last = piece.last_visible(r);
       UVM_KV_UNROLL
       for (int t = 0; t < Shape::kTeamTokens; ++t) {
         if (token + t > last || token + t >= piece.item.end) {
@@ -347,10 +389,9 @@ struct RowStates {
   }
 
   UVM_KV_HD void store_output(const AttentionParams& params, const Piece& piece, int r, int lane) const {
-    const int group = params.group();
     const int row = piece.row0 + r;
-    const std::int64_t token = piece.item.query_row + row / group;
-    const int head = piece.kv_head * group + row % group;
+    const std::int64_t token = piece.item.query_row + row / piece.group;
+    const int head = piece.kv_head * piece.group + row % piece.group;
     std::byte* out = params.out + token * params.out_stride_bytes + std::int64_t{head} * kHeadDim * sizeof(T);
     const float inverse = 1.0f / l[r];
     UVM_KV_UNROLL
@@ -395,7 +436,6 @@ UVM_KV_HD void attend_narrow(Lane& lane, const AttentionParams& params, const Pi
   const int team_token = lane.index() / Shape::kLanes * Shape::kTeamTokens;
   const int begin = piece.item.begin;
   const int num_stages = (piece.item.end - begin + Shape::kStageTokens - 1) / Shape::kStageTokens;
-  const int group = params.group();
 
   StageCopier<T, kHeadDim> copier(params, piece, ring, lane.index(), begin, Shape::kStageTokens);
   UVM_KV_UNROLL
@@ -410,9 +450,10 @@ UVM_KV_HD void attend_narrow(Lane& lane, const AttentionParams& params, const Pi
     lane.template wait_all_but<kStages - 2>();
     copier.copy_stage(lane, slot == 0 ? kStages - 1 : slot - 1);
     lane.commit();
-    rows.consume(lane, ring + slot * Shape::kStageChunks, piece, group, begin + s * Shape::kStageTokens + team_token);
+    rows.consume(lane, ring + slot * Shape::kStageChunks, piece, begin + s * Shape::kStageTokens + team_token);
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
+  lane.template wait_all_but<0>();  // the zeros of stages past the end: the next piece copies into the same slots
   rows.join_teams(lane);
   if (lane.index() < Shape::kLanes) {
     rows.store(params, piece, lane.index());
@@ -428,7 +469,6 @@ UVM_KV_HD void attend_wide(Lane& lane, const AttentionParams& params, const Piec
   const int team_token = lane.index() / Shape::kLanes * Shape::kTeamTokens;
   const int begin = piece.item.begin;
   const int num_steps = (piece.item.end - begin + kStep - 1) / kStep;
-  const int group = params.group();
 
   StageCopier<T, kHeadDim> copier(params, piece, cta_ring + lane.warp() * kRingChunks, lane.index(),
                                   begin + lane.warp() * Shape::kStageTokens, kStep);
@@ -448,16 +488,20 @@ UVM_KV_HD void attend_wide(Lane& lane, const AttentionParams& params, const Piec
     for (int w = 0; w < kCtaWarps; ++w) {
       const int token = begin + s * kStep + w * Shape::kStageTokens;
       if (piece.num_rows > 0 && token < piece.item.end) {  // the same for all lanes of a warp
-        rows.consume(lane, cta_ring + w * kRingChunks + slot * Shape::kStageChunks, piece, group, token + team_token);
+        rows.consume(lane, cta_ring + w * kRingChunks + slot * Shape::kStageChunks, piece, token + team_token);
       }
     }
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
+  lane.template wait_all_but<0>();  // as above
   rows.join_teams(lane);
   if (lane.index() < Shape::kLanes) {
     rows.store(params, piece, lane.index());
   }
 }
+
+// Blocks of query rows of an item: more than one where the heads of a group alone exceed a wide tile.
+UVM_KV_HD int row_blocks_of(bool wide, int group) { return wide ? (group + kWideRows - 1) / kWideRows : 1; }
 
 // Units of a pass: (item, KV head, block of query rows); KV heads side by side, as they lie in a block.
 template <class T, int kHeadDim, int kRows, bool kWide, class Lane>
@@ -465,13 +509,11 @@ UVM_KV_HD void attend_unit(Lane& lane, const AttentionParams& params, int unit, 
   const int per_item = params.kv.num_kv_heads * row_blocks;
   const int item = unit / per_item;
   const int in_item = unit - item * per_item;
-  Piece piece{params.items[kWide ? 1 : 0][item], in_item / row_blocks, 0, 0};
+  const int first_row = kWide ? in_item % row_blocks * kWideRows + lane.warp() * kWideWarpRows : 0;
+  const Piece piece(params.items[kWide ? 1 : 0][item], in_item / row_blocks, params.group(), first_row);
   if constexpr (kWide) {
-    piece.row0 = in_item % row_blocks * kWideRows + lane.warp() * kWideWarpRows;
-    piece.num_rows = piece.item.num_rows - piece.row0;
     attend_wide<T, kHeadDim>(lane, params, piece, ring);
   } else {
-    piece.num_rows = piece.item.num_rows;
     constexpr int kRingChunks = kStages * RowShape<T, kHeadDim>::kStageChunks;
     attend_narrow<T, kHeadDim, kRows>(lane, params, piece, ring + lane.warp() * kRingChunks);
   }
@@ -484,7 +526,7 @@ UVM_KV_HD void run_worker(Lane& lane, const AttentionParams& params, Chunk16* ri
   const int num_workers = kWide ? lane.num_ctas() : lane.num_ctas() * kCtaWarps;
   // Warp 0 of every CTA comes first, so that the workers on the link are spread over the chip.
   const int worker = kWide ? lane.cta() : lane.warp() * lane.num_ctas() + lane.cta();
-  const int row_blocks = kWide ? (params.group() + kWideRows - 1) / kWideRows : 1;
+  const int row_blocks = row_blocks_of(kWide, params.group());
   const int per_item = params.kv.num_kv_heads * row_blocks;
   const int num_host = params.plan->num_host_items[kPass] * per_item;
   const int num_device = params.plan->num_items[kPass] * per_item - num_host;
@@ -494,8 +536,10 @@ UVM_KV_HD void run_worker(Lane& lane, const AttentionParams& params, Chunk16* ri
     const int count = on_host ? num_host : num_device;
     const int first = on_host ? 0 : num_host;
     std::int32_t* next = on_host ? &queue->next_host : &queue->next_device;
-    for (int unit = lane.template pull<kWide>(next); unit < count; unit = lane.template pull<kWide>(next)) {
+    int unit = count > 0 ? lane.template pull<kWide>(next) : 0;
+    while (unit < count) {
       attend_unit<T, kHeadDim, kRows, kWide>(lane, params, first + unit, row_blocks, ring);
+      unit = lane.template pull<kWide>(next);
     }
     on_host = !on_host;
   }
@@ -518,31 +562,27 @@ UVM_KV_HD MergeRow merge_row(const AttentionParams& params, const MergeItem& ite
           std::int64_t{params.kv.num_kv_heads} * item.rows_per_head, item.num_splits};
 }
 
-UVM_KV_HD float merge_maximum(const MergeRow& row) {
-  float m = kLowestScore;
-#if defined(__CUDA_ARCH__)
-#pragma unroll 8
-#endif
-  for (int i = 0; i < row.num_splits; ++i) {
-    m = fmaxf(m, row.stats[2 * i * row.split_rows]);
-  }
-  return m;
-}
-
 struct MergeSum {
+  float m;
   float l;
   float acc[4];
 };
 
 // Splits part, part + kMergeParts, .. in ascending order, of four elements.
-UVM_KV_HD MergeSum merge_part(const MergeRow& row, float m, int head_dim, int part, int element) {
-  MergeSum sum{};
+UVM_KV_HD MergeSum merge_part(const MergeRow& row, int head_dim, int part, int element) {
+  MergeSum sum{kLowestScore, 0.0f, {}};
+#if defined(__CUDA_ARCH__)
+#pragma unroll 8
+#endif
+  for (int i = part; i < row.num_splits; i += kMergeParts) {
+    sum.m = fmaxf(sum.m, row.stats[2 * i * row.split_rows]);
+  }
 #if defined(__CUDA_ARCH__)
 #pragma unroll 4
 #endif
   for (int i = part; i < row.num_splits; i += kMergeParts) {
     const std::int64_t at = i * row.split_rows;
-    const float weight = exp2_fast(row.stats[2 * at] - m);
+    const float weight = exp2_fast(row.stats[2 * at] - sum.m);
     const Chunk16 chunk = *reinterpret_cast<const Chunk16*>(row.acc + at * head_dim + element);
     float values[4];
     unpack<float>(chunk, values);
@@ -556,10 +596,12 @@ UVM_KV_HD MergeSum merge_part(const MergeRow& row, float m, int head_dim, int pa
 }
 
 UVM_KV_HD void merge_add(MergeSum& sum, const MergeSum& other) {
-  sum.l += other.l;
+  const MergeWeights weights = merge_weights(sum.m, other.m);
+  sum.m = weights.m;
+  sum.l = merge_sum(weights, sum.l, other.l);
   UVM_KV_UNROLL
   for (int e = 0; e < 4; ++e) {
-    sum.acc[e] += other.acc[e];
+    sum.acc[e] = merge_sum(weights, sum.acc[e], other.acc[e]);
   }
 }
 
@@ -626,7 +668,7 @@ struct AttentionArgs {
   PlanCapacity capacity;            // that it was written for; passes and merges of capacity 0 are not launched
   std::byte* workspace = nullptr;   // attention_workspace_bytes(), 256-byte aligned; zeroed once, used by one stream
   std::int64_t workspace_bytes = 0;
-  int num_host_workers = 0;         // 0: the default
+  int num_host_workers = 0;         // warps of the narrow pass, CTAs of the wide one; 0: the default
 };
 
 }  // namespace uvm_kv
@@ -660,23 +702,26 @@ class DeviceLane {
   __device__ int num_ctas() const { return gridDim.x; }
   __device__ void cta_barrier() { __syncthreads(); }
 
-  // Every lane of a team gets the team's sum of each value, added in the same order.
-  template <int kLanes, int kCount>
-  __device__ void sum_team(float (&values)[kCount]) {
-#pragma unroll
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        values[i] += __shfl_xor_sync(kAll, values[i], distance);
-      }
-    }
-  }
-
   template <int kCount>
   __device__ void exchange(float (&values)[kCount], int distance) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       values[i] = __shfl_xor_sync(kAll, values[i], distance);
+    }
+  }
+
+  // Sum i lies with lane i x kLanes / kCount of the team; where there are more sums than lanes, one after the other.
+  template <int kLanes, int kCount>
+  __device__ void hand_round(float (&values)[kCount]) {
+    constexpr int kHeld = kCount > kLanes ? kCount / kLanes : 1;
+    float held[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      held[i] = values[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = __shfl_sync(kAll, held[i % kHeld], i * kLanes / kCount, kLanes);
     }
   }
 
@@ -738,8 +783,20 @@ class DeviceLane {
   int* cta_slot_;
 };
 
+// CTAs whose rings fit the shared memory of an SM. Up to 4 rows the registers are held to that number too, so that they
+// do not limit the bytes in flight; more rows take what they take.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+inline constexpr int kCtasPerSm = 3;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+inline constexpr int kCtasPerSm = 4;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+inline constexpr int kCtasPerSm = 2;
+#else
+inline constexpr int kCtasPerSm = 1;
+#endif
+
 template <class T, int kHeadDim, int kRows, bool kWide>
-__global__ void __launch_bounds__(kCtaWarps* kWarpLanes)
+__global__ void __launch_bounds__(kCtaWarps* kWarpLanes, kRows <= 4 || kCtasPerSm < 2 ? kCtasPerSm : 2)
     attention_kernel(const __grid_constant__ AttentionParams params) {
   extern __shared__ Chunk16 ring[];
   __shared__ int cta_slot;
@@ -754,12 +811,12 @@ __global__ void __launch_bounds__(kMergeParts* kHeadDim / 4)
   __shared__ MergeSum sums[kMergeParts - 1][kHeadDim / 4];
   const int part = threadIdx.x / (kHeadDim / 4);
   const int quad = threadIdx.x % (kHeadDim / 4);
-  const std::int64_t num_units = std::int64_t{params.plan->num_merges} * params.num_q_heads;
-  for (std::int64_t unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
+  const int num_units = params.plan->num_merges * params.num_q_heads;
+  for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
     const MergeItem item = params.merges[unit / params.num_q_heads];
-    const int q_head = static_cast<int>(unit % params.num_q_heads);
+    const int q_head = unit % params.num_q_heads;
     const MergeRow row = merge_row(params, item, q_head);
-    MergeSum sum = merge_part(row, merge_maximum(row), kHeadDim, part, 4 * quad);
+    MergeSum sum = merge_part(row, kHeadDim, part, 4 * quad);
     if (part > 0) {
       sums[part - 1][quad] = sum;
     }

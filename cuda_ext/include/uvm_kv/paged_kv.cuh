@@ -88,14 +88,14 @@ struct SlabView {
   std::int64_t group_stride_bytes = 0;  // between groups; a group is what one chunk holds
   std::int32_t blocks_per_group = 1;    // 1 where blocks lie at an even stride
 
-  // Byte offset of one block of one layer.
-  UVM_KV_HD std::int64_t offset(int layer, int block) const {
-    const std::int64_t in_layer = layer * layer_stride_bytes;
+  // Byte offset of one block of one layer: the sum of both.
+  UVM_KV_HD std::int64_t layer_offset(int layer) const { return layer * layer_stride_bytes; }
+  UVM_KV_HD std::int64_t block_offset(int block) const {
     if (blocks_per_group == 1) {  // uniform over a launch: spares the division
-      return in_layer + block * group_stride_bytes;
+      return block * group_stride_bytes;
     }
     const int group = block / blocks_per_group;
-    return in_layer + group * group_stride_bytes + (block - group * blocks_per_group) * block_stride_bytes;
+    return group * group_stride_bytes + (block - group * blocks_per_group) * block_stride_bytes;
   }
 };
 
@@ -149,7 +149,7 @@ struct PagedKV {
   UVM_KV_HD std::byte* block(int layer, int block) const {
     const bool on_host = block >= split_block;
     const SlabView& slab = on_host ? host : device;
-    return slab.base + slab.offset(layer, on_host ? block - split_block : block);
+    return slab.base + slab.layer_offset(layer) + slab.block_offset(on_host ? block - split_block : block);
   }
 
   // From there to a slot of K (which = 0) or V (which = 1) of a head.

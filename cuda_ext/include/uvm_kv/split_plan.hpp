@@ -31,7 +31,7 @@ inline constexpr int kMaxSplitQueryTokens = 16;
 inline constexpr int kWideRows = 32;                // query rows (tokens x heads of a group) of a wide tile
 inline constexpr int kNumPasses = 2;                // narrow, wide
 
-struct WorkItem {
+struct alignas(16) WorkItem {  // so that the kernels load it by 16 bytes
   std::int32_t seq;
   std::int32_t query_row;       // first query token of the tile, in the packed batch
   std::int32_t first_position;  // its position in the sequence
@@ -45,7 +45,7 @@ static_assert(sizeof(WorkItem) == 32);
 
 // One query token whose context was split. Row of (split i, query head h) in the partials:
 //   first_row + (i * num_kv_heads + h / group) * rows_per_head + h % group
-struct MergeItem {
+struct alignas(16) MergeItem {
   std::int32_t query_row;
   std::int32_t num_splits;
   std::int32_t first_row;

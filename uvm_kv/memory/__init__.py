@@ -9,7 +9,7 @@ it is not built. Streams are keyword-only and mandatory: an integer handle, or a
 from __future__ import annotations
 
 from uvm_kv.memory.attention import PagedAttention, PagedKV, append_kv, plan_capacity
-from uvm_kv.memory.capabilities import Capabilities, PcieLink, capabilities, num_devices, pcie_link
+from uvm_kv.memory.capabilities import Capabilities, PcieLink, capabilities, driver_version, num_devices, pcie_link
 from uvm_kv.memory.copies import CopyMethod, TransferCounters, TwoWayCopies, copy_blocks
 from uvm_kv.memory.extension import ExtensionMissingError, build_info, extension
 from uvm_kv.memory.kv_memory import KVMemory
@@ -27,7 +27,7 @@ from uvm_kv.memory.residency import (
     prefetch_batch,
     query,
 )
-from uvm_kv.memory.slab import DeviceView, Slab, managed_bytes_held
+from uvm_kv.memory.slab import DeviceView, Slab, managed_booking, managed_bytes_held
 from uvm_kv.memory.streams import new_event, new_stream, stream_handle
 
 __all__ = [
@@ -52,8 +52,10 @@ __all__ = [
     "device_place",
     "discard",
     "discard_and_prefetch",
+    "driver_version",
     "extension",
     "host_place",
+    "managed_booking",
     "managed_bytes_held",
     "new_event",
     "new_stream",

@@ -212,7 +212,7 @@ class _Staging:
 
     def __init__(self, slab: Slab) -> None:
         self.slab = slab
-        self._sent = new_event()
+        self._sent = new_event(device=slab.device_ordinal)
 
     def free_bytes(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         self._sent.synchronize()

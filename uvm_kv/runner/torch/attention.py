@@ -1,7 +1,7 @@
 """Paged attention as a function of transformers' AttentionInterface: the model's own code runs unmodified around it.
 
-The tokens of all sequences are packed into one row. What a step is about (tables, positions, copies) is ambient, in
-`StepContext`, because some models drop keywords that they do not know.
+The tokens of all sequences are packed into one row. What a step is about is ambient, in `StepContext` and its KV
+backend, because some models drop keywords that they do not know.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from uvm_kv.runner.torch.kv_store import BlockIndex, KVStore, SlotIndex
+from uvm_kv.runner.torch.kv import KVBackend
 
 NAME = "uvm_kv_paged"
 HARMLESS = {
@@ -41,34 +40,9 @@ REFUSED = {
 """What some of the rest mean."""
 
 
-@dataclass(frozen=True)
-class Decodes:
-    """Sequences with one new token each: their rows, their blocks padded to the longest, and what is masked out."""
-
-    rows: Tensor
-    blocks: BlockIndex
-    mask: Tensor
-    """[sequence, 1, 1, slot]: True where a slot holds a token of the sequence."""
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """One chunk: rows [start, stop) behind `context_len` cached tokens."""
-
-    start: int
-    stop: int
-    context_len: int
-    blocks: BlockIndex
-
-
 @dataclass
 class StepContext:
-    store: KVStore
-    slots: SlotIndex
-    decodes: Decodes | None
-    prefills: list[Prefill]
-    before_layer: Callable[[int], None]
-    """Carries out the memory ops that are issued before a layer."""
+    kv: KVBackend
     max_tokens: int
     """Longest sequence of the run: a sliding window at least as long changes nothing."""
     probing: bool = False
@@ -167,53 +141,5 @@ def paged_attention(
     check_keywords(keywords, step.max_tokens)
     layer: int = module.layer_idx
     step.calls.append(layer)
-    step.before_layer(layer)
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    step.store.write(layer, step.slots, key, value)
-    if step.decodes is not None and not step.prefills:
-        out = _decode(step.store, layer, step.decodes, query, scaling)
-        step.store.drop_staged(layer)
-        return out[None], None
-    out = torch.empty_like(query)
-    if step.decodes is not None:
-        out[step.decodes.rows] = _decode(step.store, layer, step.decodes, query[step.decodes.rows], scaling)
-    for chunk in step.prefills:
-        rows = slice(chunk.start, chunk.stop)
-        out[rows] = _prefill(step.store, layer, chunk, query[rows], key[rows], value[rows], scaling)
-    step.store.drop_staged(layer)
-    return out[None], None
-
-
-def _decode(store: KVStore, layer: int, batch: Decodes, query: Tensor, scaling: float | None) -> Tensor:
-    num_seqs = len(batch.rows)
-    cached = store.read(layer, batch.blocks)  # [sequence * block, slot, K|V, kv_head, dim]
-    kv_heads, dim = cached.shape[-2:]
-    cached = cached.view(num_seqs, -1, 2, kv_heads, dim)
-    # The query heads that share a KV head stand in for query positions: no KV is repeated.
-    grouped = query.reshape(num_seqs, kv_heads, -1, dim)
-    out = F.scaled_dot_product_attention(
-        grouped,
-        cached[:, :, 0].transpose(1, 2),
-        cached[:, :, 1].transpose(1, 2),
-        attn_mask=batch.mask,
-        scale=scaling,
-    )
-    return out.reshape(num_seqs, -1, dim)
-
-
-def _prefill(
-    store: KVStore, layer: int, chunk: Prefill, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
-) -> Tensor:
-    num_new, mask = chunk.stop - chunk.start, None
-    if chunk.context_len:
-        total = chunk.context_len + num_new
-        cached = store.read(layer, chunk.blocks).flatten(0, 1)[:total]  # [token, K|V, kv_head, dim]
-        key, value = cached[:, 0], cached[:, 1]
-        position = torch.arange(chunk.context_len, total)[:, None]
-        mask = position >= torch.arange(total)[None, :]
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1).transpose(0, 1)[None] for x in (key, value))
-    out = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None], key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
-    )
-    return out[0].transpose(0, 1)
+    return step.kv.attend(layer, query, key, value, scaling)[None], None

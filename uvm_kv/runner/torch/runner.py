@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 
 from uvm_kv.kvcache.manager import KVCapacity
-from uvm_kv.kvcache.ops import MemoryCounters, MemoryOp, OpKind
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.runner.base import ModelRunner
-from uvm_kv.runner.torch.attention import Decodes, Prefill, StepContext, check_positions, step_context
-from uvm_kv.runner.torch.kv_store import BlockIndex, KVStore, SlotIndex
-from uvm_kv.sched.plan import ScheduledSequence, StepOutput, StepPlan, StepTiming
+from uvm_kv.runner.torch.attention import StepContext, check_positions, step_context
+from uvm_kv.runner.torch.cpu_kv import CpuKV
+from uvm_kv.runner.torch.kv import Issued, KVBackend, LayerOp, SequenceRows
+from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
 from uvm_kv.types import MemoryKind, Phase
-
-# The CPU has no device memory: what a GPU's driver or link would count is not observed.
-NOT_OBSERVED = MemoryCounters(*(None for _ in MemoryCounters._fields))
 
 
 @dataclass(frozen=True)
@@ -60,22 +57,17 @@ class TorchRunner(ModelRunner):
         self._max_tokens = max_tokens
         self._sampling = sampling or Sampling()
         self._on_logits = on_logits
-        self._store = KVStore(spec, capacity, model.dtype, managed=memory is MemoryKind.MANAGED)
+        self._kv: KVBackend = CpuKV(spec, capacity, memory, model.dtype)
         self._sequences: dict[int, _Sequence] = {}
         self._clock_ns = time.perf_counter_ns()
         self._probe()
 
     def _probe(self) -> None:
         """One forward must call our attention once per layer: some families ignore the hook, some call it otherwise."""
-        blocks, slots = (
-            BlockIndex(torch.tensor([0]), self._store.num_device),
-            SlotIndex([0], [0], self._store.num_device),
-        )
-        context = StepContext(
-            self._store, slots, None, [Prefill(0, 1, 0, blocks)], lambda _: None, self._max_tokens, probing=True
-        )
+        context = StepContext(self._kv, self._max_tokens, probing=True)
         name = type(self._model).__name__
-        self._store.acquire([0])
+        self._kv.acquire([0])
+        self._kv.begin_step([SequenceRows(0, 1, 0, [0], False)], {})
         with torch.inference_mode(), step_context(context):
             try:
                 check_positions(self._model.config, self._max_tokens)
@@ -84,7 +76,7 @@ class TorchRunner(ModelRunner):
                 raise ValueError(f"{name} cannot be served: {error}") from error
             except (TypeError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
                 raise ValueError(f"{name} cannot be served: a forward with paged attention fails ({error})") from error
-        self._store.poison([0])
+        self._kv.poison([0])
         if sorted(context.calls) != list(range(self._spec.num_layers)):
             raise ValueError(
                 f"{name} cannot be served: a forward called paged attention {len(context.calls)} times, for "
@@ -105,7 +97,7 @@ class TorchRunner(ModelRunner):
         self._sequences[request.id] = _Sequence(list(request.prompt_ids), generator)
 
     def remove(self, request_id: int) -> None:
-        self._store.poison(self._sequences.pop(request_id).blocks)
+        self._kv.poison(self._sequences.pop(request_id).blocks)
 
     def now_ns(self) -> int:
         return time.perf_counter_ns() - self._clock_ns
@@ -116,6 +108,7 @@ class TorchRunner(ModelRunner):
 
     def close(self) -> None:
         self._sequences.clear()
+        self._kv.close()
 
     def execute(self, plan: StepPlan) -> StepOutput:
         start = self.now_ns()
@@ -126,7 +119,8 @@ class TorchRunner(ModelRunner):
             tokens = self._sample(sampled, logits.float())  # bfloat16 has no fast search for the largest.
         for request_id, token in zip(sampled, tokens, strict=True):
             self._sequences[request_id].tokens.append(token)
-        return StepOutput(StepTiming(start, self.now_ns()), NOT_OBSERVED, tuple(tokens))
+        counters = self._kv.end_step()
+        return StepOutput(StepTiming(start, self.now_ns()), counters, tuple(tokens))
 
     # ---- memory
 
@@ -139,100 +133,58 @@ class TorchRunner(ModelRunner):
         filled: set[int] = set()
         for op in plan.ops:
             if op.targets:
-                self._store.move(op.blocks, op.targets)
+                self._kv.move(op.blocks, op.targets)
                 freed.update(op.blocks)
                 filled.update(op.targets)
                 freed -= set(op.targets)
-        self._store.poison(sorted(freed))
+        self._kv.poison(sorted(freed))
         for sequence in plan.scheduled:
             if sequence.new_blocks:
                 self._sequences[sequence.request_id].blocks.extend(sequence.new_blocks)
-                self._store.acquire([b for b in sequence.new_blocks if b not in filled])
+                self._kv.acquire([b for b in sequence.new_blocks if b not in filled])
 
-    def _ops_by_layer(self, plan: StepPlan) -> dict[int, list[tuple[MemoryOp, int]]]:
-        """Layer before which something is issued -> (op, layer whose data it moves)."""
-        issued: dict[int, list[tuple[MemoryOp, int]]] = {}
+    def _ops_by_layer(self, plan: StepPlan) -> dict[int, list[LayerOp]]:
+        """Layer before which something is issued -> the ops, with the layer whose data each moves."""
+        issued: dict[int, list[LayerOp]] = {}
         for op in plan.ops:
             if not op.targets:
                 for layer in range(op.first_layer, op.last_layer):
-                    issued.setdefault(max(0, layer - op.lead), []).append((op, layer))
+                    issued.setdefault(max(0, layer - op.lead), []).append(LayerOp(op, layer))
         return issued
-
-    def _before_layer(self, layer: int, issued: dict[int, list[tuple[MemoryOp, int]]]) -> None:
-        for op, data_layer in issued.get(layer, ()):
-            if op.kind is OpKind.COPY_IN:
-                self._store.stage(data_layer % self._spec.num_layers, op.blocks)
-            elif op.kind is OpKind.EVICT:
-                self._store.evict(data_layer, data_layer + 1, op.blocks)
-            else:
-                raise ValueError(f"op {op.kind} is not served by runner=cpu")
 
     # ---- the model
 
-    def _forward(self, plan: StepPlan, issued: dict[int, list[tuple[MemoryOp, int]]]) -> tuple[Tensor, list[int]]:
+    def _forward(self, plan: StepPlan, issued: Issued) -> tuple[Tensor, list[int]]:
         """Logits of the rows that sample, [row, vocabulary], and whose they are."""
-        size, store = self._spec.block_size, self._store
         ids: list[int] = []
         positions: list[int] = []
-        blocks: list[int] = []
         sampled: list[int] = []
         rows: list[int] = []
-        decodes: list[tuple[int, ScheduledSequence]] = []
-        prefills: list[Prefill] = []
-        for item in plan.scheduled:
-            request_id, phase, num_new, context, _ = item
+        batch: list[SequenceRows] = []
+        for request_id, phase, num_new, context, _ in plan.scheduled:
             sequence = self._sequences[request_id]
-            first, stop = len(ids), len(ids) + num_new
+            batch.append(SequenceRows(len(ids), num_new, context, sequence.blocks, phase is Phase.DECODE))
             ids += sequence.tokens[context : context + num_new]
             positions += range(context, context + num_new)
-            blocks += [sequence.blocks[p // size] for p in range(context, context + num_new)]
-            if phase is Phase.DECODE:
-                decodes.append((first, item))
-            else:
-                held = sequence.blocks[: -(-(context + num_new) // size)] if context else [0]
-                prefills.append(Prefill(first, stop, context, BlockIndex(torch.tensor(held), store.num_device)))
             if context + num_new == len(sequence.tokens):
                 sampled.append(request_id)
-                rows.append(stop - 1)
-        slots = SlotIndex(blocks, [p % size for p in positions], store.num_device)
-        context_of_step = StepContext(
-            store,
-            slots,
-            self._decode_batch(decodes) if decodes else None,
-            prefills,
-            lambda layer: self._before_layer(layer, issued),
-            self._max_tokens,
-        )
-        with step_context(context_of_step):
+                rows.append(len(ids) - 1)
+        self._kv.begin_step(batch, issued)
+        with step_context(StepContext(self._kv, self._max_tokens)):
             return self._call(ids, positions, rows), sampled
 
     def _call(self, ids: list[int], positions: list[int], rows: list[int]) -> Tensor:
         """The model's forward over one packed row; logits of `rows`."""
-        keep = torch.tensor(rows, dtype=torch.long)
+        device = self._kv.device
+        keep = torch.tensor(rows, dtype=torch.long, device=device)
         output = self._model(
-            input_ids=torch.tensor([ids]),
-            position_ids=torch.tensor([positions]),
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
             use_cache=False,
             logits_to_keep=keep,
         )
         logits: Tensor = output.logits[0]
         return logits if len(logits) == len(rows) else logits[keep]  # Some models drop the keyword.
-
-    def _decode_batch(self, decodes: list[tuple[int, ScheduledSequence]]) -> Decodes:
-        size = self._spec.block_size
-        lengths = [item.context_len + 1 for _, item in decodes]
-        width = -(-max(lengths) // size)
-        padded = []
-        for (_, item), length in zip(decodes, lengths, strict=True):
-            held = self._sequences[item.request_id].blocks[: -(-length // size)]
-            # The padding repeats a block of the sequence's own: finite, and masked out.
-            padded += held + held[-1:] * (width - len(held))
-        mask = torch.arange(width * size)[None, :] < torch.tensor(lengths)[:, None]
-        return Decodes(
-            torch.tensor([row for row, _ in decodes]),
-            BlockIndex(torch.tensor(padded), self._store.num_device),
-            mask[:, None, None, :],
-        )
 
     def _sample(self, request_ids: list[int], logits: Tensor) -> list[int]:
         """One token a row of `logits` [row, vocabulary]."""

@@ -1,0 +1,84 @@
+"""KVBackend: what TorchRunner asks of the KV memory of its device. CpuKV and CudaKV are the two."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uvm_kv.kvcache.ops import MemoryCounters, MemoryOp
+
+
+class SequenceRows(NamedTuple):
+    """A scheduled sequence: rows [first, first + num_new) of the packed batch, behind `context_len` cached tokens."""
+
+    first: int
+    num_new: int
+    context_len: int
+    blocks: list[int]
+    """Its block table, which may hold more blocks than its tokens need."""
+    is_decode: bool
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.num_new
+
+    @property
+    def total(self) -> int:
+        """Tokens whose KV is there once the step has written its own."""
+        return self.context_len + self.num_new
+
+
+class LayerOp(NamedTuple):
+    """The part of an op that moves one layer's data; a layer >= num_layers is one of the next step."""
+
+    op: MemoryOp
+    layer: int
+
+
+Issued = Mapping[int, Sequence[LayerOp]]
+"""Layer -> what is issued before it runs."""
+
+
+class KVBackend(ABC):
+    """Both tiers of KV memory and attention over them. Block ids are the plan's: device blocks come first.
+
+    Calls come in the order of a step: move, poison and acquire while tables change; begin_step; attend once a layer, in
+    order; end_step.
+    """
+
+    device: torch.device
+    """Where the model's tensors live."""
+
+    @abstractmethod
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole blocks, all layers, to other blocks of either tier."""
+
+    @abstractmethod
+    def poison(self, blocks: Sequence[int]) -> None:
+        """These blocks hold nothing any more: what reads them must show."""
+
+    @abstractmethod
+    def acquire(self, blocks: Sequence[int]) -> None:
+        """These blocks are new in a table; their slots fill up as tokens come."""
+
+    @abstractmethod
+    def begin_step(self, batch: Sequence[SequenceRows], issued: Issued) -> None:
+        """What the coming step's attention is about."""
+
+    @abstractmethod
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Write the new K and V, then attend causally over each sequence's own tokens.
+
+        query [token, head, dim]; key and value [token, kv_head, dim]; the result has the query's shape.
+        """
+
+    @abstractmethod
+    def end_step(self) -> MemoryCounters:
+        """What was seen to move; None where nothing can be seen."""
+
+    @abstractmethod
+    def close(self) -> None: ...

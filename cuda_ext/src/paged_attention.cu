@@ -21,6 +21,7 @@ Status cuda_status(cudaError_t error, const char* call) {
   if (error == cudaSuccess) {
     return {};
   }
+  cudaGetLastError();  // the answer says it; the next caller's check must not
   return make_status(Status::Code::kCudaError, "%s: %s (%s)", call, cudaGetErrorName(error),
                      cudaGetErrorString(error));
 }

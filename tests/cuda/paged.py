@@ -184,7 +184,7 @@ def attention_in_float64(query: Array, query_lens: Array, per_sequence: Sequence
     out, start = np.zeros_like(query), 0
     for num_new, (keys, values) in zip(query_lens, per_sequence, strict=True):
         total, group = len(keys), query.shape[1] // keys.shape[1]
-        q = query[start : start + num_new].reshape(num_new, keys.shape[1], group, -1)
+        q = query[start : start + num_new].reshape(num_new, keys.shape[1], group, query.shape[2])
         scores = np.einsum("thgd,jhd->thgj", q, keys, optimize=True) / math.sqrt(query.shape[2])
         position = np.arange(total - num_new, total)[:, None, None, None]
         scores = np.where(np.arange(total) <= position, scores, -np.inf)

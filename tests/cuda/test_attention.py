@@ -241,8 +241,8 @@ def test_a_graph_waits_for_blocks_copied_outside_it(make: Make, stream: Any) -> 
         use([0, 1, first_host + host_block, 0])
         told = cache.rows(rng, 48)
         cache.append(told, contexts, contexts, layer=1)
+        stream.synchronize()  # The kernel reads the table in pinned memory.
         use([0, 1, 2, 0])
-        stream.synchronize()
         query.host[...] = to_stored(told.query[-1:], shape.dtype)
         cache.plan(one, contexts)
         copy_blocks(far, near, [(host_block, 2)], stream=copies)

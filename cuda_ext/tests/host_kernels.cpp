@@ -5,11 +5,13 @@
 // moment that the code's own waits allow: until then its target holds NaN, and another copy to it is an error.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <deque>
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <random>
 #include <unordered_set>
 #include <vector>
 
@@ -36,14 +38,16 @@ struct Fiber {
 
 class Machine {
  public:
-  // Runs all bodies, turn and turn about, until each has returned.
+  // Runs all bodies by turns, in another order each time, until each has returned.
   void run(std::vector<std::function<void()>> bodies) {
     fibers_.clear();
     for (auto& body : bodies) {
       fibers_.push_back(std::make_unique<Fiber>());
       start(*fibers_.back(), std::move(body));
     }
+    std::minstd_rand random;
     for (std::size_t left = fibers_.size(); left > 0;) {
+      std::shuffle(fibers_.begin(), fibers_.end(), random);
       for (auto& fiber : fibers_) {
         if (!fiber->done) {
           enter(*fiber);

@@ -128,8 +128,8 @@ UVM_KV_HD void sum_halves(Lane& lane, float (&values)[kCount]) {
   }
 }
 
-// Every lane of a team gets the team's sum of each value. At each distance a lane keeps one half of its values and gives
-// the other away; the sums it is left with are handed round. So a value takes 2 exchanges and 1 addition where summing
+// Every lane of a team gets the team's sum of each value. At each distance a lane keeps half of its values and gives
+// the others away; the sums it is left with are handed round. So a value takes 2 exchanges and 1 addition where summing
 // each by itself takes log2(kLanes) of both; the additions are the same, in the same order.
 template <int kLanes, int kCount, class Lane>
 UVM_KV_HD void sum_team(Lane& lane, float (&values)[kCount]) {

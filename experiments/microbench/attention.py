@@ -26,6 +26,8 @@ BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
 SPLITS = (128, 512, 1024)
 """Tokens a piece; beside the default."""
 COPY_BYTES = GIB
+MIN_LAYER_BYTES = 2 * GIB
+"""Of all layers together: many times any L2 cache."""
 TORCH_SPARE_BYTES = 1 << 30
 """For what torch allocates besides K and V."""
 
@@ -40,8 +42,8 @@ def run(bench: Bench) -> None:
 
 
 def num_layers_of(shape: Shape) -> int:
-    """Enough that all layers together are 2 GiB at least, many times any L2 cache, and two at least."""
-    return max(2, 2 * GIB // shape.kv_bytes)
+    """Layers to rotate among, two at least."""
+    return max(2, MIN_LAYER_BYTES // shape.kv_bytes)
 
 
 def device_batch(bench: Bench, memory: Memory, shape: Shape, **options: Any) -> DecodeBatch:
@@ -54,7 +56,7 @@ def device_batch(bench: Bench, memory: Memory, shape: Shape, **options: Any) -> 
 def copy_side(bench: Bench, memory: Memory, source: Slab) -> tuple[Side, int]:
     """A large copy within the card's memory, and the bytes that it reads and writes."""
     room = bench.ledger.room("device")
-    num_bytes = scaled(COPY_BYTES // MIB, min(room, source.num_bytes), MIB, 64) * MIB
+    num_bytes = scaled(COPY_BYTES // MIB, min(room, source.num_bytes), MIB) * MIB
     target = memory.device(num_bytes)
     return Side(lambda _: bench.move(source, 0, target, 0, num_bytes)), 2 * num_bytes
 
@@ -130,7 +132,8 @@ def _torch_side(peer: TorchAttention, backend: str, bits: Array, _: Memory) -> S
 def _torch_math(bench: Bench, peer: TorchAttention, bits: Array, memory: Memory) -> None:
     shape = peer.shape
     all_heads = shape.kv_bytes * shape.num_q_heads // shape.num_kv_heads
-    memory.book("device", 4 * all_heads)  # Float32 is twice as large, and there is a copy of what is repeated.
+    copies = 2 if all_heads == shape.kv_bytes else 3  # Float32 is twice as large; heads are repeated before.
+    memory.book("device", copies * all_heads)
     memory.keep(peer.empty_cache)
     side = _torch_side(peer, "MATH", bits, memory)
     times = bench.times({"math": side._replace(calls=1)}, bench.settings.host_repeats)
@@ -145,9 +148,9 @@ class TorchAttention:
         self._stream = torch.cuda.ExternalStream(bench.stream.handle)
         self._attend = torch.nn.functional.scaled_dot_product_attention
         with torch.cuda.stream(self._stream), torch.no_grad():
-            table = torch.from_numpy(batch.tables[0].astype(np.int64)).to("cuda")
-            self._layers = [self._gather(batch.kv, layer, table) for layer in range(batch.num_layers)]
             self._queries = [torch.from_dlpack(query).unsqueeze(2).clone() for query in batch.queries]
+            table = torch.from_numpy(batch.tables[0].astype(np.int64)).to(self._queries[0].device)
+            self._layers = [self._gather(batch.kv, layer, table) for layer in range(batch.num_layers)]
         self._stream.synchronize()
         torch.cuda.empty_cache()
 

@@ -15,7 +15,7 @@ from uvm_kv.memory.copies import CopyMethod, Placed
 from uvm_kv.memory.extension import extension
 from uvm_kv.memory.layout import slab_bytes, slab_layout
 from uvm_kv.memory.residency import device_place, host_place, prefetch
-from uvm_kv.types import Layout, MemoryKind
+from uvm_kv.types import Layout, MemoryKind, ceil_div
 
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2}
 """Largest error of an output, in norm: rounding of the output alone is 3e-4 and 2e-3, one wrong token of 4096 2e-2."""
@@ -82,10 +82,12 @@ def split_table(shape: Shape, device_blocks: Sequence[int], host_blocks: Sequenc
 
 
 def fill_kv(bench: Bench, kv: KVMemory, dtype: str) -> None:
-    """Random numbers in both tiers, written by the device."""
+    """Random numbers in both tiers, written by the device; each tier by itself, also where one slab holds both."""
     for seed, placed in enumerate((kv.device, kv.host)):
-        if placed is not None and not (seed and placed.slab is kv.device.slab):
-            probes.fill_random(probes.span(placed.slab), dtype, seed=17 + seed, stream=bench.stream)
+        if placed is not None:
+            begin, end = int(placed.layout.base_bytes), int(placed.layout.end_bytes)
+            tier = probes.span(placed.slab, offset=begin, num_bytes=end - begin)
+            probes.fill_random(tier, dtype, seed=17 + seed, stream=bench.stream)
     bench.stream.synchronize()
 
 
@@ -113,6 +115,8 @@ def new_kv(
     spec = shape.spec(num_layers)
     if kind is MemoryKind.VMM:
         device, host = (whole_granules(spec, num) for num in (device, host))
+    if kind is MemoryKind.MANAGED:
+        device = spec.pieces_per_chunk * ceil_div(device, spec.pieces_per_chunk)
     kv = memory.kv(kind, spec, device, host)
     if kind is MemoryKind.MANAGED:
         place_managed(bench, kv, spec)

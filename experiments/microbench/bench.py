@@ -135,6 +135,8 @@ class Bench:
         self.record, self.ledger, self.prediction, self.settings = record, ledger, prediction, settings
         self.deadline = deadline
         """Of time.monotonic(): no case is begun after it."""
+        self.broken: str | None = None
+        """The case after which the device answers every call with an error; none is run after it."""
         self.stream = new_stream()
         self._delay_ns = int(extension().max_delay_ns)
 
@@ -144,6 +146,9 @@ class Bench:
         if time.monotonic() > self.deadline:
             self.record.content["out_of_time"] = True
             self.record.without(name, NOT_RUN, "the time of this part is used up")
+            return None
+        if self.broken is not None:
+            self.record.without(name, NOT_RUN, f"the device answers nothing but errors since: {self.broken}")
             return None
         memory = Memory(self.ledger)
         try:
@@ -160,9 +165,11 @@ class Bench:
         """Nothing may still run on what is freed."""
         try:
             self.stream.synchronize()
+            memory.close()
         except Exception as error:
-            self.record.without(f"end of {name}", FAILED, f"{type(error).__name__}: {error}")
-        memory.close()
+            if self.broken is None:
+                self.broken = name
+                self.record.without(f"end of {name}", FAILED, f"{type(error).__name__}: {error}")
 
     def times(self, sides: Mapping[str, Side], repeats: int, *, warmup: int = 1) -> dict[str, list[float]]:
         """Seconds of one call of each side, repeat by repeat; in each repeat another side goes first."""

@@ -34,8 +34,8 @@ from experiments.microbench.record import (
 from uvm_kv.memory import ExtensionMissingError, capabilities, num_devices
 
 MINUTES, QUICK_MINUTES = 3.5, 1.0
-GRACE_S = 45.0
-"""After its time a part finishes the case that it is in; then it is stopped."""
+GRACE_S, OVERTIME_S = 45.0, 20.0
+"""After its time a part may finish the case that it is in; what all parts together may be over their time."""
 WENT_WRONG, BAD_ARGUMENTS, NO_GPU = 1, 2, 3
 NO_EVICTION = "not taken anywhere: `evicting` prefetches and faults above capacity, since nothing here oversubscribes"
 
@@ -61,7 +61,7 @@ PARTS: dict[str, Part] = {
     ),
     "faults": Part(faults.run, 45, "fault-driven migration, a time a chunk", "none: reported"),
     "peers": Part(peers.run, 45, "CuPy, cuda.core and torch beside ours", "none: reported"),
-    "curves": Part(curves.run, 40, "link, copy and HBM points for a calibration", "none: reported"),
+    "link": Part(curves.run, 40, "link, copy and HBM points for a calibration", "none: reported"),
 }
 """The most valuable first."""
 
@@ -189,27 +189,31 @@ def _all(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if not options.force and is_kept(read_part(path), settings):
             print(f"== {name}: kept as it is in {path} (--force takes it again)\n", flush=True)
             continue
-        left = min(PARTS[name].most_s, end - time.monotonic())
+        left = min(PARTS[name].most_s * (0.5 if options.quick else 1.0), end - time.monotonic())
         if left <= 0:
             print(f"== {name}: not run, the {options.minutes:g} minutes are used up (--minutes)\n", flush=True)
             continue
-        went_wrong |= not _run_part(options, name, path, left)
-    _write_tables(options.output, head)
-    _write_curves(options.output, facts, settings)
+        went_wrong |= not _run_part(options, name, path, left, end - time.monotonic() + OVERTIME_S)
+        _write_tables(options.output, head)  # After every part: whoever stops us keeps what there is.
+        _write_curves(options.output, facts, settings)
+    print("\n".join(_write_tables(options.output, head)), flush=True)
+    print(_write_curves(options.output, facts, settings))
     return WENT_WRONG if went_wrong else 0
 
 
-def _run_part(options: argparse.Namespace, name: str, path: Path, seconds: float) -> bool:
-    """True where it came to its end and nothing in it failed."""
+def _run_part(options: argparse.Namespace, name: str, path: Path, seconds: float, at_most: float) -> bool:
+    """True where it came to its end and nothing in it failed. `seconds`: no case is begun after them; `at_most`: that
+    is left to the whole command."""
+    limit = min(seconds + GRACE_S, at_most)
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "experiments.microbench", "--parts", name, "--output", str(options.output)]
     command += ["--child", f"{seconds:.1f}", *(["--quick"] if options.quick else [])]
     why = None
     try:
-        code = subprocess.run(command, timeout=seconds + GRACE_S, check=False, stdin=subprocess.DEVNULL).returncode
+        code = subprocess.run(command, timeout=limit, check=False, stdin=subprocess.DEVNULL).returncode
         why = None if code == 0 else f"its process ended with status {code}"
     except subprocess.TimeoutExpired:
-        why = f"it was stopped after {seconds + GRACE_S:.0f} s"
+        why = f"it was stopped after {limit:.0f} s"
     content = read_part(path)
     if content is None:
         print(f"== {name}: failed, {why or 'it left no result'}\n", flush=True)
@@ -248,26 +252,26 @@ def target_lines(contents: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*text_table(("target", "median", "spread", "target", "verdict"), rows), ""] if rows else []
 
 
-def _write_tables(output: Path, head: Sequence[str]) -> None:
+def _write_tables(output: Path, head: Sequence[str]) -> list[str]:
+    """Of every part that is there; returns the table of the targets."""
     contents = [content for name in PARTS if (content := read_part(output / f"{name}.json")) is not None]
     targets = target_lines(contents)
     lines = [*head, *targets, *(line for content in contents for line in part_lines(content))]
     (output / "tables.txt").write_text("\n".join(lines))
-    print("\n".join(targets), flush=True)
+    return targets
 
 
-def _write_curves(output: Path, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """From every part of this GPU, taken now or kept."""
+def _write_curves(output: Path, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """From every part of this GPU, taken now or kept; returns what became of it, in a line."""
     path, gpu = output / "curves.json", facts["gpu"]
     contents = [content for name in PARTS if (content := read_part(output / f"{name}.json")) is not None]
     same = [content for content in contents if content["settings"]["gpu"] == settings["gpu"]]
     found = curves_file(same, card_of(gpu["name"]), gpu, facts["date"][:10], facts["git_sha"])
     if found is None:
-        print("no curves.json: no points, or a card whose nominal figures experiments/microbench/nominal.py lacks")
-        return
+        return "no curves.json: no points, or a card whose nominal figures experiments/microbench/nominal.py lacks"
     write_json(path, found)
     points = ", ".join(f"{name} {len(points)}" for name, points in found["curves"].items())
-    print(f"{path}: {points}; {_checked(path)}")
+    return f"{path}: {points}; {_checked(path)}"
 
 
 def _checked(path: Path) -> str:

@@ -15,7 +15,7 @@ from experiments.microbench.bench import Bench, Memory, Side
 from experiments.microbench.copies import DIRECTIONS, Buffers, new_buffers
 from experiments.microbench.nominal import Card
 from uvm_kv.memory import Slab, new_event, new_stream, probes
-from uvm_kv.types import GIB, KIB, MIB
+from uvm_kv.types import KIB, MIB
 
 FILE_FORMAT, FILE_VERSION, TOOL = "uvm-kv curves", 1, "experiments.microbench"
 LINK_MIB = (64, 256, 1024)
@@ -23,6 +23,8 @@ COPY_SIZES = tuple(4 * KIB << 2 * i for i in range(9))
 HBM_MIB = (4, 16, 64, 256, 1024)
 MIN_POINTS = {"link": 2, "copy": 2, "zero_copy": 1, "hbm": 2, "prefetch": 2, "fault": 2}
 BUSY_PIECE = 64 * MIB
+NUM_BLOCKS = 512
+"""Of 2 MiB, in each of four buffers."""
 
 
 def run(bench: Bench) -> None:
@@ -31,7 +33,7 @@ def run(bench: Bench) -> None:
 
 
 def _link_and_copy(bench: Bench, memory: Memory) -> None:
-    buffers = new_buffers(bench, memory, 256 if bench.settings.quick else 512)
+    buffers = new_buffers(bench, memory, NUM_BLOCKS // 2 if bench.settings.quick else NUM_BLOCKS)
     for direction in DIRECTIONS:
         bench.case(f"copy, {direction}", partial(_copy, bench, buffers, direction))
     for direction in DIRECTIONS:
@@ -101,7 +103,7 @@ def _record_link(bench: Bench, direction: str, other: str, size: int, seconds: l
 
 def _hbm(bench: Bench, memory: Memory) -> None:
     largest = HBM_MIB[-2 if bench.settings.quick else -1] * MIB
-    source, target = memory.device(max(largest, GIB // 2)), memory.device(max(largest, GIB // 2))
+    source, target = memory.device(largest), memory.device(largest)
     probes.fill_random(probes.span(source), "words", seed=2, stream=bench.stream)
     for size in (mib * MIB for mib in HBM_MIB if mib * MIB <= source.num_bytes):
         places = source.num_bytes // size

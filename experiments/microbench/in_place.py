@@ -19,12 +19,16 @@ from uvm_kv.types import GIB, MIB, MemoryKind
 
 READ_TARGET, BOTH_TARGET = 0.95, 0.90
 FOOTPRINTS_MIB = (256, 512, 1024, 2048, 4096, 8192)
+QUICK_FOOTPRINT_MIB = 2048
+"""At most, with --quick."""
 KINDS = (MemoryKind.PINNED, MemoryKind.VMM, MemoryKind.MANAGED)
 MHA, GQA = Shape(32), Shape(8)
 COPY_TARGET_BYTES = 2 * GIB
 """Room on the card that larger footprints are copied to piece by piece."""
 LINK_BYTES = 256 * MIB
 """Of each layer, what the link's own rate is read over while KV lies in both tiers."""
+HBM_COPY_BYTES = GIB // 2
+"""Of the copy within the card's memory beside them."""
 HOST_WORKERS = (32, 128, 512)
 """Warps that start with what lies on the host; beside the default."""
 LAYERS = 2
@@ -65,7 +69,7 @@ def copy_side(bench: Bench, slab: Slab, offsets: list[int], num_bytes: int, targ
 
 def _footprints(bench: Bench, memory: Memory) -> None:
     quick = bench.settings.quick
-    wanted = 2048 if quick else FOOTPRINTS_MIB[-1]
+    wanted = QUICK_FOOTPRINT_MIB if quick else FOOTPRINTS_MIB[-1]
     whole = scaled(wanted, bench.ledger.room("pinned") - 64 * MIB, MIB, FOOTPRINTS_MIB[0]) * MIB
     if whole < wanted * MIB:
         bench.record.note(f"footprints scaled down to {whole // MIB} MiB: no more host memory may be pinned here")
@@ -193,7 +197,7 @@ def _both(
 ) -> None:
     batch = mixed_batch(bench, memory, kv, shape, per_seq)
     bits, error = batch.check()
-    copied = memory.device(GIB // 2)
+    copied = memory.device(HBM_COPY_BYTES)
     sides = {"ours": Side(batch.enqueue, 4), **alone}
     sides["copy"] = Side(lambda _: bench.move(kv.device.slab, 0, copied, 0, copied.num_bytes))
     times = bench.times(sides, bench.settings.repeats)

@@ -17,33 +17,42 @@ from uvm_kv.memory.extension import extension
 from uvm_kv.telemetry import provenance
 
 PACKAGES = ("torch", "cupy-cuda13x", "cuda-core", "cuda-bindings", "nvidia-ml-py", "numpy")
+STATE = (
+    "clocks.sm",
+    "clocks.mem",
+    "temperature.gpu",
+    "power.draw",
+    "power.limit",
+    "ecc.mode.current",
+    "mig.mode.current",
+)
 UVM_PARAMETERS = Path("/sys/module/nvidia_uvm/parameters")
 UVM_NAMES = ("uvm_perf_prefetch_enable", "uvm_perf_prefetch_threshold", "uvm_perf_fault_batch_count")
 
 
-def card_facts(bus_id: str) -> dict[str, str | None]:
-    """Name, uuid and driver of the card at `bus_id`, as nvidia-smi has them; None where it does not say."""
-    names = ("name", "uuid", "driver_version")
-    nothing: dict[str, str | None] = dict.fromkeys(("name", "uuid", "driver"))
+def ask_card(bus_id: str, names: Sequence[str]) -> list[str] | None:
+    """nvidia-smi's answers about the card at `bus_id`; None where it gives none. Nothing is ever set."""
     if shutil.which("nvidia-smi") is None:
-        return nothing
+        return None
     command = ["nvidia-smi", "-i", bus_id, f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return nothing
+        return None
     cells = [cell.strip() for cell in done.stdout.strip().split(",")]
-    return dict(zip(nothing, cells, strict=True)) if done.returncode == 0 and len(cells) == 3 else nothing
+    return cells if done.returncode == 0 and len(cells) == len(names) else None
 
 
 def gpu_facts(device: int = 0) -> dict[str, Any]:
     c = extension()
     found = capabilities(device)
-    facts = card_facts(c.pci_bus_id(device))
+    bus_id = c.pci_bus_id(device)
+    uuid, driver_name = ask_card(bus_id, ("uuid", "driver_version")) or (None, None)
     driver = int(c.driver_version())
     return {
-        **facts,
         "name": found.name,
+        "uuid": uuid,
+        "driver": driver_name,
         "memory_bytes": found.total_bytes,
         "free_bytes": found.free_bytes,
         "compute_capability": found.compute_capability,
@@ -54,6 +63,7 @@ def gpu_facts(device: int = 0) -> dict[str, Any]:
         "built_for": build_info().architectures,
         "pcie_now": list(found.link),
         "pcie_most": list(found.max_link),
+        "state": dict(zip(STATE, ask_card(bus_id, STATE) or (), strict=False)),
         "num_numa_nodes": c.num_numa_nodes(),
         "host_numa_node": found.host_numa_node,
         "concurrent_managed_access": found.concurrent_managed_access,

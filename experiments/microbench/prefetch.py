@@ -17,7 +17,7 @@ from uvm_kv.memory.residency import device_place, host_place, prefetch, prefetch
 from uvm_kv.types import CHUNK_BYTES, MIB
 
 TARGET = 0.85
-NUM_CHUNKS = 512
+NUM_CHUNKS, LEAST_CHUNKS = 512, 64
 CALL_CHUNKS = (1, 4, 16, 64, 256)
 """Of the calls whose cost is measured; the points of the curves file."""
 SPARE_BYTES = 256 * MIB
@@ -39,7 +39,7 @@ def _state(bench: Bench, state: str, memory: Memory) -> None:
     room = min(
         bench.ledger.room("managed"), bench.ledger.room("pinned") - SPARE_BYTES, bench.ledger.room("device") // 2
     )
-    num = scaled(NUM_CHUNKS // 2 if bench.settings.quick else NUM_CHUNKS, room, CHUNK_BYTES, 64)
+    num = scaled(NUM_CHUNKS // 2 if bench.settings.quick else NUM_CHUNKS, room, CHUNK_BYTES, LEAST_CHUNKS)
     pattern = tile()
     slab = written_slab(bench, memory, num * CHUNK_BYTES, state, pattern)
     total = memory.device(2 * MIB)

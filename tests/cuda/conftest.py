@@ -2,6 +2,8 @@
 
 They run one at a time, also under `pytest -n auto` and beside another checkout: the guard knows only its own process,
 and tests that look at free memory must not see each other's.
+
+With UVM_KV_TEST_EXTENSION they run on the module it names: tests/memory/test_on_host_runtime.py does so.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ from typing import Any
 
 import pytest
 
+from tests import host_runtime
 from uvm_kv.memory import ExtensionMissingError, extension, new_stream, num_devices
+
+NAMED = os.environ.get(host_runtime.VARIABLE)
+if NAMED:
+    host_runtime.use(Path(NAMED))
 
 
 @cache
@@ -34,7 +41,11 @@ def missing() -> str | None:
 @pytest.fixture(autouse=True)
 def _gpu() -> Iterator[None]:
     if (reason := missing()) is not None:
-        pytest.skip(reason)
+        # Where a GPU was promised (make gpu-check), tests that all skip must not look like a success.
+        (pytest.fail if os.environ.get("UVM_KV_REQUIRE_GPU") else pytest.skip)(reason)
+    if NAMED:  # Each process has a card of its own.
+        yield
+        return
     with (Path(tempfile.gettempdir()) / f"uvm-kv-gpu-{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Closing the file gives it back.
         yield

@@ -101,10 +101,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def see_only(device: int) -> None:
     """Makes this process and its children see one GPU, as device 0. Before the driver is loaded."""
-    if device == 0 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
         return
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[device] if device < len(visible) else str(device)
+    visible = [name for name in given.split(",") if name]
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[device] if device < len(visible) else ""  # What is hidden stays so.
 
 
 def why_not() -> str | None:

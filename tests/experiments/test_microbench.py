@@ -362,12 +362,12 @@ def test_the_list_needs_no_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_another_device_becomes_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    see_only(0)
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    see_only(1)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    for given, device, expected in ((None, 0, "0"), (None, 2, "2"), ("4,7", 1, "7"), ("4,7", 2, ""), ("", 0, "")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
+        if given is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        see_only(device)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
 def test_it_needs_numpy_and_nothing_else() -> None:

@@ -34,16 +34,17 @@ const char* dtype_name(DType dtype) {
 }
 
 void make_view(KVView* self, const SlabLayout& near, std::uintptr_t near_slab, const SlabLayout* far,
-               std::uintptr_t far_slab, int num_kv_heads, int head_dim, int block_size, const std::string& dtype,
+               std::uintptr_t far_slab, const SlabLayout* staged, std::uintptr_t staged_slab, int num_kv_heads, int head_dim, int block_size, const std::string& dtype,
                int device) {
-  const KVView view = make_kv_view({near_slab, &near}, {far_slab, far}, num_kv_heads, head_dim, block_size,
-                                   to_kv_dtype(dtype), device);
+  const KVView view = make_kv_view({near_slab, &near}, {far_slab, far}, {staged_slab, staged}, num_kv_heads, head_dim,
+                                   block_size, to_kv_dtype(dtype), device);
   throw_if_failed(check_paged_kv(view.kv));
   new (self) KVView(view);
 }
 
 std::uintptr_t slot_address(const KVView& view, int layer, int block, bool value, int head, int slot) {
-  return reinterpret_cast<std::uintptr_t>(view.kv.block(layer, block) + view.kv.slot_offset(value ? 1 : 0, head, slot));
+  const PagedKV kv = view.kv.at_layer(layer);
+  return reinterpret_cast<std::uintptr_t>(kv.block(block) + kv.slot_offset(value ? 1 : 0, head, slot));
 }
 
 std::span<const std::int32_t> span_of(const HostInts& array) { return {array.data(), array.size()}; }
@@ -76,6 +77,7 @@ PlanInput plan_input(const KVView& view, int num_q_heads, int split_tokens, cons
   input.query_lens = span_of(query_lens);
   input.context_lens = span_of(context_lens);
   input.first_host_block = view.kv.split_block;
+  input.first_staged_block = view.kv.staged_block;
   return input;
 }
 
@@ -125,10 +127,10 @@ BlockTable device_table(nb::handle blocks, nb::handle indptr, const KVView& view
   return {reinterpret_cast<const std::int32_t*>(array.data), reinterpret_cast<const std::int32_t*>(starts.data), 0};
 }
 
-int checked_layer(const KVView& view, int layer) {
+PagedKV at_layer(const KVView& view, int layer) {
   require(layer >= 0 && layer < view.num_layers,
           "layer " + std::to_string(layer) + " of " + std::to_string(view.num_layers));
-  return layer;
+  return view.kv.at_layer(layer);
 }
 
 void append(const KVView& view, int layer, nb::handle key, nb::handle value, nb::handle seqs, nb::handle positions,
@@ -140,9 +142,8 @@ void append(const KVView& view, int layer, nb::handle key, nb::handle value, nb:
   const DeviceArray of = checked(seqs, "seqs", view, "int32", {k.shape[0]});
   const DeviceArray at = checked(positions, "positions", view, "int32", {k.shape[0]});
   AppendParams params;
-  params.kv = view.kv;
+  params.kv = at_layer(view, layer);
   params.table = device_table(block_table, indptr, view);
-  params.layer = checked_layer(view, layer);
   params.num_tokens = static_cast<std::int32_t>(k.shape[0]);
   params.seqs = reinterpret_cast<const std::int32_t*>(of.data);
   params.positions = reinterpret_cast<const std::int32_t*>(at.data);
@@ -178,9 +179,8 @@ void attend(const KVView& view, int layer, nb::handle query, nb::handle out, nb:
           "a plan of " + std::to_string(capacity.bytes()) + " B in a slab of " + text(plan.bytes()));
   AttentionArgs args;
   args.dtype = view.dtype;
-  args.kv = view.kv;
+  args.kv = at_layer(view, layer);
   args.table = device_table(block_table, indptr, view);
-  args.layer = checked_layer(view, layer);
   args.num_q_heads = num_q_heads;
   args.scale = scale;
   args.query = q.data;
@@ -226,8 +226,9 @@ void bind_plan(nb::module_& m) {
 void bind_attention(nb::module_& m) {
   nb::class_<KVView>(m, "KVView", "K and V of all layers as the kernels see them: one tier, or two.")
       .def("__init__", &make_view, nb::kw_only(), "near"_a, "near_slab"_a, "far"_a.none(), "far_slab"_a,
-           "num_kv_heads"_a, "head_dim"_a, "block_size"_a, "dtype"_a, "device"_a,
-           "near, far: layouts; near_slab, far_slab: addresses. Blocks of far follow those of near.")
+           "staged"_a.none(), "staged_slab"_a, "num_kv_heads"_a, "head_dim"_a, "block_size"_a, "dtype"_a, "device"_a,
+           "near, far, staged: layouts, and the addresses of their slabs. Blocks of far follow those of near, staged "
+           "copies those of far.")
       .def_ro("num_layers", &KVView::num_layers)
       .def_ro("num_blocks", &KVView::num_blocks)
       .def("slot_address", &slot_address, "layer"_a, "block"_a, nb::kw_only(), "value"_a, "head"_a, "slot"_a,

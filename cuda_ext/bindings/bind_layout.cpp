@@ -1,7 +1,9 @@
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -32,10 +34,11 @@ std::vector<std::tuple<std::size_t, std::size_t, std::size_t>> listed_runs(const
   return out;
 }
 
-Runs runs_between(const SlabLayout& source, const SlabLayout& target, const Pairs& blocks, Layers layers) {
+Runs runs_between(const SlabLayout& source, const SlabLayout& target, const Pairs& blocks, Layers layers,
+                  std::optional<std::size_t> target_layer) {
   std::vector<BlockPair> pairs;
   for (const auto& [from, to] : blocks) pairs.push_back({from, to});
-  return {copy_runs(source, target, pairs, {layers.first, layers.second})};
+  return {copy_runs(source, target, pairs, {layers.first, layers.second}, target_layer.value_or(layers.first))};
 }
 
 Ranges ranges_of(const SlabLayout& layout, const std::vector<std::size_t>& blocks, Layers layers) {
@@ -80,7 +83,9 @@ void bind_layout(nb::module_& m) {
       .def("ranges", &ranges_of, "blocks"_a, nb::kw_only(), "layers"_a,
            "Parts that hold the blocks, neighbours joined.");
   m.def("copy_runs", &runs_between, nb::kw_only(), "source"_a, "target"_a, "blocks"_a, "layers"_a,
-        "Runs that copy (source block, target block) pairs in layers [first, last), neighbours joined.");
+        "target_layer"_a = nb::none(),
+        "Runs that copy (source block, target block) pairs in layers [first, last), neighbours joined. target_layer: the "
+        "target's layer of the first, by default the same.");
 }
 
 }  // namespace uvm_kv::bindings

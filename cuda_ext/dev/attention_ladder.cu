@@ -113,7 +113,7 @@ __global__ void naive_kernel(const __grid_constant__ AttentionParams params, con
   const Fp16* query = reinterpret_cast<const Fp16*>(params.query + seq * params.query_stride_bytes) + head * kHeadDim;
   for (int token = threadIdx.x; token < context; token += blockDim.x) {
     const int slot = token % kv.block_size;
-    const std::byte* block = kv.block(params.layer, blocks[token / kv.block_size]);
+    const std::byte* block = kv.block(blocks[token / kv.block_size]);
     const Fp16* key = reinterpret_cast<const Fp16*>(block + kv.slot_offset(0, kv_head, slot));
     float score = 0.0f;
     for (int d = 0; d < kHeadDim; ++d) {
@@ -139,7 +139,7 @@ __global__ void naive_kernel(const __grid_constant__ AttentionParams params, con
     float acc = 0.0f;
     for (int token = 0; token < context; ++token) {
       const int slot = token % kv.block_size;
-      const std::byte* block = kv.block(params.layer, blocks[token / kv.block_size]);
+      const std::byte* block = kv.block(blocks[token / kv.block_size]);
       acc += scores[token] * to_float(reinterpret_cast<const Fp16*>(block + kv.slot_offset(1, kv_head, slot))[d]);
     }
     out[d] = from_float<Fp16>(acc / sum);
@@ -188,7 +188,7 @@ __global__ void warp_kernel(const __grid_constant__ AttentionParams params, cons
   float acc[kElements] = {};
   for (int token = begin; token < end; ++token) {
     const int slot = token % kv.block_size;
-    const std::byte* block = kv.block(params.layer, blocks[token / kv.block_size]);
+    const std::byte* block = kv.block(blocks[token / kv.block_size]);
     key.load(block + kv.slot_offset(0, kv_head, slot));
     value.load(block + kv.slot_offset(1, kv_head, slot));
     float score = 0.0f;
@@ -415,9 +415,8 @@ class Problem {
 
   AttentionArgs make_args(int layer) const {
     AttentionArgs args;
-    args.kv = kv();
+    args.kv = kv().at_layer(layer);
     args.table = device_table();
-    args.layer = layer;
     args.num_q_heads = shape_.q_heads;
     args.scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
     args.query = query_.as<void>();
@@ -435,7 +434,6 @@ class Problem {
     AttentionParams params;
     params.kv = args.kv;
     params.table = args.table;
-    params.layer = layer;
     params.num_q_heads = args.num_q_heads;
     params.query = query_.as<std::byte>();
     params.out = out_.as<std::byte>();

@@ -39,9 +39,8 @@ Status check(const AppendParams& params) {
   if (status.ok()) {
     status = check_rows(params.value, params.value_stride_bytes, params.kv, "value");
   }
-  if (status.ok() && (params.num_tokens < 0 || params.layer < 0)) {
-    return make_status(Status::Code::kInvalidArgument, "num_tokens=%d, layer=%d; neither may be negative",
-                       params.num_tokens, params.layer);
+  if (status.ok() && params.num_tokens < 0) {
+    return make_status(Status::Code::kInvalidArgument, "num_tokens=%d; it may not be negative", params.num_tokens);
   }
   if (status.ok() && (params.seqs == nullptr || params.positions == nullptr || params.table.blocks == nullptr)) {
     return make_status(Status::Code::kInvalidArgument, "append needs seqs, positions and a block table");

@@ -206,10 +206,10 @@ Status check(const AttentionArgs& args) {
   if (!status.ok()) {
     return status;
   }
-  if (args.num_q_heads < 1 || args.num_q_heads % args.kv.num_kv_heads != 0 || args.layer < 0) {
+  if (args.num_q_heads < 1 || args.num_q_heads % args.kv.num_kv_heads != 0) {
     return make_status(Status::Code::kInvalidArgument,
-                       "num_q_heads=%d, num_kv_heads=%d, layer=%d: each KV head serves the same number of query heads",
-                       args.num_q_heads, args.kv.num_kv_heads, args.layer);
+                       "num_q_heads=%d, num_kv_heads=%d: each KV head serves the same number of query heads",
+                       args.num_q_heads, args.kv.num_kv_heads);
   }
   if (args.kv.element_bytes != element_bytes(args.dtype)) {
     return make_status(Status::Code::kInvalidArgument, "the cache has elements of %d bytes, dtype %d has %d",
@@ -242,7 +242,6 @@ Status paged_attention(const AttentionArgs& args, CUstream_st* stream) {
   AttentionParams params;
   params.kv = args.kv;
   params.table = args.table;
-  params.layer = args.layer;
   params.num_q_heads = args.num_q_heads;
   params.query = static_cast<const std::byte*>(args.query);
   params.out = static_cast<std::byte*>(args.out);

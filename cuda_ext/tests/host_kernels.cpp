@@ -129,9 +129,9 @@ int hk_check(const HkCache* cache, char* text) { return answer(uvm_kv::check_pag
 
 // Byte offset of a slot; *on_host says in which slab.
 std::int64_t hk_slot(const HkCache* cache, int layer, int block, int which, int head, int slot, int* on_host) {
-  const uvm_kv::PagedKV kv = view_of(*cache);
+  const uvm_kv::PagedKV kv = view_of(*cache).at_layer(layer);
   *on_host = block >= kv.split_block ? 1 : 0;
-  return kv.block(layer, block) + kv.slot_offset(which, head, slot) - (*on_host != 0 ? cache->host : cache->device);
+  return kv.block(block) + kv.slot_offset(which, head, slot) - (*on_host != 0 ? cache->host : cache->device);
 }
 
 void hk_to_float(int dtype, const std::uint16_t* in, float* out, std::int64_t count) {
@@ -186,9 +186,8 @@ int hk_attention(const HkCache* cache, const HkBatch* batch, const std::int64_t*
   std::memset(workspace_bytes, 0, uvm_kv::WorkspaceLayout::kQueueBytes);
 
   uvm_kv::AttentionParams params;
-  params.kv = view_of(*cache);
+  params.kv = view_of(*cache).at_layer(layer);
   params.table = input.table;
-  params.layer = layer;
   params.num_q_heads = batch->num_q_heads;
   params.query = query;
   params.out = out;
@@ -213,9 +212,8 @@ void hk_append(const HkCache* cache, const HkBatch* batch, int layer, std::int32
                const std::int32_t* positions, const std::byte* key, const std::byte* value,
                std::int64_t key_stride_bytes, std::int64_t value_stride_bytes) {
   uvm_kv::AppendParams params;
-  params.kv = view_of(*cache);
+  params.kv = view_of(*cache).at_layer(layer);
   params.table = {batch->blocks, batch->indptr, batch->row_stride};
-  params.layer = layer;
   params.num_tokens = num_tokens;
   params.seqs = seqs;
   params.positions = positions;

@@ -118,8 +118,9 @@ void host_pages_end(HostPages* pages) { delete pages; }
 std::size_t host_available_bytes(const char* meminfo) { return available_host_bytes(meminfo); }
 
 const char* host_copy_runs(const SlabLayout* source, const SlabLayout* target, const BlockPair* pairs,
-                           std::size_t num_pairs, LayerRange layers, CopyRun* out, std::size_t* count) {
-  return said([&] { give(copy_runs(*source, *target, {pairs, num_pairs}, layers), out, count); });
+                           std::size_t num_pairs, LayerRange layers, std::size_t target_layer, CopyRun* out,
+                           std::size_t* count) {
+  return said([&] { give(copy_runs(*source, *target, {pairs, num_pairs}, layers, target_layer), out, count); });
 }
 const char* host_block_ranges(const SlabLayout* layout, const std::size_t* blocks, std::size_t num_blocks,
                               LayerRange layers, ByteRange* out, std::size_t* count) {

@@ -36,6 +36,8 @@ def view(c: Any, spec: KVCacheSpec, *, far: int | None = FAR, dtype: str = "floa
         "near_slab": NEAR,
         "far": None if far is None else slab_layout(spec, num_blocks=HOST_BLOCKS),
         "far_slab": far or 0,
+        "staged": None,
+        "staged_slab": 0,
         "num_kv_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
         "block_size": spec.block_size,

@@ -82,13 +82,19 @@ class Host:
         self.check(name, *map(Size, values))
 
     def copy_runs(
-        self, source: CLayout, target: CLayout, pairs: Sequence[tuple[int, int]], layers: tuple[int, int]
+        self,
+        source: CLayout,
+        target: CLayout,
+        pairs: Sequence[tuple[int, int]],
+        layers: tuple[int, int],
+        target_layer: int | None = None,
     ) -> list[tuple[int, int, int]]:
         given_pairs = (Pair * len(pairs))(*(Pair(*pair) for pair in pairs))
         out = (Run * (max(1, len(pairs)) * source.num_layers))()
         count = Size(0)
         both = ctypes.byref(source), ctypes.byref(target)
-        self.check("copy_runs", *both, given_pairs, Size(len(pairs)), Layers(*layers), out, ctypes.byref(count))
+        to = Size(layers[0] if target_layer is None else target_layer)
+        self.check("copy_runs", *both, given_pairs, Size(len(pairs)), Layers(*layers), to, out, ctypes.byref(count))
         return [(run.source, run.target, run.bytes) for run in out[: count.value]]
 
     def block_ranges(self, layout: CLayout, blocks: Sequence[int], layers: tuple[int, int]) -> list[tuple[int, int]]:
@@ -215,21 +221,23 @@ def test_runs_copy_every_byte_once_to_its_place(host: Host, seed: int, of: Layou
     shape = {"heads": rng.choice([1, 4, 12, 40]), "num_layers": rng.randint(1, 4), "block_size": rng.choice([8, 16])}
     source = c_layout(layout_fields(spec_of(of, **shape), num_blocks=rng.randint(1, 40)))
     base = rng.choice([0, CHUNK_BYTES])
-    target = c_layout(layout_fields(spec_of(to, **shape), num_blocks=rng.randint(1, 40), base_bytes=base))
+    ring = shape | {"num_layers": rng.randint(1, 4)}
+    target = c_layout(layout_fields(spec_of(to, **ring), num_blocks=rng.randint(1, 40), base_bytes=base))
     count = rng.randint(0, min(source.num_blocks, target.num_blocks))
     pairs = list(
         zip(rng.sample(range(source.num_blocks), count), rng.sample(range(target.num_blocks), count), strict=True)
     )
     first = rng.randrange(shape["num_layers"])
-    layers = (first, rng.randint(first + 1, shape["num_layers"]))
-    runs = host.copy_runs(source, target, pairs, layers)
+    layers = (first, rng.randint(first + 1, min(shape["num_layers"], first + ring["num_layers"])))
+    into = rng.randint(0, ring["num_layers"] - (layers[1] - layers[0]))
+    runs = host.copy_runs(source, target, pairs, layers, into)
     unit = source.layer_block_bytes
     said = set()
     for begin, at, length in runs:
         assert length % unit == 0
         said |= {(begin + i, at + i) for i in range(0, length, unit)}
     want = {
-        (expected_bytes(source, a, layer), expected_bytes(target, b, layer))
+        (expected_bytes(source, a, layer), expected_bytes(target, b, into + layer - first))
         for a, b in pairs
         for layer in range(*layers)
     }
@@ -259,6 +267,7 @@ def test_ranges_cover_the_blocks_and_nothing_else(host: Host, seed: int, kind: L
         ([(0, 64)], (0, 3), "block 64 of a slab of 64 blocks"),
         ([(0, 1)], (0, 4), r"layers \[0, 4\) of 3"),
         ([(0, 1)], (2, 2), r"layers \[2, 2\) of 3"),
+        ([(0, 1)], (0, 2), r"layers \[2, 4\) of 3"),
     ],
 )
 def test_blocks_and_layers_outside_are_refused(
@@ -266,7 +275,7 @@ def test_blocks_and_layers_outside_are_refused(
 ) -> None:
     both = c_layout(layout_fields(spec_of(Layout.LAYER_MAJOR), num_blocks=64))
     with pytest.raises(ValueError, match=said):
-        host.copy_runs(both, both, pairs, layers)
+        host.copy_runs(both, both, pairs, layers, 2 if layers == (0, 2) else None)
 
 
 def test_slabs_of_different_blocks_are_refused(host: Host) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from uvm_kv.kvcache.spec import KVCacheSpec
+from uvm_kv.memory.copies import Placed
 from uvm_kv.memory.extension import extension
 from uvm_kv.memory.kv_memory import KVMemory
 from uvm_kv.memory.slab import Slab
@@ -38,8 +39,12 @@ class PagedKV:
         self.raw, self.spec, self.dtype, self.device = raw, spec, dtype, device
 
     @classmethod
-    def of(cls, memory: KVMemory, spec: KVCacheSpec, *, dtype: str) -> PagedKV:
-        """`dtype`: float16, bfloat16 or float32, of `spec.dtype_bytes`. ValueError: a shape that no kernel serves."""
+    def of(cls, memory: KVMemory, spec: KVCacheSpec, *, dtype: str, staging: Placed | None = None) -> PagedKV:
+        """`dtype`: float16, bfloat16 or float32, of `spec.dtype_bytes`. ValueError: a shape that no kernel serves.
+
+        `staging`: device memory for copies of host blocks, a ring over layers: layer l has place l % its layers. Their
+        ids follow those of both tiers.
+        """
         if DTYPE_BYTES.get(dtype) != spec.dtype_bytes:
             raise ValueError(f"dtype={dtype}, and the cache has elements of {spec.dtype_bytes} bytes")
         near, far = memory.device, memory.host
@@ -48,6 +53,8 @@ class PagedKV:
             near_slab=near.slab.address,
             far=None if far is None else far.layout,
             far_slab=0 if far is None else far.slab.address,
+            staged=None if staging is None else staging.layout,
+            staged_slab=0 if staging is None else staging.slab.address,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             block_size=spec.block_size,

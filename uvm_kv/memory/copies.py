@@ -39,15 +39,17 @@ def copy_blocks(
     blocks: Pairs,
     *,
     layers: tuple[int, int] | None = None,
+    target_layer: int | None = None,
     method: CopyMethod = CopyMethod.AUTOMATIC,
     stream: object,
 ) -> CopyMethod:
     """Enqueues copies of `blocks` in layers [first, last), by default all. They have no order among themselves.
+    `target_layer`: where the first of them goes in the target, by default the same layer.
 
     Returns the method that was used. ValueError for blocks or layers outside and for copies that overlap;
     CapturingStreamError and MissingCapabilityError where a batch cannot be.
     """
-    return CopyMethod(extension().copy(**_request(source, target, blocks, layers, method, stream)))
+    return CopyMethod(extension().copy(**_request(source, target, blocks, layers, target_layer, method, stream)))
 
 
 def _request(
@@ -55,12 +57,13 @@ def _request(
     target: Placed,
     blocks: Pairs,
     layers: tuple[int, int] | None,
+    target_layer: int | None,
     method: CopyMethod,
     stream: object,
 ) -> dict[str, Any]:
     layouts = {"source": source.layout, "target": target.layout}
     every = (0, source.layout.num_layers)
-    runs = extension().copy_runs(**layouts, blocks=blocks, layers=every if layers is None else layers)
+    runs = extension().copy_runs(**layouts, blocks=blocks, layers=layers or every, target_layer=target_layer)
     slabs = {"source": source.slab.raw, "target": target.slab.raw}
     return {**slabs, "runs": runs, "method": int(method), "stream": stream_handle(stream)}
 
@@ -86,11 +89,13 @@ class TransferCounters:
         blocks: Pairs,
         *,
         layers: tuple[int, int] | None = None,
+        target_layer: int | None = None,
         method: CopyMethod = CopyMethod.AUTOMATIC,
         stream: object,
     ) -> CopyMethod:
         """As the function of that name, and counted under `label`."""
-        return CopyMethod(self._raw.copy(label, **_request(source, target, blocks, layers, method, stream)))
+        request = _request(source, target, blocks, layers, target_layer, method, stream)
+        return CopyMethod(self._raw.copy(label, **request))
 
     def prefetch(self, label: str, slab: Slab, parts: Parts, to: Place, *, batched: bool, stream: object) -> None:
         """As `prefetch` or `prefetch_batch`, and counted under `label`: the bytes asked for, moved or already there."""

@@ -8,9 +8,8 @@ struct CUstream_st;  // cudaStream_t without the CUDA headers
 namespace uvm_kv {
 
 struct AppendParams {
-  PagedKV kv;
+  PagedKV kv;  // at_layer()
   BlockTable table;
-  std::int32_t layer = 0;
   std::int32_t num_tokens = 0;
   const std::int32_t* seqs = nullptr;       // [num_tokens]: row of the block table; negative: skip this token
   const std::int32_t* positions = nullptr;  // [num_tokens]: position in the sequence
@@ -44,7 +43,7 @@ UVM_KV_HD void append_unit(const AppendParams& params, int unit) {
   const int slot = position & (kv.block_size - 1);
   const std::byte* source = which != 0 ? params.value + token * params.value_stride_bytes
                                        : params.key + token * params.key_stride_bytes;
-  std::byte* target = kv.block(params.layer, block) + kv.slot_offset(which, head, slot);
+  std::byte* target = kv.block(block) + kv.slot_offset(which, head, slot);
   const int in_row = in_half - head * per_row;
   *(reinterpret_cast<Chunk16*>(target) + in_row) = *(reinterpret_cast<const Chunk16*>(source) + in_half);
 }

@@ -115,22 +115,25 @@ void for_each_part(bool layer_major, LayerRange layers, Visit&& visit) {
   for (std::size_t layer = layers.first; layer < layers.last; ++layer) visit(layer, std::size_t{1});
 }
 
-/// Runs that copy `pairs` in `layers`. The two slabs may differ in layout, not in the shape of a block.
+/// Runs that copy `pairs` in `layers` of the source to as many layers of the target from `target_layer` on. The two
+/// slabs may differ in layout and in their number of layers, not in the shape of a block.
 inline std::vector<CopyRun> copy_runs(const SlabLayout& source, const SlabLayout& target,
-                                      std::span<const BlockPair> pairs, LayerRange layers) {
+                                      std::span<const BlockPair> pairs, LayerRange layers, std::size_t target_layer) {
   require_sound(source);
   require_sound(target);
-  require(source.layer_block_bytes == target.layer_block_bytes && source.num_layers == target.num_layers,
-          "slabs of different blocks: " + text(source.layer_block_bytes) + " in " + std::to_string(source.num_layers) +
-              " layers, and " + text(target.layer_block_bytes) + " in " + std::to_string(target.num_layers));
+  require(source.layer_block_bytes == target.layer_block_bytes,
+          "slabs of different blocks: " + text(source.layer_block_bytes) + " in a layer, and " +
+              text(target.layer_block_bytes));
   require_layers(source, layers);
+  require_layers(target, {target_layer, target_layer + layers.last - layers.first});
   std::vector<CopyRun> pieces;
   for (const BlockPair& pair : pairs) {
     require_blocks(source, {&pair.source, 1});
     require_blocks(target, {&pair.target, 1});
     for_each_part(source.layer_major || target.layer_major, layers, [&](std::size_t layer, std::size_t count) {
-      pieces.push_back(
-          {source.offset(pair.source, layer), target.offset(pair.target, layer), count * source.layer_block_bytes});
+      pieces.push_back({source.offset(pair.source, layer),
+                        target.offset(pair.target, target_layer + layer - layers.first),
+                        count * source.layer_block_bytes});
     });
   }
   return merged(std::move(pieces));

@@ -33,8 +33,11 @@ struct KVView {
   PagedKV kv;
   DType dtype;
   int num_layers;
-  std::size_t num_blocks;
+  std::size_t num_blocks;  ///< Of both tiers.
+  std::size_t num_staged;
   int device;
+
+  std::size_t num_ids() const { return num_blocks + num_staged; }
 };
 
 struct Tier {
@@ -42,13 +45,14 @@ struct Tier {
   const SlabLayout* layout;  // null: there is no such tier
 };
 
-inline KVView make_kv_view(Tier near, Tier far, int num_kv_heads, int head_dim, int block_size, DType dtype,
-                           int device) {
+/// `staged`: layers of its layout are places of a ring; see paged_kv.cuh.
+inline KVView make_kv_view(Tier near, Tier far, Tier staged, int num_kv_heads, int head_dim, int block_size,
+                           DType dtype, int device) {
   const SlabLayout& layout = *near.layout;
   const KVGeometry geometry{static_cast<int>(layout.num_layers), num_kv_heads, head_dim, element_bytes(dtype),
                             block_size};
   const auto needed = static_cast<std::size_t>(geometry.layer_block_bytes());
-  for (const Tier& tier : {near, far}) {
+  for (const Tier& tier : {near, far, staged}) {
     require(tier.layout == nullptr || tier.layout->layer_block_bytes == needed,
             "a block of " + std::to_string(num_kv_heads) + " KV heads of " + std::to_string(head_dim) + " and " +
                 std::to_string(block_size) + " slots takes " + text(needed) + " in a layer; the layout says " +
@@ -57,10 +61,18 @@ inline KVView make_kv_view(Tier near, Tier far, int num_kv_heads, int head_dim, 
   require(far.layout == nullptr || far.layout->num_layers == layout.num_layers, "two tiers of different layers");
   const std::size_t num_far = far.layout == nullptr ? 0 : far.layout->num_blocks;
   const std::size_t num_blocks = layout.num_blocks + num_far;
-  require(num_blocks < static_cast<std::size_t>(kNoSplit), std::to_string(num_blocks) + " blocks; 2^31 - 2 is the most");
+  const std::size_t num_staged = staged.layout == nullptr ? 0 : staged.layout->num_blocks;
+  require(num_blocks + num_staged < static_cast<std::size_t>(kNoSplit),
+          std::to_string(num_blocks + num_staged) + " blocks; 2^31 - 2 is the most");
+  require(num_staged == 0 || num_far > 0, "staged copies of host blocks, and no host blocks");
   const SlabView host = far.layout == nullptr ? SlabView{} : slab_view(far.slab, *far.layout);
-  return {make_paged_kv(slab_view(near.slab, layout), host, static_cast<std::int32_t>(layout.num_blocks), geometry),
-          dtype, geometry.num_layers, num_blocks, device};
+  PagedKV kv = make_paged_kv(slab_view(near.slab, layout), host, static_cast<std::int32_t>(layout.num_blocks), geometry);
+  if (num_staged > 0) {
+    kv.staged = slab_view(staged.slab, *staged.layout);
+    kv.staged_block = static_cast<std::int32_t>(num_blocks);
+    kv.staged_layers = static_cast<std::int32_t>(staged.layout->num_layers);
+  }
+  return {kv, dtype, geometry.num_layers, num_blocks, num_staged, device};
 }
 
 /// Every block that the kernels will read or write exists. `row_blocks(seq)`: entries of that sequence's row.
@@ -75,9 +87,9 @@ void require_known_blocks(const KVView& view, const BlockTable& table, std::span
                                          " blocks; its row of the block table has " + std::to_string(row_blocks(s)));
     const std::int32_t* row = table.row(static_cast<int>(s));
     for (std::int64_t i = 0; i < needed; ++i) {
-      require(row[i] >= 0 && static_cast<std::size_t>(row[i]) < view.num_blocks,
+      require(row[i] >= 0 && static_cast<std::size_t>(row[i]) < view.num_ids(),
               "sequence " + std::to_string(s) + ": block " + std::to_string(row[i]) + " of " +
-                  std::to_string(view.num_blocks));
+                  std::to_string(view.num_ids()));
     }
   }
 }

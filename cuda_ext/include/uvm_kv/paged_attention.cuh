@@ -45,9 +45,8 @@ struct Partials {
 
 // What the kernels get. Pointers are device-accessible.
 struct AttentionParams {
-  PagedKV kv;
+  PagedKV kv;  // at_layer()
   BlockTable table;
-  std::int32_t layer = 0;
   std::int32_t num_q_heads = 0;
   const std::byte* query = nullptr;  // [token, num_q_heads, head_dim], rows query_stride_bytes apart
   std::byte* out = nullptr;          // the same shape
@@ -150,9 +149,8 @@ class StageCopier {
       : kv_(params.kv),
         blocks_(params.table.row(piece.item.seq)),
         ring_(ring + lane),
-        device_(head_of(kv_.device, params.layer, piece.kv_head)),
-        host_(kv_.split_block == kNoSplit ? device_ : head_of(kv_.host, params.layer, piece.kv_head)),
-        value_offset_(kv_.slot_offset(1, 0, 0)),
+        head_offset_(static_cast<int>(kv_.slot_offset(0, piece.kv_head, 0))),
+        value_offset_(static_cast<int>(kv_.slot_offset(1, 0, 0))),
         chunk_(lane % Shape::kLanes),
         token_(first_token + lane / Shape::kLanes * Shape::kTeamTokens),
         token_step_(token_step),
@@ -163,12 +161,9 @@ class StageCopier {
   // The next stage, into place `slot` of the ring. Slots past the end become zeros and are not read.
   template <class Lane>
   UVM_KV_HD void copy_stage(Lane& lane, int slot) {
-    const std::byte* key = device_;  // past the end nothing is read from it
+    const std::byte* key = kv_.device.base;  // past the end nothing is read from it
     if (token_ < end_) {
-      const bool on_host = block_ >= kv_.split_block;
-      const SlabView& slab = on_host ? kv_.host : kv_.device;
-      key = (on_host ? host_ : device_) + slab.block_offset(on_host ? block_ - kv_.split_block : block_) +
-            (token_ & (kv_.block_size - 1)) * kRowBytes;
+      key = kv_.block(block_) + head_offset_ + (token_ & (kv_.block_size - 1)) * kRowBytes;
     }
     Chunk16* target = ring_ + slot * Shape::kStageChunks;
     copy_rows(lane, target, key);
@@ -178,10 +173,6 @@ class StageCopier {
   }
 
  private:
-  UVM_KV_HD const std::byte* head_of(const SlabView& slab, int layer, int head) const {
-    return slab.base + slab.layer_offset(layer) + kv_.slot_offset(0, head, 0);
-  }
-
   UVM_KV_HD void look_up() { block_ = token_ < end_ ? blocks_[token_ >> kv_.log2_block_size] : 0; }
 
   template <class Lane>
@@ -200,9 +191,8 @@ class StageCopier {
   const PagedKV& kv_;
   const std::int32_t* blocks_;
   Chunk16* ring_;
-  const std::byte* device_;  // the layer's K of this head in the first block of either slab
-  const std::byte* host_;
-  std::int64_t value_offset_;
+  int head_offset_;  // of this head's K in a block; far below 2 GiB
+  int value_offset_;  // from K to V
   int chunk_;
   int token_;  // first token of this lane's team in the next stage
   int token_step_;
@@ -655,9 +645,8 @@ inline void set_plan(AttentionParams* params, const PlanCapacity& capacity, cons
 
 struct AttentionArgs {
   DType dtype = DType::kFp16;  // of K, V, query and output
-  PagedKV kv;
+  PagedKV kv;                  // at_layer()
   BlockTable table;            // device memory
-  int layer = 0;
   int num_q_heads = 0;
   float scale = 0.0f;          // softmax scale, usually 1 / sqrt(head_dim)
   const void* query = nullptr;  // [token, num_q_heads, head_dim]; rows may lie further apart

@@ -14,8 +14,9 @@
 // A slot of a head is head_dim elements. Decode reads one head's K of a block as one contiguous run (4 KiB for 16 slots
 // of 128 fp16), and append writes whole 128-byte lines from head_dim * element_bytes = 128 on.
 //
-// Two tiers: blocks [0, split_block) lie in the device slab, blocks [split_block, ..) in the host slab, from index 0.
-// Managed and vmm memory are one range: split_block = kNoSplit and no host slab.
+// Two tiers: blocks [0, split_block) lie in the device slab, blocks [split_block, staged_block) in the host slab, from
+// index 0. Managed memory is one range: split_block = kNoSplit and no host slab. From staged_block on they are copies of
+// host blocks in device memory, a ring with room for staged_layers layers: layer l has place l % staged_layers.
 #pragma once
 
 #include <cstdarg>
@@ -88,8 +89,12 @@ struct SlabView {
   std::int64_t group_stride_bytes = 0;  // between groups; a group is what one chunk holds
   std::int32_t blocks_per_group = 1;    // 1 where blocks lie at an even stride
 
-  // Byte offset of one block of one layer: the sum of both.
-  UVM_KV_HD std::int64_t layer_offset(int layer) const { return layer * layer_stride_bytes; }
+  void move_to(int layer) {
+    if (base != nullptr) {
+      base += layer * layer_stride_bytes;
+    }
+  }
+
   UVM_KV_HD std::int64_t block_offset(int block) const {
     if (blocks_per_group == 1) {  // uniform over a launch: spares the division
       return block * group_stride_bytes;
@@ -135,8 +140,11 @@ inline SlabView make_slab_view(std::byte* base, Layout layout, const KVGeometry&
 
 struct PagedKV {
   SlabView device;
-  SlabView host;                       // base == nullptr: there is none
-  std::int32_t split_block = kNoSplit;  // first block of the host slab
+  SlabView host;    // base == nullptr: there is none
+  SlabView staged;  // the same
+  std::int32_t split_block = kNoSplit;
+  std::int32_t staged_block = kNoSplit;
+  std::int32_t staged_layers = 1;
   std::int32_t num_kv_heads = 0;
   std::int32_t head_dim = 0;
   std::int32_t element_bytes = 0;
@@ -145,11 +153,23 @@ struct PagedKV {
 
   UVM_KV_HD std::int64_t row_bytes() const { return std::int64_t{head_dim} * element_bytes; }
 
-  // K of head 0, slot 0 of one block of one layer.
-  UVM_KV_HD std::byte* block(int layer, int block) const {
-    const bool on_host = block >= split_block;
-    const SlabView& slab = on_host ? host : device;
-    return slab.base + slab.layer_offset(layer) + slab.block_offset(on_host ? block - split_block : block);
+  // What a kernel is given: bases moved to one layer.
+  PagedKV at_layer(int layer) const {
+    PagedKV view = *this;
+    view.device.move_to(layer);
+    view.host.move_to(layer);
+    view.staged.move_to(layer % staged_layers);
+    return view;
+  }
+
+  // K of head 0, slot 0 of one block, in the layer that this view was moved to.
+  UVM_KV_HD std::byte* block(int block) const {
+    if (block < split_block) {
+      return device.base + device.block_offset(block);
+    }
+    const bool is_staged = block >= staged_block;
+    const SlabView& slab = is_staged ? staged : host;
+    return slab.base + slab.block_offset(block - (is_staged ? staged_block : split_block));
   }
 
   // From there to a slot of K (which = 0) or V (which = 1) of a head.
@@ -172,7 +192,10 @@ inline PagedKV make_paged_kv(const SlabView& device, const SlabView& host, std::
                              const KVGeometry& geometry) {
   return PagedKV{device,
                  host,
+                 {},
                  host.base == nullptr ? kNoSplit : split_block,
+                 kNoSplit,
+                 1,
                  geometry.num_kv_heads,
                  geometry.head_dim,
                  geometry.element_bytes,
@@ -225,6 +248,9 @@ inline Status check_paged_kv(const PagedKV& kv) {
   Status status = check_slab(kv.device, "device");
   if (status.ok() && kv.split_block != kNoSplit) {
     status = check_slab(kv.host, "host");
+  }
+  if (status.ok() && kv.staged_block != kNoSplit) {
+    status = check_slab(kv.staged, "staged");
   }
   return status;
 }

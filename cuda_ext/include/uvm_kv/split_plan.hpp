@@ -86,7 +86,8 @@ struct PlanInput {
   std::span<const std::int32_t> query_lens;    // new tokens of each sequence; 0: it has no part in this step
   std::span<const std::int32_t> context_lens;  // tokens of each sequence, the new ones included
   BlockTable table;                            // host memory
-  std::int32_t first_host_block = kNoSplit;    // blocks from here on are read over the link ..
+  std::int32_t first_host_block = kNoSplit;    // blocks from here on are read over the link,
+  std::int32_t first_staged_block = kNoSplit;  // .. up to here; staged copies lie in device memory ..
   std::span<const std::uint8_t> block_on_host; // .. or one flag for each block, which then decides alone
 };
 
@@ -184,8 +185,9 @@ inline bool any_on_host(const PlanInput& input, int seq, int begin, int end) {
   }
   const std::int32_t* row = input.table.row(seq);
   for (int i = begin / input.block_size; i <= (end - 1) / input.block_size; ++i) {
+    const bool far = row[i] >= input.first_host_block && row[i] < input.first_staged_block;
     const bool flagged = !input.block_on_host.empty() && input.block_on_host[static_cast<std::size_t>(row[i])] != 0;
-    if (flagged || (input.block_on_host.empty() && row[i] >= input.first_host_block)) {
+    if (flagged || (input.block_on_host.empty() && far)) {
       return true;
     }
   }

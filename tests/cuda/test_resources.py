@@ -138,6 +138,13 @@ def test_cupy_takes_a_view(name: str, slab: Slab) -> None:
     assert array.data.ptr == slab.address
 
 
+def test_closing_waits_for_what_still_runs(slab: Slab, stream: Any) -> None:
+    for value in range(4):
+        slab.fill(value, stream=stream)
+    slab.close()
+    stream.synchronize()
+
+
 def test_closed_slabs_say_so(slab: Slab) -> None:
     slab.close()
     slab.close()

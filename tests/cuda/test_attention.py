@@ -134,6 +134,22 @@ def test_128_ki_tokens_beside_short_ones(make: Make, kind: MemoryKind) -> None:
     assert cache.error(cache.attend(rows, layer=1), expected) < TOLERANCE["float16"]
 
 
+def test_plans_follow_each_other_without_a_wait(make: Make, stream: Any) -> None:
+    """More of them than there are staging buffers."""
+    cache, one = make(MemoryKind.DEVICE, Shape(), (400,)), np.int32([1])
+    rows, lens = cache.rows(np.random.default_rng(12), 400), np.int32([400])
+    cache.append(rows, lens, lens, layer=1)
+    query, contexts = cache.shared(rows.query[:1]), (400, 129, 257, 1, 300)
+    outs = [cache.shared(np.full((1, 8, 128), np.nan)) for _ in contexts]
+    for context, out in zip(contexts, outs, strict=True):
+        cache.plan(one, np.int32([context]))
+        cache.attention.run(1, query.device, out.device, block_table=cache.table.device, stream=stream)
+    stream.synchronize()
+    for n, out in zip(contexts, outs, strict=True):
+        expected = attention_in_float64(rows.query[:1], one, [(rows.key[:n], rows.value[:n])])
+        assert cache.error(out.host, expected) < TOLERANCE["float16"]
+
+
 def test_csr_tables_and_flags_give_the_same_bits(make: Make) -> None:
     cache = make(MemoryKind.MANAGED, Shape(), CONTEXT_LENS)
     rows, _ = whole(cache, np.random.default_rng(6), QUERY_LENS, CONTEXT_LENS)

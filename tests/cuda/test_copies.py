@@ -137,6 +137,20 @@ def test_both_directions_at_once(stream: Any, staging: Slab) -> None:
     memory.close()
 
 
+def test_a_copy_waits_for_the_one_it_is_told_of(stream: Any, staging: Slab) -> None:
+    """In and out again: only the second is waited for."""
+    memory = KVMemory(MemoryKind.PINNED, KVCacheSpec(2, 8, 128, 2, 64, Layout.BLOCK_MAJOR), 4, 4)
+    assert memory.host is not None
+    size = memory.host.layout.offset(1, 0)
+    data = random_bytes(memory.host.slab.num_bytes, 8)
+    put(memory.host.slab, data, stream, staging)
+    both = TwoWayCopies(memory.device, memory.host)
+    both.copy_out([(1, 2)], after=both.copy_in([(0, 1)])).synchronize()
+    data[2 * size : 3 * size] = data[:size]
+    np.testing.assert_array_equal(get(memory.host.slab, data.size, stream, staging), data)
+    memory.close()
+
+
 def test_counters_wait_only_when_told(stream: Any) -> None:
     spec = KVCacheSpec(4, 8, 128, 2, 64, Layout.BLOCK_MAJOR)
     source, target = placed("pinned", spec), placed("device", spec)

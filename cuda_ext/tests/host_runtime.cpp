@@ -1,11 +1,11 @@
 // A CUDA runtime in host memory, so that the extension's own objects and the whole of tests/cuda run without a GPU.
 //
-// What it shows: bindings, argument order, offsets, plans, graphs, and the tests themselves. What it cannot show: anything
-// about the driver, the hardware or time. No number from here is a measurement; its clock counts operations.
+// What it shows: bindings, argument order, offsets, plans, graphs, and the tests themselves. What it cannot show:
+// anything about the driver, the hardware or time. No number from here is a measurement; its clock counts operations.
 //
 // It is stricter than the documentation of CUDA 13.0 asks, never more lenient:
-//   memory     filled with 0xCD, never at the same address twice, without access once freed; every range of a copy, fill
-//              or hint lies in one live allocation of one kind; discarded pages hold 0xDD
+//   memory     filled with 0xCD, never at the same address twice, without access once freed; every range of a copy,
+//              fill or hint lies in one live allocation of one kind; discarded pages hold 0xDD
 //   streams    queues that run only when something waits for them, so that a missing event or synchronize is seen:
 //              UVM_KV_HOST_RUNTIME_ORDER=needed    only what is waited for runs (default)
 //              UVM_KV_HOST_RUNTIME_ORDER=others    all other streams run first
@@ -435,7 +435,8 @@ void add_one(const Launch&, std::uint32_t* data, std::size_t count) {
   for (std::size_t i = 0; fault == cudaSuccess && i < count; ++i) data[i] += 1;
 }
 
-void add_one_pages(const Launch& launch, std::uint32_t* data, std::size_t pages, const std::uint32_t* order, int words) {
+void add_one_pages(const Launch& launch, std::uint32_t* data, std::size_t pages, const std::uint32_t* order,
+                   int words) {
   need(reachable(data, pages * kPage) && reachable(order, pages * 4), "page probe: a range that no kernel reaches");
   const std::size_t threads = std::size_t{launch.grid.x} * launch.block.x;
   for (std::size_t i = 0; fault == cudaSuccess && i < std::min(pages, threads); ++i)
@@ -1151,7 +1152,10 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t handle) {
     if (stream->capture) return invalidate(*stream, cudaErrorStreamCaptureUnsupported);
     for (const Node& node : found->second->nodes)
       for (const cudaEvent_t event : {node.wait, node.record})
-        if (event != nullptr && to_event(event) == nullptr) return say("a graph's event has ended"), cudaErrorInvalidValue;
+        if (event != nullptr && to_event(event) == nullptr) {
+          say("a graph's event has ended");
+          return cudaErrorInvalidValue;
+        }
     wait_for(*stream, found->second->last);
     for (const Node& node : found->second->nodes) {
       if (node.run) stream->queue.push_back({node.run, nullptr, nullptr});
@@ -1302,7 +1306,8 @@ CUresult granularity(std::size_t* out, const CUmemAllocationProp* p, CUmemAlloca
   return drive([&] { return *out = kChunk, sound(*p) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE; });
 }
 
-CUresult reserve(CUdeviceptr* out, std::size_t bytes, std::size_t alignment, CUdeviceptr wish, unsigned long long flags) {
+CUresult reserve(CUdeviceptr* out, std::size_t bytes, std::size_t alignment, CUdeviceptr wish,
+                 unsigned long long flags) {
   return drive([&] {
     if (bytes == 0 || bytes % kChunk != 0 || wish != 0 || flags != 0) return CUDA_ERROR_INVALID_VALUE;
     void* at = addresses(bytes, std::max(alignment, kChunk));

@@ -29,6 +29,10 @@ SYSTEMS: dict[str, tuple[PlacementContext, dict[str, Any]]] = {
         make_context(24, 8, memory=MemoryKind.MANAGED, block_size=16),
         {"admission": "optimistic", "preemption": "recompute", "placement": "demand_capped"},
     ),
+    "prefetches ahead, planned eviction and recompute": (
+        make_context(24, 16, memory=MemoryKind.MANAGED, block_size=16),
+        {"admission": "optimistic", "preemption": "recompute", "placement": "prefetch_ahead"},
+    ),
 }
 
 
@@ -52,6 +56,8 @@ def test_all_runners_are_given_the_same_plans(system: str) -> None:
     if options["preemption"] == "swap":
         assert scheduler.num_swapped_out > 0
         assert kinds == {OpKind.COPY_IN, OpKind.COPY_OUT}
+    elif options["placement"] == "prefetch_ahead":
+        assert kinds == {OpKind.EVICT, OpKind.PREFETCH}
     else:
         assert kinds == {OpKind.EVICT}
     recorded = [

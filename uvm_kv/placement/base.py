@@ -10,7 +10,7 @@ from uvm_kv.hw.roofline import Roofline
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import MemoryOp, OpKind
 from uvm_kv.kvcache.spec import KVCacheSpec
-from uvm_kv.types import MemoryKind, Reach, ceil_div
+from uvm_kv.types import Layout, MemoryKind, Reach, ceil_div
 
 
 class PlacementView(NamedTuple):
@@ -89,57 +89,60 @@ def device_then_host(view: PlacementView, num_blocks: int) -> Share | None:
 
 
 class CopyAhead:
-    """Staged copies of host blocks, `lead` layers ahead and across the step boundary.
+    """Host blocks brought to the device `lead` layers ahead, across the step boundary, and dropped after their layer.
 
-    Each layer's copies live from their issue until their layer has run, so lead + 1 layers of every copied block are
-    staged at once: (lead + 1) / num_layers of a device block each, which is held back from the device tier.
+    So lead + 1 layers of every such block are staged at once: (lead + 1) / num_layers of a device block each, which is
+    held back from the device tier. Managed memory moves by chunks, hence by groups of the blocks that share them, and
+    has no second copy: what is dropped is evicted by plan, that of the last layer as the next step begins.
     """
 
     def __init__(self, context: PlacementContext) -> None:
-        if not 1 <= context.num_layers_ahead < context.spec.num_layers - 1:
+        spec, managed = context.spec, context.memory is MemoryKind.MANAGED
+        if not 1 <= context.num_layers_ahead < spec.num_layers - 1:
             raise ValueError(
                 f"placement.num_layers_ahead={context.num_layers_ahead}; copying ahead in a model of "
-                f"{context.spec.num_layers} layers takes 1 to {context.spec.num_layers - 2}"
+                f"{spec.num_layers} layers takes 1 to {spec.num_layers - 2}"
             )
-        self._num_layers = context.spec.num_layers
-        self._lead = context.num_layers_ahead
-        self._num_device = context.capacity.num_device_blocks
+        if managed and spec.layout is not Layout.LAYER_MAJOR:
+            raise ValueError(f"prefetching ahead needs chunks of one layer, layout=layer_major; given is {spec.layout}")
+        self._num_layers, self._lead, self._capacity = spec.num_layers, context.num_layers_ahead, context.capacity
+        self._into, self._group = (OpKind.PREFETCH, spec.pieces_per_chunk) if managed else (OpKind.COPY_IN, 1)
         self._blocks: tuple[int, ...] = ()
         self._ops: tuple[MemoryOp, ...] = ()
-
-    def _staging_blocks(self, num_copied: int) -> int:
-        return ceil_div(num_copied * (self._lead + 1), self._num_layers)
+        self._steady: tuple[int, ...] | None = None
 
     def place(self, view: PlacementView, num_blocks: int, max_host: int) -> Share | None:
         """Like `device_then_host`, but with staging held back: for the host blocks there are, and for those that the
         waiting requests will want, up to `max_host`, since a device once full could never make room for it."""
-        demand = view.claimed_device + view.claimed_host + max(1, view.num_waiting) * num_blocks
-        overflow = max(0, demand - self._num_device)
-        wanted = ceil_div(overflow * self._num_layers, self._num_layers - self._lead - 1)
-        held_back = self._staging_blocks(min(wanted, max_host, view.claimed_host + view.available_host))
-        device = max(0, min(num_blocks, view.available_device - held_back))
-        while device >= 0:
+        num_layers, staged_layers, size = self._num_layers, self._lead + 1, self._group
+        num_device, demand = self._capacity.num_device_blocks, max(1, view.num_waiting) * num_blocks
+        overflow = max(0, view.claimed_device + view.claimed_host + demand - num_device)
+        wanted = ceil_div(overflow * num_layers, num_layers - staged_layers)
+        groups = ceil_div(min(wanted, max_host, view.claimed_host + view.available_host), size)
+        held_back = ceil_div(groups * staged_layers, num_layers) * size
+        room = ceil_div(num_device, size) * num_layers
+        most = max(0, min(num_blocks, view.available_device - held_back))
+        for device in range(most, max(0, num_blocks - view.available_host) - 1, -1):
             host = num_blocks - device
-            if host > view.available_host:
-                return None
-            if device + self._staging_blocks(view.claimed_host + host) <= view.available_device:
+            staged = ceil_div(view.claimed_host + host, size) * staged_layers
+            if ceil_div(view.claimed_device + device, size) * num_layers + staged <= room:
                 return Share(device, host)
-            device -= 1
         return None
 
     def ops(self, blocks: tuple[int, ...]) -> tuple[MemoryOp, ...]:
-        """Copies of this step: layers [lead, num_layers + lead), and what the last step did not bring ahead."""
-        if blocks == self._blocks:
-            staged: tuple[MemoryOp, ...] = self._ops[-1:]
-        else:
-            lead = self._lead
-            staged = (MemoryOp(OpKind.COPY_IN, blocks, lead, self._num_layers + lead, lead),) if blocks else ()
-            before = set(self._blocks)
-            late = tuple(b for b in blocks if b not in before)
-            if late:
-                staged = (MemoryOp(OpKind.COPY_IN, late, 0, lead, lead), *staged)
+        """Of this step: layers [lead, num_layers + lead), and what the last step did not bring ahead."""
+        if blocks is self._steady:
+            return self._ops
+        given, before, size, end = blocks, self._blocks, self._group, sum(self._capacity)
+        groups = sorted({b // size for b in given})
+        blocks = tuple(b for g in groups for b in range(g * size, min((g + 1) * size, end)))
+        late, gone = (tuple(sorted(set(x) - set(y))) for x, y in ((blocks, before), (before, blocks)))
+        lead, last, managed = self._lead, self._num_layers - 1, self._into is OpKind.PREFETCH
+        out = ((before, last, last + 1, last), (gone, 0, lead, lead), (blocks, 0, last, -1))
+        into = ((late, 0, lead, lead), (blocks, lead, last + 1 + lead, lead))
+        ops = tuple(MemoryOp(OpKind.EVICT, *move) for move in out if managed and move[0])
+        ops += tuple(MemoryOp(self._into, *move) for move in into if move[0])
         # The same object while nothing changes, so that a runner need not read it again.
-        if staged != self._ops:
-            self._ops = staged
-        self._blocks = blocks
+        self._ops = self._ops if ops == self._ops else ops
+        self._blocks, self._steady = blocks, given if blocks == before else None
         return self._ops

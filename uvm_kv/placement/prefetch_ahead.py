@@ -1,4 +1,4 @@
-"""prefetch_ahead: the next k layers' host blocks are copied in before they are needed, and dropped after."""
+"""prefetch_ahead: the next k layers' host blocks are brought in before they are needed, and dropped after."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from uvm_kv.types import MemoryKind, Reach
 
 
 class PrefetchAhead(PlacementPolicy):
-    memory_kinds = frozenset({MemoryKind.PINNED, MemoryKind.VMM})
+    memory_kinds = frozenset({MemoryKind.PINNED, MemoryKind.VMM, MemoryKind.MANAGED})
     uses_host = True
 
     def __init__(self, context: PlacementContext) -> None:

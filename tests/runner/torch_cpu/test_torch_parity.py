@@ -45,6 +45,11 @@ SYSTEMS: dict[str, tuple[Axes, KVCapacity, Layout]] = {
         KVCapacity(16, 10),
         Layout.LAYER_MAJOR,
     ),
+    "prefetches ahead and planned evictions": (
+        Axes(MemoryKind.MANAGED, "prefetch_ahead", "worst_case", "none"),
+        KVCapacity(16, 60),
+        Layout.LAYER_MAJOR,
+    ),
     "copies ahead": (
         Axes(MemoryKind.PINNED, "prefetch_ahead", "worst_case", "none"),
         KVCapacity(16, 60),
@@ -86,8 +91,9 @@ def test_all_runners_are_given_the_same_plans(
     if axes.preemption == "swap":
         assert served.scheduler.num_swapped_out > 0
         assert {op.kind for plan, _ in served.log for op in plan.ops} == {OpKind.COPY_IN, OpKind.COPY_OUT}
-    elif axes.placement == "demand_capped":
+    elif axes.memory is MemoryKind.MANAGED:
         assert served.ops(OpKind.EVICT)
+        assert bool(served.ops(OpKind.PREFETCH)) == (axes.placement == "prefetch_ahead")
     else:
         assert served.ops(OpKind.COPY_IN, staged=True)
     simulated = run(make_sim(context))

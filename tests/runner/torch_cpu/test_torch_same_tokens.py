@@ -44,7 +44,7 @@ AXES: tuple[tuple[Any, ...], ...] = (
 
 
 def served_at_all(pair: set[Any]) -> bool:
-    return not {"managed_demand_capped", Layout.BLOCK_MAJOR} <= pair
+    return Layout.BLOCK_MAJOR not in pair or not {"managed_demand_capped", "managed_prefetch_ahead"} & pair
 
 
 def product() -> list[Case]:
@@ -105,6 +105,8 @@ def assert_it_happened(mechanism: str, served: Served) -> None:
             assert served.ops(OpKind.COPY_OUT, staged=False) and served.ops(OpKind.COPY_IN, staged=False)
         case "pinned_prefetch_ahead":
             assert served.host_blocks and served.ops(OpKind.COPY_IN, staged=True)
+        case "managed_prefetch_ahead":
+            assert served.host_blocks and served.ops(OpKind.PREFETCH) and served.ops(OpKind.EVICT)
         case "managed_demand_capped":
             assert served.host_blocks and served.ops(OpKind.EVICT)
         case _:

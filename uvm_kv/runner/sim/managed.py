@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.kvcache.manager import KVCapacity
-from uvm_kv.kvcache.ops import MemoryOp
+from uvm_kv.kvcache.ops import MemoryOp, OpKind
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.runner.sim.uvm.block import (
     BLOCK_PAGES,
@@ -65,9 +66,23 @@ class Paged(NamedTuple):
 
     faults: Counts = NOTHING
     planned: Counts = NOTHING
-    """Of evictions by plan."""
+    """Of prefetches and evictions by plan."""
     seconds: float = 0.0
     """Time that the compute stream stood still."""
+    ahead_s: float = 0.0
+    """Time of what is moved while layers run: prefetches of later ones, and the evictions beside them."""
+    ahead_bytes: int = 0
+    """Moved in that time, both ways."""
+
+
+class Calls(NamedTuple):
+    """Calls that are issued together: cudaMemPrefetchBatchAsync, each chunk a range of its own, walked once."""
+
+    waits: bool
+    """The layer before which they are issued waits for them."""
+    chunks: NDArray[np.int32]
+    actions: NDArray[np.int32]
+    num_calls: int
 
 
 class ManagedKV:
@@ -103,6 +118,10 @@ class ManagedKV:
         self._spans: dict[tuple[int, int, bool, bool], list[tuple[int, int]]] = {}
         self._freed: list[int] = []
         self._key: object = None
+        self._moves: Sequence[MemoryOp] = ()
+        self._calls: list[list[Calls]] = [[] for _ in range(spec.num_layers)]
+        self._by_page = False
+        """What is read over the link is counted by page, and not told by the block: some of it is prefetched."""
         self._accesses: list[Accesses] = []
         self._settled: Paged | None = None
         """What every further step over the same blocks does, once one has moved nothing."""
@@ -136,37 +155,60 @@ class ManagedKV:
         key: object,
         sequences: Iterable[Groups],
         written: Sequence[int],
-        evictions: Sequence[MemoryOp],
+        moves: Sequence[MemoryOp],
     ) -> Paged:
         """Page what the step touches. `key` is equal to that of the last call while `sequences` touch the same;
-        `written` are the blocks that new KV goes to, if `sees_writes`."""
+        `written` are the blocks that new KV goes to, if `sees_writes`; `moves` are prefetches and evictions."""
         discard_s = self._discard_freed()
-        if (key, written) != self._key:
-            self._key, self._settled = (key, written), None
+        if moves is not self._moves:
+            self._moves, self._calls = moves, self._read(moves)
+            self._by_page = by_page(moves)
+        if (key, written, self._by_page) != self._key:
+            self._key, self._settled = (key, written, self._by_page), None
             self._accesses = self._walk(sequences, written)
-        if self._settled is not None and not evictions:
+        if self._settled is not None and not moves:
             return self._settled._replace(seconds=self._settled.seconds + discard_s)
-        paged = self._touch(evictions)
+        paged = self._touch() if moves else self._touch_unmoved()
         nothing_moved = paged.faults._replace(remote_read_pages=0, remote_write_pages=0) == NOTHING
-        self._settled = paged if nothing_moved and not evictions else None
+        self._settled = paged if nothing_moved and not moves else None
         return paged._replace(seconds=paged.seconds + discard_s)
 
-    def _touch(self, evictions: Sequence[MemoryOp]) -> Paged:
-        if not evictions:
-            chunks, actions = (np.concatenate(x) for x in zip(*self._accesses, strict=True))
-            faults = self._driver.run(chunks, actions)
-            return Paged(faults, NOTHING, fault_s(faults, self._profile))
-        faults = planned = NOTHING
-        num_chunks = 0
-        for layer, (chunks, actions) in enumerate(self._accesses):
-            for op in evictions:
-                if max(0, op.first_layer - op.lead) == layer:
-                    victims = self._chunks_of(op)
-                    num_chunks += len(victims)
-                    planned = add(planned, self._driver.do(victims, Prefetch(Location.HOST)))
+    def _touch_unmoved(self) -> Paged:
+        chunks, actions = (np.concatenate(x) for x in zip(*self._accesses, strict=True))
+        faults = self._driver.run(chunks, actions)
+        return Paged(faults, NOTHING, fault_s(faults, self._profile))
+
+    def _touch(self) -> Paged:
+        """Before each layer what is issued there, in the plan's order."""
+        faults = NOTHING
+        moved = dict.fromkeys((True, False), (NOTHING, 0, 0))
+        for (chunks, actions), issued in zip(self._accesses, self._calls, strict=True):
+            for calls in issued:
+                counts, num_calls, num_chunks = moved[calls.waits]
+                counts = add(counts, self._driver.run(calls.chunks, calls.actions))
+                moved[calls.waits] = counts, num_calls + calls.num_calls, num_chunks + len(calls.chunks)
             faults = add(faults, self._driver.run(chunks, actions))
-        planned_s = prefetch_s(planned, len(evictions), num_chunks, self._profile)
-        return Paged(faults, planned, fault_s(faults, self._profile) + planned_s)
+        waited_s, ahead_s = (prefetch_s(*moved[waits], self._profile) for waits in (True, False))
+        (late, *_), (ahead, *_) = moved[True], moved[False]
+        num_pages = ahead.h2d_prefetch_pages + ahead.d2h_prefetch_pages + ahead.d2h_eviction_pages
+        stall_s = fault_s(faults, self._profile) + waited_s
+        return Paged(faults, add(late, ahead), stall_s, ahead_s, num_pages * PAGE_BYTES)
+
+    def _read(self, moves: Sequence[MemoryOp]) -> list[list[Calls]]:
+        """What is issued before each layer. A prefetch that could not be issued ahead is waited for. Evictions have
+        the time of the prefetches that they go beside; without any, they make room for the very layer."""
+        num_layers = self._spec.num_layers
+        issued: list[list[Calls]] = [[] for _ in range(num_layers)]
+        ahead = any(_runs_ahead(op) for op in moves)
+        for op in moves:
+            waits = not (_runs_ahead(op) or (ahead and op.kind is OpKind.EVICT))
+            to = Location.DEVICE if op.kind is OpKind.PREFETCH else Location.HOST
+            chunks = self._chunks_of(op.blocks)
+            actions = np.full(len(chunks), self._driver.action(Prefetch(to)), np.int32)
+            for layer in range(op.first_layer, op.last_layer):
+                there = chunks + np.int32(layer % num_layers * self._layer_stride)
+                issued[max(0, layer - op.lead)].append(Calls(waits, there, actions, 1))
+        return [[_joined(list(calls)) for _, calls in groupby(queue, lambda c: c.waits)] for queue in issued]
 
     def _discard_freed(self) -> float:
         """One batch call for what was freed since the last step; nothing of it is copied back again."""
@@ -208,6 +250,7 @@ class ManagedKV:
 
     def _accesses_of(self, write: Groups, read: Groups, layer: int) -> Accesses:
         per_group = self._spec.chunks_per_piece
+        first_remote = self._driver.num_blocks if self._by_page else self._first_remote_group
         parts: list[Accesses] = []
         for groups, is_write in ((write, True), (read, False)):
             if not groups:
@@ -218,14 +261,14 @@ class ManagedKV:
                 here, there = (self._span(layer, bits, is_write, remote) for remote in (False, True))
                 offsets = np.array([offset for offset, _ in here], np.int32)
                 chunks = (numbers[:, None] * np.int32(per_group) + offsets).ravel()
-                remote = numbers >= self._first_remote_group
+                remote = numbers >= first_remote
                 actions = np.where(remote[:, None], [number for _, number in there], [number for _, number in here])
                 parts.append((chunks, actions.astype(np.int32).ravel()))
                 continue
             pairs = [
                 (group * per_group + offset, number)
                 for group, bits in groups.items()
-                for offset, number in self._span(layer, bits, is_write, group >= self._first_remote_group)
+                for offset, number in self._span(layer, bits, is_write, group >= first_remote)
             ]
             parts.append(tuple(np.array(column, np.int32) for column in zip(*pairs, strict=True)))  # type: ignore[arg-type]
         if not parts:
@@ -264,14 +307,22 @@ class ManagedKV:
                 masks[chunk] = masks.get(chunk, 0) | run_of(inside[0] - chunk * BLOCK_PAGES, inside[1] - inside[0])
         return masks
 
-    def _chunks_of(self, op: MemoryOp) -> list[int]:
-        """All chunks that hold the blocks of an op, in address order."""
+    def _chunks_of(self, blocks: Sequence[int]) -> NDArray[np.int32]:
+        """All chunks that hold the blocks of an op in its first layer, in address order."""
         per_group = self._spec.chunks_per_piece
-        groups = sorted({self.group_of(block)[0] for block in op.blocks})
-        layers = range(op.first_layer, op.last_layer) if self._layer_stride else (0,)
-        return [
-            layer * self._layer_stride + group * per_group + offset
-            for layer in layers
-            for group in groups
-            for offset in range(per_group)
-        ]
+        groups = sorted({self.group_of(block)[0] for block in blocks})
+        return np.array([group * per_group + offset for group in groups for offset in range(per_group)], np.int32)
+
+
+def by_page(moves: Sequence[MemoryOp]) -> bool:
+    """Whether a plan moves managed memory to the device, so that where a block lies does not follow from its tier."""
+    return any(op.kind is OpKind.PREFETCH for op in moves)
+
+
+def _joined(calls: list[Calls]) -> Calls:
+    chunks, actions = (np.concatenate(x) for x in zip(*((c.chunks, c.actions) for c in calls), strict=True))
+    return Calls(calls[0].waits, chunks, actions, len(calls))
+
+
+def _runs_ahead(op: MemoryOp) -> bool:
+    return op.kind is OpKind.PREFETCH and op.first_layer >= op.lead > 0

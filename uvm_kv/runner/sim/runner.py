@@ -14,7 +14,7 @@ from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import NO_TRAFFIC, MemoryCounters, MemoryOp, OpKind
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.runner.base import ModelRunner
-from uvm_kv.runner.sim.managed import Groups, Hints, ManagedKV, Paged
+from uvm_kv.runner.sim.managed import Groups, Hints, ManagedKV, Paged, by_page
 from uvm_kv.runner.sim.uvm.block import PAGE_BYTES, Rules
 from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
@@ -54,7 +54,10 @@ class _Traffic(NamedTuple):
     swap_calls: int = 0
     moved_bytes: int = 0
     """Relocated within the device."""
-    evictions: tuple[MemoryOp, ...] = ()
+    managed_moves: tuple[MemoryOp, ...] = ()
+    """Prefetches and evictions of managed memory."""
+    by_page: bool = False
+    """The driver model alone knows what lies on the host, because some of it is prefetched."""
 
 
 class SimRunner(ModelRunner):
@@ -121,6 +124,7 @@ class SimRunner(ModelRunner):
             sequences[request_id].forget()
         num_tokens = num_rows = num_decodes = read_tokens = remote_tokens = written_tokens = 0
         prefill_s = 0.0
+        traffic = self._read_ops(plan.ops)
         for request_id, phase, num_new, context, new_blocks in plan.scheduled:
             sequence = sequences[request_id]
             if new_blocks:
@@ -135,14 +139,13 @@ class SimRunner(ModelRunner):
                 if context + num_new == sequence.known_tokens:
                     num_rows += 1
                     sequence.known_tokens += 1
-            if sequence.num_host:
+            if sequence.num_host and not traffic.by_page:
                 here = self._remote_tokens(sequence, context)
                 written_tokens += self._remote_tokens(sequence, context + num_new) - here
                 remote_tokens += here
                 if phase is DECODE:
                     read_tokens -= here
         num_rows += num_decodes
-        traffic = self._read_ops(plan.ops)
         paged = self._page(plan, traffic) if self._managed is not None else Paged()
         if paged.faults.remote_read_pages:
             # Whole pages of whole blocks, so perhaps a little more than was to be read.
@@ -177,6 +180,9 @@ class SimRunner(ModelRunner):
             layer_bytes = traffic.copied_blocks * spec.layer_block_bytes
             work.copy_s = layer_bytes / link.h2d_bytes_per_s + link.copy_call_us * 1e-6
             work.copy_write_s = layer_bytes / roofline.hbm_bytes_per_s
+        elif paged.ahead_s:  # What is evicted by plan is read from HBM, as what is prefetched is written there.
+            work.copy_s = paged.ahead_s / spec.num_layers
+            work.copy_write_s = paged.ahead_bytes / (spec.num_layers * roofline.hbm_bytes_per_s)
         if work.write_s:
             h2d_s = work.in_place_s + work.copy_s
             stretched, work.write_s = duplex(h2d_s, work.write_s, link.duplex_h2d, link.duplex_d2h)
@@ -237,7 +243,7 @@ class SimRunner(ModelRunner):
             return self._traffic
         spec, device = self._spec, self._capacity.num_device_blocks
         copied = lead = late = late_calls = swap_in = swap_out = swap_calls = moved = 0
-        evictions = []
+        managed_moves = []
         for op in ops:
             num_layers = op.last_layer - op.first_layer
             num_bytes = len(op.blocks) * num_layers * spec.layer_block_bytes
@@ -254,14 +260,17 @@ class SimRunner(ModelRunner):
                     swap_in, swap_calls = swap_in + num_bytes, swap_calls + calls
             elif op.kind is OpKind.COPY_OUT:
                 swap_out, swap_calls = swap_out + num_bytes, swap_calls + calls
-            elif op.kind is OpKind.EVICT:
-                evictions.append(op)
+            elif op.kind in (OpKind.EVICT, OpKind.PREFETCH):
+                managed_moves.append(op)
+                if op.kind is OpKind.PREFETCH:
+                    lead = op.lead
             else:
                 raise ValueError(f"op {op.kind} is not modelled by runner=sim")
-        if not copied and self._queue.copy_s:
+        if not lead and self._queue.copy_s:
             lead = self._traffic.lead
         self._ops = ops
-        self._traffic = _Traffic(copied, lead, late, late_calls, swap_in, swap_out, swap_calls, moved, tuple(evictions))
+        copies = (copied, lead, late, late_calls, swap_in, swap_out, swap_calls, moved)
+        self._traffic = _Traffic(*copies, tuple(managed_moves), by_page(managed_moves))
         return self._traffic
 
     def _before_layers_s(self, traffic: _Traffic) -> float:
@@ -289,15 +298,16 @@ class SimRunner(ModelRunner):
                 written += self._sequences[request_id].blocks[context // size : ceil_div(context + num_new, size)]
         scheduled = [s.request_id for s in plan.scheduled]
         groups = (self._sequences[request_id].groups for request_id in scheduled)
-        return self._managed.step((self._version, scheduled), groups, written, traffic.evictions)
+        return self._managed.step((self._version, scheduled), groups, written, traffic.managed_moves)
 
 
 def _counters(paged: Paged) -> dict[str, int]:
     faults, planned = paged.faults, paged.planned
     return {
         "gpu_fault_groups": faults.fault_groups,
-        "evicted_chunks": faults.evicted_chunks,
+        "evicted_chunks": faults.evicted_chunks + planned.evicted_chunks,
         "h2d_fault_bytes": faults.h2d_fault_pages * PAGE_BYTES,
-        "d2h_eviction_bytes": faults.d2h_eviction_pages * PAGE_BYTES,
+        "h2d_prefetch_bytes": planned.h2d_prefetch_pages * PAGE_BYTES,
+        "d2h_eviction_bytes": (faults.d2h_eviction_pages + planned.d2h_eviction_pages) * PAGE_BYTES,
         "d2h_planned_eviction_bytes": planned.d2h_prefetch_pages * PAGE_BYTES,
     }

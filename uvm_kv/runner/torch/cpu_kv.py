@@ -102,6 +102,8 @@ class CpuKV(KVBackend):
                 self._store.stage(data_layer % self._spec.num_layers, op.blocks)
             elif op.kind is OpKind.EVICT:
                 self._store.evict(data_layer, data_layer + 1, op.blocks)
+            elif op.kind is OpKind.PREFETCH:
+                self._store.touch(data_layer % self._spec.num_layers, torch.tensor(op.blocks))
             else:
                 raise ValueError(f"op {op.kind} is not served by runner=cpu")
 

@@ -6,6 +6,7 @@ formula (`_s`), rates in bytes per second.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import NewType
 
@@ -53,6 +54,26 @@ class Reach(StrEnum):
     IN_PLACE = "in_place"
     COPY_AHEAD = "copy_ahead"
     BOTH = "both"
+
+
+@dataclass(frozen=True)
+class Hints:
+    """cudaMemAdvise on the managed KV slab (design, section 3)."""
+
+    preferred_location: str = "none"
+    """none, device, host, or by_tier: each block prefers the tier its id lies in."""
+    accessed_by: bool = False
+    read_mostly: bool = False
+    discard_on_free: bool = False
+
+    def location(self, *, host_tier: bool) -> str | None:
+        """device, host, or None for no preference, of the blocks of a tier."""
+        location = self.preferred_location
+        if location not in ("none", "device", "host", "by_tier"):
+            raise ValueError(f"hints.preferred_location={location}; allowed are none, device, host, by_tier")
+        if location == "by_tier":
+            location = "host" if host_tier else "device"
+        return None if location == "none" else location
 
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}

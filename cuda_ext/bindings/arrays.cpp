@@ -56,11 +56,12 @@ std::vector<std::int64_t> packed_strides(const std::vector<std::int64_t>& shape,
 
 DeviceArray from_dlpack(nb::ndarray<> array, const char* name) {
   const int where = array.device_type();
-  const bool reachable = where == nb::device::cuda::value || where == nb::device::cuda_managed::value ||
+  const bool pageable = where == nb::device::cpu::value;
+  const bool reachable = pageable || where == nb::device::cuda::value || where == nb::device::cuda_managed::value ||
                          where == nb::device::cuda_host::value;
   require(reachable, std::string(name) + " lies on device type " + std::to_string(where) +
                          " (DLPack); a kernel needs CUDA memory");
-  DeviceArray out{static_cast<std::byte*>(array.data()), {}, {}, dtype_name(array.dtype()), -1};
+  DeviceArray out{static_cast<std::byte*>(array.data()), {}, {}, dtype_name(array.dtype()), -1, pageable};
   if (where == nb::device::cuda::value) out.device = array.device_id();
   const auto item_bytes = static_cast<std::int64_t>(array.itemsize());
   for (std::size_t i = 0; i < array.ndim(); ++i) {
@@ -97,6 +98,11 @@ DeviceArray device_array(nb::handle object, const char* name) {
   if (nb::isinstance<nb::dict>(interface)) return from_interface(nb::borrow<nb::dict>(interface));
   throw nb::type_error((std::string(name) + " is no device array: it has neither DLPack nor __cuda_array_interface__")
                            .c_str());
+}
+
+std::int64_t row_stride(const DeviceArray& array) {
+  if (array.shape[0] > 1) return array.strides[0];
+  return packed_strides(array.shape, array.dtype.ends_with("32") ? 4 : 2)[0];
 }
 
 void require_rows(const DeviceArray& array, const char* name, const std::string& dtype,

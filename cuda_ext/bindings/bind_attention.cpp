@@ -7,6 +7,7 @@
 #include "arrays.hpp"
 #include "bindings.hpp"
 #include "uvm_kv/append.cuh"
+#include "uvm_kv/capabilities.hpp"
 #include "uvm_kv/cuda_check.hpp"
 #include "uvm_kv/device.hpp"
 #include "uvm_kv/kv_view.hpp"
@@ -111,6 +112,9 @@ DeviceArray checked(nb::handle object, const char* name, const KVView& view, con
                     const std::vector<std::int64_t>& shape) {
   DeviceArray array = device_array(object, name);
   require_rows(array, name, dtype, shape);
+  require(!array.pageable || pageable_memory_access(view.device),
+          std::string(name) + " lies in host memory, which device " + std::to_string(view.device) +
+              " does not reach; move it to the device");
   require(array.device < 0 || array.device == view.device, std::string(name) + " is on device " +
                                                                std::to_string(array.device) + ", the cache on device " +
                                                                std::to_string(view.device));
@@ -120,7 +124,7 @@ DeviceArray checked(nb::handle object, const char* name, const KVView& view, con
 BlockTable device_table(nb::handle blocks, nb::handle indptr, const KVView& view) {
   if (indptr.is_none()) {
     const DeviceArray array = checked(blocks, "block_table", view, "int32", {-1, -1});
-    return {reinterpret_cast<const std::int32_t*>(array.data), nullptr, array.strides[0] / 4};
+    return {reinterpret_cast<const std::int32_t*>(array.data), nullptr, row_stride(array) / 4};
   }
   const DeviceArray array = checked(blocks, "block_table", view, "int32", {-1});
   const DeviceArray starts = checked(indptr, "indptr", view, "int32", {-1});
@@ -149,8 +153,8 @@ void append(const KVView& view, int layer, nb::handle key, nb::handle value, nb:
   params.positions = reinterpret_cast<const std::int32_t*>(at.data);
   params.key = k.data;
   params.value = v.data;
-  params.key_stride_bytes = k.strides[0];
-  params.value_stride_bytes = v.strides[0];
+  params.key_stride_bytes = row_stride(k);
+  params.value_stride_bytes = row_stride(v);
   const DeviceScope scope(view.device);
   throw_if_failed(append_kv(params, on));
 }
@@ -185,8 +189,8 @@ void attend(const KVView& view, int layer, nb::handle query, nb::handle out, nb:
   args.scale = scale;
   args.query = q.data;
   args.out = o.data;
-  args.query_stride_bytes = q.strides[0];
-  args.out_stride_bytes = o.strides[0];
+  args.query_stride_bytes = row_stride(q);
+  args.out_stride_bytes = row_stride(o);
   args.plan = plan.data();
   args.capacity = capacity;
   args.workspace = workspace.data();

@@ -9,6 +9,7 @@
 //   streams    queues that run only when something waits for them, so that a missing event or synchronize is seen:
 //              UVM_KV_HOST_RUNTIME_ORDER=needed    only what is waited for runs (default)
 //              UVM_KV_HOST_RUNTIME_ORDER=others    all other streams run first
+//   the CPU    UVM_KV_HOST_RUNTIME_PAGEABLE=1      kernels reach ordinary host memory too (HMM), torch's on the CPU
 //   batches    run backwards: they have no order
 //   graphs     the nodes of one captured stream, in order; a capture that forks into other streams is refused
 //   kernels    the shared __host__ __device__ code, lane by lane, found by the name that nvcc registered
@@ -243,6 +244,11 @@ bool others_first() {
   return found;
 }
 
+bool reads_pageable_memory() {
+  static const bool found = std::getenv("UVM_KV_HOST_RUNTIME_PAGEABLE") != nullptr;
+  return found;
+}
+
 void complete(const std::shared_ptr<Mark>& mark);
 
 void step(Stream& stream) {
@@ -350,7 +356,7 @@ void need(bool holds, const char* what) {
 
 bool reachable(const void* pointer, std::size_t bytes = 1) {
   const Memory* memory = find(pointer, bytes);
-  return memory != nullptr && memory->device_access;
+  return memory != nullptr ? memory->device_access : reads_pageable_memory();
 }
 
 // Parameters are copied at the launch, as CUDA does.
@@ -369,7 +375,8 @@ bool reachable(const uvm_kv::BlockTable& table) {
 }
 
 bool reachable(const uvm_kv::PagedKV& kv) {
-  return reachable(kv.device.base) && (kv.split_block == uvm_kv::kNoSplit || reachable(kv.host.base));
+  return reachable(kv.device.base) && (kv.split_block == uvm_kv::kNoSplit || reachable(kv.host.base)) &&
+         (kv.staged_block == uvm_kv::kNoSplit || reachable(kv.staged.base));
 }
 
 void append(const Launch& launch, uvm_kv::AppendParams p) {
@@ -668,7 +675,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device)
       {cudaDevAttrComputeCapabilityMinor, 0},
       {cudaDevAttrManagedMemory, 1},
       {cudaDevAttrConcurrentManagedAccess, 1},
-      {cudaDevAttrPageableMemoryAccess, 0},
+      {cudaDevAttrPageableMemoryAccess, reads_pageable_memory()},
       {cudaDevAttrCanMapHostMemory, 1},
       {cudaDevAttrHostRegisterSupported, 1},
       {cudaDevAttrCanUseHostPointerForRegisteredMem, 1},

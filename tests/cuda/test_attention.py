@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,19 @@ import pytest
 
 from tests.cuda.paged import POISON, TOLERANCE, Paged, Rows, Shape, attention_in_float64, to_stored, whole
 from tests.cuda.slabs import get
-from uvm_kv.memory import PagedAttention, Slab, append_kv, copy_blocks, new_event, new_stream, plan_capacity
+from uvm_kv.memory import (
+    PagedAttention,
+    PagedKV,
+    Placed,
+    Slab,
+    append_kv,
+    copy_blocks,
+    new_event,
+    new_stream,
+    plan_capacity,
+    slab_layout,
+)
+from uvm_kv.memory.layout import slab_bytes
 from uvm_kv.types import MIB, Layout, MemoryKind
 
 LAYER, BLOCK = Layout.LAYER_MAJOR, Layout.BLOCK_MAJOR
@@ -297,6 +310,72 @@ def test_attention_refuses_what_does_not_fit(make: Make, changes: dict[str, int]
     with pytest.raises(ValueError, match=said):
         attention.run(changes.get("layer", 0), query.device, out.device, block_table=cache.table.device, stream=stream)
     attention.close()
+
+
+def test_one_row_may_have_any_stride(make: Make, stream: Any) -> None:
+    """torch gives an axis of one element whatever stride it likes."""
+
+    class OneRow:
+        def __init__(self, view: Any, stride: int) -> None:
+            self.__cuda_array_interface__ = view.__cuda_array_interface__ | {"strides": (stride, 256, 2)}
+
+    cache = make(MemoryKind.PINNED, Shape(), (1,))
+    one, rows = np.int32([1]), cache.rows(np.random.default_rng(12), 1)
+    query, key, value = (cache.shared(values).device for values in rows)
+    out = cache.shared(np.full_like(rows.query, np.nan))
+    at = {"seqs": cache.arena.array(np.int32([0])).device, "positions": cache.arena.array(np.int32([0])).device}
+    append_kv(cache.kv, 1, OneRow(key, 2), OneRow(value, 0), **at, block_table=cache.table.device, stream=stream)
+    cache.plan(one, one)
+    cache.attention.run(1, OneRow(query, 8), OneRow(out.device, 16), block_table=cache.table.device, stream=stream)
+    stream.synchronize()
+    assert cache.error(out.host, np.repeat(rows.value, 4, axis=1)) < TOLERANCE["float16"]
+
+
+def test_host_arrays_are_refused_where_the_device_does_not_reach_them(c: Any, make: Make, stream: Any) -> None:
+    cache = make(MemoryKind.DEVICE, Shape(), (40,))
+    if c.pageable_memory_access(0):
+        pytest.skip("this device reads ordinary host memory; torch on the CPU does without CUDA")
+    lens, rows = np.zeros(5, np.int32), np.zeros((5, 2, 128), np.float16)
+    with pytest.raises(ValueError, match="key lies in host memory, which device 0 does not reach"):
+        append_kv(cache.kv, 0, rows, rows, seqs=lens, positions=lens, block_table=cache.table.device, stream=stream)
+
+
+@pytest.mark.parametrize("kind", [MemoryKind.PINNED, MemoryKind.VMM])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_staged_copies_are_read_in_place_of_their_blocks(
+    make: Make, kind: MemoryKind, num_layers: int, stream: Any
+) -> None:
+    """Half of the host blocks are copied into a ring and poisoned at home: the output keeps every bit."""
+    cache = make(kind, Shape(), CONTEXT_LENS, host_share=0.5)
+    rows, expected = whole(cache, np.random.default_rng(11), QUERY_LENS, CONTEXT_LENS)
+    in_place = cache.attend(rows, layer=1)
+    far, first = cache.memory.host, cache.memory.num_device_blocks
+    assert far is not None
+    num_blocks = first + cache.memory.num_host_blocks
+    ring = replace(cache.shape.spec, num_layers=num_layers, layout=LAYER)
+    slots = cache.memory.num_host_blocks // 2
+    with Slab.device(slab_bytes(ring, slots)) as slab:
+        slab.fill(POISON, stream=stream)
+        staging = Placed(slab, slab_layout(ring, num_blocks=slots))
+        staged = list(range(first, num_blocks, 2))[:slots]
+        pairs = [(block - first, slot) for slot, block in enumerate(staged)]
+        copy_blocks(far, staging, pairs, layers=(1, 2), target_layer=1 % num_layers, stream=stream)
+        for offset, num_bytes in far.layout.ranges([a for a, _ in pairs], layers=(1, 2)).as_list():
+            far.slab.fill(POISON, offset=offset, num_bytes=num_bytes, stream=stream)
+        stream.synchronize()
+        for slot, block in enumerate(staged):
+            cache.table.host[cache.table.host == block] = num_blocks + slot
+        kv = PagedKV.of(cache.memory, cache.shape.spec, dtype="float16", staging=staging)
+        assert int(kv.raw.slot_address(1, num_blocks, value=False, head=0, slot=0)) == (
+            slab.address + staging.layout.offset(0, 1 % num_layers)
+        )
+        cache.attention.close()
+        cache.attention = PagedAttention(kv, num_q_heads=8, split_tokens=128)
+        cache.plan(np.int32(QUERY_LENS), np.int32(CONTEXT_LENS))
+        out = cache.attend(rows, layer=1)
+        stream.synchronize()
+    np.testing.assert_array_equal(out, in_place)
+    assert cache.error(out, expected) < TOLERANCE["float16"]
 
 
 def _torch() -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from uvm_kv.memory.attention import PagedAttention, PagedKV, append_kv, plan_capacity
 from uvm_kv.memory.capabilities import Capabilities, PcieLink, capabilities, driver_version, num_devices, pcie_link
-from uvm_kv.memory.copies import CopyMethod, TransferCounters, TwoWayCopies, copy_blocks
+from uvm_kv.memory.copies import CopyMethod, Placed, TransferCounters, TwoWayCopies, copy_blocks
 from uvm_kv.memory.extension import ExtensionMissingError, build_info, extension
 from uvm_kv.memory.kv_memory import KVMemory
 from uvm_kv.memory.layout import slab_layout
@@ -26,6 +26,7 @@ from uvm_kv.memory.residency import (
     prefetch,
     prefetch_batch,
     query,
+    whole_pages,
 )
 from uvm_kv.memory.slab import DeviceView, Slab, managed_booking, managed_bytes_held
 from uvm_kv.memory.streams import new_event, new_stream, stream_handle
@@ -41,6 +42,7 @@ __all__ = [
     "PagedKV",
     "PcieLink",
     "Place",
+    "Placed",
     "Slab",
     "TransferCounters",
     "TwoWayCopies",
@@ -68,4 +70,5 @@ __all__ = [
     "query",
     "slab_layout",
     "stream_handle",
+    "whole_pages",
 ]

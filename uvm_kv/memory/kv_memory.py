@@ -11,8 +11,9 @@ from __future__ import annotations
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.memory.copies import Placed
 from uvm_kv.memory.layout import slab_bytes, slab_layout
+from uvm_kv.memory.residency import Advice, advise, device_place, host_place
 from uvm_kv.memory.slab import Slab
-from uvm_kv.types import MemoryKind
+from uvm_kv.types import Hints, MemoryKind, ceil_div
 
 
 class KVMemory:
@@ -65,6 +66,25 @@ class KVMemory:
         """Where the K and V of a block lie in one layer."""
         placed, index = self.locate(block)
         return placed.slab.address + int(placed.layout.offset(index, layer))
+
+    def advise(self, hints: Hints, *, stream: object) -> None:
+        """Gives the hints to managed blocks. Chunks are one tier's: one that blocks of both share is the device's."""
+        slab, layout = self.device
+        num_blocks, group = int(layout.num_blocks), int(layout.pieces_per_group)
+        boundary = min(num_blocks, ceil_div(self.num_device_blocks, group) * group)
+        device = device_place(slab.device_ordinal)
+        for tier, host_tier in ((range(boundary), False), (range(boundary, num_blocks), True)):
+            if not tier:
+                continue
+            parts = layout.ranges(list(tier), layers=(0, layout.num_layers))
+            location = hints.location(host_tier=host_tier)
+            if location is not None:
+                place = device if location == "device" else host_place()
+                advise(slab, parts, Advice.SET_PREFERRED_LOCATION, place, stream=stream)
+            if hints.accessed_by:
+                advise(slab, parts, Advice.SET_ACCESSED_BY, device, stream=stream)
+            if hints.read_mostly:
+                advise(slab, parts, Advice.SET_READ_MOSTLY, device, stream=stream)
 
     def close(self) -> None:
         self.device.slab.close()

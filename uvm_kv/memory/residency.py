@@ -14,6 +14,8 @@ from uvm_kv.memory.extension import extension
 from uvm_kv.memory.slab import Slab
 from uvm_kv.memory.streams import stream_handle
 
+PAGE_BYTES = 4096
+
 
 class Advice(IntEnum):
     """cudaMemoryAdvise."""
@@ -95,3 +97,13 @@ def query(slab: Slab, *, offset: int = 0, num_bytes: int | None = None) -> Range
     state = extension().query(slab.raw, offset=offset, num_bytes=length)
     places = Place(*state.preferred), Place(*state.last_prefetch)
     return RangeState(state.read_mostly, *places, tuple(state.accessed_by))
+
+
+def whole_pages(parts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The whole pages inside (offset, bytes) parts: what a discard may drop without dropping a neighbour's bytes."""
+    inside = []
+    for offset, num_bytes in parts:
+        begin, end = -(-offset // PAGE_BYTES) * PAGE_BYTES, (offset + num_bytes) // PAGE_BYTES * PAGE_BYTES
+        if begin < end:
+            inside.append((begin, end - begin))
+    return inside

@@ -1,0 +1,227 @@
+"""TorchRunner over real memory of every kind: in float32 the tokens are those of `generate`, whatever moves.
+
+Without a GPU, on the CUDA runtime in host memory, torch computes on the CPU and the kernels reach its tensors there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runner.torch_cpu.models import (
+    MECHANISMS,
+    Reference,
+    Served,
+    TorchRunner,
+    assert_same_tokens,
+    axes_of,
+    context_for,
+    load_model,
+    ragged,
+    save_model,
+    serve,
+    tight_capacity,
+    torch,
+)
+from tests.runner.torch_cpu.test_torch_same_tokens import FAST_LINK_GB_PER_S, assert_it_happened
+from uvm_kv.kvcache.manager import KVCapacity
+from uvm_kv.placement.base import PlacementContext
+from uvm_kv.runner.torch.cuda_kv import CudaKV
+from uvm_kv.sched.request import Request
+from uvm_kv.types import KIB, Hints, Layout, MemoryKind
+
+SERVED = [name for name in MECHANISMS if name != "pageable_swap"]
+"""Ordinary host memory is simulated only."""
+STAGING = ("pinned_prefetch_ahead", "pinned_balanced", "vmm_balanced")
+HINTS = {
+    "managed_by_tier": Hints("by_tier", accessed_by=True),
+    "managed_prefetch_ahead": Hints("by_tier", accessed_by=True),
+}
+BY_KIND = {
+    MemoryKind.DEVICE: "device_resident",
+    MemoryKind.PINNED: "pinned_zero_copy",
+    MemoryKind.MANAGED: "managed_demand",
+    MemoryKind.VMM: "vmm_balanced",
+}
+HEADS = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama") / "model", initializer_range=0.12, **HEADS)
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Reference:
+    return Reference(folder)
+
+
+@pytest.fixture
+def device(c: Any) -> Iterator[Any]:
+    if torch.cuda.is_available():
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        yield torch.device("cuda", 0)
+        torch.backends.cuda.matmul.allow_tf32 = before
+        return
+    if not c.pageable_memory_access(0):
+        pytest.skip("torch sees no GPU, and this one does not read torch's tensors on the CPU")
+    yield torch.device("cpu")
+
+
+@pytest.fixture
+def model(folder: Path, device: Any) -> Any:
+    return load_model(folder, "float32").to(device)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pieces a chunk, so that a small cache has many."""
+    monkeypatch.setattr("uvm_kv.kvcache.spec.CHUNK_BYTES", 32 * KIB)
+
+
+def run(
+    model: Any,
+    context: PlacementContext,
+    mechanism: str,
+    requests: list[Request],
+    *,
+    batch: int,
+    chunk: int,
+    **more: Any,
+) -> Served:
+    axes = axes_of(mechanism)
+    kv = CudaKV(
+        context.spec,
+        context.capacity,
+        context.memory,
+        model.dtype,
+        num_q_heads=model.config.num_attention_heads,
+        device=model.device,
+        hints=HINTS.get(mechanism),
+        staged_layers=context.num_layers_ahead + 1 if mechanism in STAGING else 0,
+        waits_for_evictions=mechanism == "managed_demand_capped",
+        poison_freed=True,
+    )
+    longest = max(r.max_tokens for r in requests)
+    runner = TorchRunner(model, context.spec, context.capacity, context.memory, max_tokens=longest, kv=kv)
+    return serve(model, context, axes, requests, batch_size=batch, max_num_batched_tokens=chunk, runner=runner)
+
+
+def few() -> list[Request]:
+    return ragged(6, longest_prompt=24, longest_output=20)
+
+
+@pytest.mark.parametrize("mechanism", SERVED)
+@pytest.mark.parametrize(("layout", "chunk"), [(Layout.LAYER_MAJOR, 64), (Layout.BLOCK_MAJOR, 13)])
+def test_same_tokens(
+    mechanism: str, layout: Layout, chunk: int, model: Any, folder: Path, reference: Reference, small_chunks: None
+) -> None:
+    if layout is Layout.BLOCK_MAJOR and mechanism in ("managed_demand_capped", "managed_prefetch_ahead"):
+        pytest.skip("needs layer_major")
+    axes, requests = axes_of(mechanism), few()
+    capacity = tight_capacity(axes, requests, 8, 6)
+    context = context_for(
+        model, folder, axes, capacity, block_size=8, layout=layout, num_layers_ahead=1, link_gb_per_s=FAST_LINK_GB_PER_S
+    )
+    served = run(model, context, mechanism, requests, batch=6, chunk=chunk)
+    assert_same_tokens(reference, requests)
+    assert_it_happened(mechanism, served)
+    moved = {name: sum(getattr(out.counters, name) or 0 for _, out in served.log) for name in out_names(served)}
+    if mechanism in ("pinned_swap", *STAGING):
+        assert moved["h2d_copy_bytes"] > 0
+    assert (moved["d2h_copy_bytes"] > 0) == (mechanism == "pinned_swap")
+    assert (moved["d2h_planned_eviction_bytes"] > 0) == (
+        mechanism in ("managed_demand_capped", "managed_prefetch_ahead")
+    )
+
+
+def out_names(served: Served) -> tuple[str, ...]:
+    return served.log[0][1].counters._fields
+
+
+def test_staged_bytes_are_counted_to_the_block(model: Any, folder: Path, reference: Reference) -> None:
+    """Each op of a plan moves its blocks once a layer; what the last step brings ahead is never used, and counted."""
+    axes, requests = axes_of("pinned_prefetch_ahead"), few()
+    capacity = tight_capacity(axes, requests, 8, 6)
+    context = context_for(model, folder, axes, capacity, block_size=8, num_layers_ahead=1)
+    served = run(model, context, "pinned_prefetch_ahead", requests, batch=6, chunk=64)
+    assert_same_tokens(reference, requests)
+    planned = sum(
+        len(op.blocks) * (op.last_layer - op.first_layer) for plan, _ in served.log for op in plan.ops if not op.targets
+    )
+    copied = sum(out.counters.h2d_copy_bytes or 0 for _, out in served.log)
+    assert 0.9 * planned * context.spec.layer_block_bytes <= copied <= planned * context.spec.layer_block_bytes
+
+
+def test_without_staging_memory_host_blocks_are_read_in_place(model: Any, folder: Path, reference: Reference) -> None:
+    """A ring too small for all of them: the rest is read where it lies, and nothing is wrong."""
+    axes, requests = axes_of("pinned_prefetch_ahead"), few()
+    capacity = tight_capacity(axes, requests, 8, 6)
+    context = context_for(model, folder, axes, capacity, block_size=8, num_layers_ahead=1)
+    kv = CudaKV(
+        context.spec, capacity, MemoryKind.PINNED, model.dtype, num_q_heads=4, device=model.device, staged_layers=2
+    )
+    assert kv._staging is not None
+    kv._staging._free = kv._staging._free[:2]
+    runner = TorchRunner(model, context.spec, capacity, MemoryKind.PINNED, max_tokens=44, kv=kv)
+    serve(model, context, axes, requests, batch_size=6, max_num_batched_tokens=64, runner=runner)
+    assert_same_tokens(reference, requests)
+
+
+def test_what_is_staged_is_what_is_read(
+    model: Any, folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the staged copies hold something else the tokens differ: they are not there for show."""
+    stage = CudaKV._stage
+
+    def stage_garbage(self: CudaKV, op: Any, layer: int) -> None:
+        stage(self, op, layer)
+        assert self._staging is not None
+        self._staging.placed.slab.fill(0x3C, stream=self._in)
+
+    monkeypatch.setattr(CudaKV, "_stage", stage_garbage)
+    axes, requests = axes_of("pinned_prefetch_ahead"), few()
+    context = context_for(model, folder, axes, tight_capacity(axes, requests, 8, 6), block_size=8, num_layers_ahead=1)
+    run(model, context, "pinned_prefetch_ahead", requests, batch=6, chunk=64)
+    with pytest.raises(AssertionError, match="sequences differ"):
+        assert_same_tokens(reference, requests)
+
+
+def test_a_block_read_before_it_arrives_shows(
+    model: Any, folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the wait for copies, on streams that run only when something waits for them. On a card it may be luck."""
+    if model.device.type == "cuda" or os.environ.get("UVM_KV_HOST_RUNTIME_ORDER") == "others":
+        pytest.skip("torch's stream may come last here by luck")
+    monkeypatch.setattr(CudaKV, "_await", lambda *_: None)
+    axes, requests = axes_of("pinned_prefetch_ahead"), few()
+    context = context_for(model, folder, axes, tight_capacity(axes, requests, 8, 6), block_size=8, num_layers_ahead=1)
+
+    def serve_and_compare() -> None:
+        run(model, context, "pinned_prefetch_ahead", requests, batch=6, chunk=64)
+        assert_same_tokens(reference, requests)
+
+    with pytest.raises((AssertionError, RuntimeError), match=r"sequences differ|logits are NaN"):
+        serve_and_compare()
+
+
+@pytest.mark.parametrize("kind", list(MemoryKind))
+def test_filled_context_is_the_same_in_every_memory(kind: MemoryKind, model: Any, folder: Path) -> None:
+    """A steady start: random KV, the same tokens from it wherever it lies."""
+    outputs = []
+    for memory, mechanism in ((MemoryKind.DEVICE, "device_resident"), (kind, BY_KIND[kind])):
+        requests = [Request(i, 20 + i, 6, prompt_ids=tuple(range(3, 23 + i))) for i in range(3)]
+        for request in requests:
+            request.num_filled_tokens = request.prompt_tokens - 1
+        host = 0 if memory is MemoryKind.DEVICE else 8
+        axes, capacity = axes_of(mechanism), KVCapacity(16 - host, host)
+        context = context_for(model, folder, axes, capacity, block_size=8, num_layers_ahead=1)
+        run(model, context, mechanism, requests, batch=3, chunk=64)
+        outputs.append([r.token_ids for r in requests])
+    assert outputs[0] == outputs[1]
+    assert len({tuple(tokens) for tokens in outputs[0]}) > 1

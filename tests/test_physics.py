@@ -156,7 +156,8 @@ def test_the_closed_form_step_is_that_of_the_device_only_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "mechanism", ["pinned_zero_copy", "pinned_balanced", "pinned_prefetch_ahead", "managed_by_tier"]
+    "mechanism",
+    ["pinned_zero_copy", "pinned_balanced", "pinned_prefetch_ahead", "managed_by_tier", "managed_prefetch_ahead"],
 )
 @pytest.mark.parametrize("batch", [17, 18, 20, 24])
 def test_no_reach_beats_its_ceiling(mechanism: str, batch: int) -> None:
@@ -165,7 +166,24 @@ def test_no_reach_beats_its_ceiling(mechanism: str, batch: int) -> None:
     assert point["output_tokens_per_s"] / alone - 1 <= point["closed_form_ceiling"]
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("model", ["llama_7b", "llama3_8b"])
+def test_prefetching_managed_memory_gains_less_than_copying_from_pinned(model: str) -> None:
+    """At 1 GiB both beat device-only. The same bytes come over the link and HBM, and on managed memory go back."""
+    batches = (9, 10, 11, 12, 14) if model == "llama_7b" else (36, 40, 44, 48, 64)
+    setting = (f"model={model}", *ONE_GIB)
+    points = {
+        mechanism: [throughput(f"mechanism={mechanism}", f"batch_size={b}", *setting) for b in batches]
+        for mechanism in ("device_resident", "pinned_prefetch_ahead", "managed_prefetch_ahead")
+    }
+    alone, pinned, managed = points.values()
+    assert all(m <= p for m, p in zip(managed, pinned, strict=True))
+    assert 1.05 * max(alone) < max(managed) < 0.95 * max(pinned)
+    point = summary("mechanism=managed_prefetch_ahead", f"batch_size={batches[0]}", *setting)
+    assert point["h2d_bytes"] == pytest.approx(point["d2h_bytes"], rel=0.02)
+    assert point["evicted_chunks"] == 0
+
+
+@pytest.mark.parametrize("mechanism", [*MECHANISMS, "managed_prefetch_ahead"])
 def test_the_link_carries_no_more_than_its_rate_and_tokens_are_conserved(mechanism: str) -> None:
     point = summary(f"mechanism={mechanism}", "batch_size=24", "workload.output_tokens=64", "workload.num_requests=48")
     assert point["h2d_bytes"] <= 25e9 * point["duration_s"]
@@ -188,7 +206,8 @@ def test_one_sequence_larger_than_the_device_turns_from_refused_into_slow() -> N
     shared = ("batch_size=1", "memory.device_kv_bytes=268435456", "workload.num_requests=3")
     with pytest.raises(ValueError, match="KV budget"):
         summary("mechanism=device_resident", *shared)
-    for mechanism in ("pinned_zero_copy", "pinned_balanced", "pinned_prefetch_ahead", "managed_demand"):
+    slow = ("pinned_zero_copy", "pinned_balanced", "pinned_prefetch_ahead", "managed_demand", "managed_prefetch_ahead")
+    for mechanism in slow:
         assert summary(f"mechanism={mechanism}", *shared)["num_requests"] == 3
 
 

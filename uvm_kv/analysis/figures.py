@@ -21,7 +21,7 @@ from uvm_kv.analysis.verdict import BASELINES
 
 # TrueType fonts: some publishers reject Type 3.
 plt.rcParams["pdf.fonttype"] = 42
-# Okabe and Ito's colours, told apart by the colour-blind too; baselines are grey and black.
+# Okabe and Ito's colours, and Tol's wine, told apart by the colour-blind too; baselines are grey and black.
 STYLES: dict[str, tuple[str, str, str]] = {
     "device_resident": ("#888888", "-", "o"),
     "device_recompute": ("#000000", "-", "s"),
@@ -31,6 +31,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "pinned_balanced": ("#009E73", "-", "P"),
     "managed_demand": ("#D55E00", "--", "X"),
     "managed_by_tier": ("#CC79A7", "--", "*"),
+    "managed_prefetch_ahead": ("#882255", "--", "h"),
 }
 MAX_SPANS = 300
 _SPARE = ["#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A"]

@@ -29,6 +29,8 @@ class Event:
     label: str
     directory: str | None = None
     error: str | None = None
+    not_tried_after: str | None = None
+    """Label of the job whose error this is; this one was not tried."""
     tracking: dict[str, str] | None = None
     """Project and mode, where the run is to be mirrored to wandb."""
 
@@ -48,12 +50,17 @@ class SweepLog:
         self._path = path
         self.events: list[Event] = []
         self.num_running = 0
+        self.current = ""
+        """What one worker process is at."""
 
     def poll(self) -> None:
         said = [Event(**json.loads(line)) for line in self._path.read_text().splitlines()]
         self.events = [event for event in said if event.status != "started"]
-        # What failed before it had a directory never started.
-        ended = sum(e.status in ("done", "failed") and e.directory is not None for e in self.events)
+        # What failed before it had a directory, or was not tried, never started.
+        ended = sum(
+            e.status in ("done", "failed") and e.directory is not None and e.not_tried_after is None
+            for e in self.events
+        )
         self.num_running = len(said) - len(self.events) - ended
 
     def count(self, status: str) -> int:
@@ -116,4 +123,5 @@ def _show(log: SweepLog, num_jobs: int, name: str, stop: threading.Event) -> Non
 def _counts(log: SweepLog) -> str:
     counts = [(log.count(s), s) for s in ("done", "skipped", "failed")]
     counts.insert(1, (log.num_running, "running"))
-    return ", ".join(f"{count} {what}" for count, what in counts if what == "done" or count)
+    text = ", ".join(f"{count} {what}" for count, what in counts if what == "done" or count)
+    return f"{text} ({log.current})" if log.current else text

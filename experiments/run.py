@@ -5,17 +5,19 @@
     python -m experiments.run -m experiment=batch_sweep --dry-run      (its jobs, and about how long they take)
 
 A sweep that was stopped goes on where it was: what is complete is skipped. A job that fails does not stop the others.
+With runner=cuda, or hydra/launcher=basic, Hydra only collects the jobs; then one worker process at a time runs them,
+mechanism by mechanism (`uvm_kv.config.worker`).
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
 import sys
 import tempfile
-import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,14 +30,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments.listing import list_jobs
-from experiments.progress import Event, report_event, sweep_log
+from experiments.progress import Event, SweepLog, report_event, sweep_log
 from experiments.track import mirror_all
-from uvm_kv.config.build import Job, is_done, jobs_of, run_job
+from uvm_kv.config.build import Job, identity, is_done, jobs_of, run_job
+from uvm_kv.config.card import ask_card
 from uvm_kv.config.names import CONF_DIR, check_overrides, mark_given, parse_overrides, with_implied
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
-from uvm_kv.runner.replay import PlanMismatch
+from uvm_kv.config.worker import OneWorker, OnStep, explain, in_order, mechanism
+from uvm_kv.telemetry.failures import clear_failure, failed_runs, write_failure
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.store import completed_runs, read_json, read_outputs
 
@@ -61,6 +65,23 @@ class Request:
     num_jobs: int
     overrides: list[Any]
     """Parsed, those of the experiment's sweep included."""
+    on_gpu: bool
+    """Some job has runner=cuda."""
+    launcher: str | None
+    """As given; None: the default."""
+
+
+@dataclass(frozen=True)
+class NamedJob:
+    """A run, and what a user knows it by."""
+
+    job: Job
+    name: str
+    tracking: dict[str, str] | None
+
+
+_collected: list[NamedJob] | None = None
+"""Where `_task` leaves its jobs for one worker process; None: it runs them itself."""
 
 
 def preflight(arguments: list[str]) -> Request:
@@ -68,7 +89,7 @@ def preflight(arguments: list[str]) -> Request:
     overrides = parse_overrides([a for a in arguments if not a.startswith("-")])
     check_overrides(overrides)
     by_key = {o.key_or_group: o for o in overrides}
-    experiment = None
+    experiment = file = None
     if "experiment" in by_key:
         if by_key["experiment"].is_sweep_override():
             raise ValueError("experiment takes one name; sweep its parts instead, or start it once a name")
@@ -85,8 +106,23 @@ def preflight(arguments: list[str]) -> Request:
     num_jobs = prod(len(list(o.sweep_string_iterator())) for o in sweeps)
     results_dir = by_key["results_dir"].value() if "results_dir" in by_key else "results/runs"
     folder = Path(str(results_dir))
+    on_gpu = _on_gpu(by_key, file)
+    launcher = by_key["hydra/launcher"].value() if "hydra/launcher" in by_key else None
+    tuned = [key for key in by_key if key.startswith("hydra.launcher.")]
+    if on_gpu and (launcher not in (None, "basic") or tuned):
+        raise ValueError(
+            f"runner=cuda with {f'hydra/launcher={launcher}' if launcher else tuned[0]}: one process at a time owns "
+            f"the GPU, so that jobs run one after another; drop it"
+        )
     _check_writable(folder)
-    return Request(experiment or EXPERIMENT_WITHOUT_FILE, folder, num_jobs, list(by_key.values()))
+    return Request(experiment or EXPERIMENT_WITHOUT_FILE, folder, num_jobs, list(by_key.values()), on_gpu, launcher)
+
+
+def _on_gpu(by_key: dict[str, Any], file: Any) -> bool:
+    given = by_key.get("runner")
+    if given is None:
+        return file is not None and OmegaConf.select(file, "runner") == "cuda"
+    return "cuda" in (list(given.sweep_string_iterator()) if given.is_sweep_override() else [given.value()])
 
 
 def _check_writable(folder: Path) -> None:
@@ -104,19 +140,6 @@ def _label(composed: DictConfig) -> str:
     return f"{composed.model.name} {composed.workload.name} {composed.mechanism} batch {composed.batch_size}"
 
 
-def _message(error: Exception) -> str:
-    """A line for what a user can mend; the traceback only for what is our fault."""
-    if isinstance(error, ValueError | PlanMismatch):
-        return str(error)
-    if not isinstance(error, OSError):
-        return "this is a bug in uvm-kv:\n" + "".join(traceback.format_exception(error))
-    if error.errno == errno.ENOSPC:
-        return (
-            "no space is left for the results; free some and start again (what is finished stays), or give results_dir"
-        )
-    return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
-
-
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")  # type: ignore[untyped-decorator]
 def _task(composed: DictConfig) -> None:
     """One job of Hydra's, in this process or in a worker. Failures are reported, never raised: see `main`."""
@@ -130,34 +153,108 @@ def _task(composed: DictConfig) -> None:
         composed = with_recorded_config(composed, given)
         jobs = jobs_of(resolve(composed), experiment)
     except Exception as error:
-        report_event(Event("failed", label, error=_message(error)))
+        report_event(Event("failed", label, error=explain(error)))
         return
     for job in jobs:
         name = f"{label} repeat {job.repeat}" if len(jobs) > 1 else label
         tracking = None
         if job.resolved.config.tracking.name == "wandb":
             tracking = {"project": job.resolved.config.tracking.project, "mode": job.resolved.config.tracking.mode}
-        if is_done(job):
-            report_event(Event("skipped", name, str(job.directory), tracking=tracking))
-            continue
-        report_event(Event("started", name, str(job.directory)))
-        try:
-            _run(job, alone=not _in_sweep())
-        except Exception as error:
-            report_event(Event("failed", name, str(job.directory), _message(error)))
-        else:
-            report_event(Event("done", name, str(job.directory), tracking=tracking))
+        named = NamedJob(job, name, tracking)
+        if _collected is not None:
+            _collected.append(named)
+        elif _begin(named):
+            _run_here(named, alone=not _in_sweep())
 
 
 def _in_sweep() -> bool:
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
-def _run(job: Job, *, alone: bool) -> None:
-    argv = json.loads(os.environ[ARGV])
-    if not alone:
-        run_job(job, argv=argv)
-        return
+def _begin(named: NamedJob) -> bool:
+    """False for a run that is complete already."""
+    done = is_done(named.job)
+    report_event(Event("skipped" if done else "started", named.name, str(named.job.directory), tracking=named.tracking))
+    return not done
+
+
+def _done(named: NamedJob) -> None:
+    clear_failure(named.job.directory)
+    report_event(Event("done", named.name, str(named.job.directory), tracking=named.tracking))
+
+
+def _failed(named: NamedJob, error: str, *, not_tried_after: str | None = None) -> None:
+    write_failure(
+        named.job.directory,
+        identity=identity(named.job),
+        error=error,
+        tried=not_tried_after is None,
+        argv=_argv(),
+        git_sha=git_state()["git_sha"],
+    )
+    report_event(Event("failed", named.name, str(named.job.directory), error, not_tried_after))
+
+
+def _argv() -> list[str]:
+    argv: list[str] = json.loads(os.environ[ARGV])
+    return argv
+
+
+def _run_here(named: NamedJob, *, alone: bool) -> None:
+    try:
+        if alone:
+            with _bar(named.job) as show:
+                run_job(named.job, argv=_argv(), on_step=show and _now_and_then(show))
+        else:
+            run_job(named.job, argv=_argv())
+    except Exception as error:
+        _failed(named, explain(error))
+    else:
+        _done(named)
+
+
+def _now_and_then(show: OnStep) -> OnStep:
+    def on_step(steps: int, done: int, total: int) -> None:
+        if steps % SHOW_EVERY_STEPS == 0:
+            show(steps, done, total)
+
+    return on_step
+
+
+def _run_in_worker(jobs: list[NamedJob], log: SweepLog, *, sweep: bool) -> None:
+    """All of them, mechanism by mechanism. Nothing of the worker is left, however this ends."""
+    names = {id(named.job): named.name for named in jobs}
+    with OneWorker() as worker:
+        for named in in_order(jobs, lambda named: mechanism(named.job)):
+            if is_done(named.job):
+                _begin(named)
+                continue
+            if (after := worker.given_up(named.job)) is not None:
+                first, error = after
+                _failed(named, error, not_tried_after=names[id(first)])
+                continue
+            _begin(named)
+            with _line(log, named.name) if sweep else _bar(named.job) as on_step:
+                outcome = worker.run(named.job, _argv(), on_step)
+            if outcome.error is None:
+                _done(named)
+            else:
+                _failed(named, outcome.error)
+
+
+@contextmanager
+def _line(log: SweepLog, name: str) -> Iterator[OnStep]:
+    """What runs now, beside the progress of the sweep."""
+    log.current = name
+    try:
+        yield lambda _, done, total: setattr(log, "current", f"{name}, {done} of {total} requests")
+    finally:
+        log.current = ""
+
+
+@contextmanager
+def _bar(job: Job) -> Iterator[OnStep | None]:
+    """Memory account and progress bar of a run that is alone."""
     from rich.progress import Progress
 
     from uvm_kv.analysis.terminal import print_memory
@@ -170,11 +267,10 @@ def _run(job: Job, *, alone: bool) -> None:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("requests served", total=None)
 
-        def on_step(steps: int, done: int, total: int) -> None:
-            if steps % SHOW_EVERY_STEPS == 0:
-                progress.update(bar, completed=done, total=total)
+        def show(_: int, done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
 
-        run_job(job, argv=argv, on_step=on_step if console.is_terminal else None)
+        yield show if console.is_terminal else None
 
 
 def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int:
@@ -190,7 +286,10 @@ def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int
     if sweep and len(finished) > on_cpu:
         from uvm_kv.analysis.report import write_report  # pandas and matplotlib: a single run does without
 
-        print_report(write_report(finished, request.results_dir / request.experiment / "report"), console)
+        folder = request.results_dir / request.experiment
+        missing = {Path(e.directory).name for e in failed if e.directory is not None}
+        records = [record for name, record in failed_runs(folder).items() if name in missing]
+        print_report(write_report(finished, folder / "report", records), console)
     elif finished:
         for directory in finished:
             print_summary(read_json(directory / "summary.json"), console)
@@ -199,8 +298,12 @@ def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int
         if any(e.status == "skipped" for e in events):
             print("it was complete already; rerun=true runs it again", file=sys.stderr)
     for event in failed:
+        if event.not_tried_after is not None:
+            continue
         where = f"{event.label}: " if sweep else ""
-        print(f"error: {where}{event.error}", file=sys.stderr)
+        left = sum(e.not_tried_after == event.label for e in failed)
+        rest = f" ({left} more of this mechanism were not tried)" if left else ""
+        print(f"error: {where}{event.error}{rest}", file=sys.stderr)
     if sweep:
         skipped = [e for e in events if e.status == "skipped"]
         note = f" ({len(skipped)} were complete already)" if skipped else ""
@@ -248,11 +351,21 @@ def main() -> int:
         print(f"error: {request.num_jobs} jobs are asked for; a sweep needs -m", file=sys.stderr)
         return 2
     os.environ[ARGV] = json.dumps(["python", "-m", "experiments.run", *arguments])
+    global _collected
+    if request.on_gpu or (sweep and request.launcher == "basic"):
+        _collected = []
+    if request.on_gpu:
+        sys.argv += ["hydra/launcher=basic"] if request.launcher is None else []
     try:
+        if request.on_gpu:
+            _say_what_is_free()
         with sweep_log(request.num_jobs, request.experiment if sweep else "") as log:
             _task()
+            if _collected is not None:
+                _run_in_worker(_collected, log, sweep=sweep)
     except KeyboardInterrupt:
-        _stop_workers()
+        if _collected is None:
+            _stop_workers()
         folder = request.results_dir / request.experiment
         print(
             f"\ninterrupted: {len(completed_runs(folder))} finished runs stay in {folder}; the same command goes on "
@@ -264,8 +377,22 @@ def main() -> int:
         mirror_all(log.events)
         return _print_outcome(request, log.events, sweep=sweep)
     except OSError as error:
-        print(f"error: the report cannot be written: {_message(error)}", file=sys.stderr)
+        print(f"error: the report cannot be written: {explain(error)}", file=sys.stderr)
         return 1
+
+
+def _say_what_is_free() -> None:
+    """Who holds the rest of a card, and who will, is not knowable; what is missing later is one job's error."""
+    try:
+        card = ask_card()
+    except (RuntimeError, ImportError):
+        return  # The jobs say it.
+    gib = 2**30
+    print(
+        f"{card.name}: {card.free_bytes / gib:.1f} of {card.total_bytes / gib:.1f} GiB are free; who holds the rest is "
+        f"not knowable, and a job that finds too little later fails by itself",
+        file=sys.stderr,
+    )
 
 
 def _stop_workers() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pandas as pd
 from uvm_kv.analysis.figures import save_figure, sweep_figure
 from uvm_kv.analysis.load import GROUP, load_runs, points
 from uvm_kv.analysis.verdict import Verdict, verdicts, with_gains
+from uvm_kv.telemetry.failures import gaps
 
 COLUMNS = {
     "label": "mechanism",
@@ -45,13 +46,16 @@ class Report:
     memory: list[tuple[str, list[tuple[str, int]]]]
     """Per model and card: where its memory goes, in bytes."""
     warnings: list[str]
+    gaps: list[str]
+    """Points that are missing because their job failed, and why."""
     figure: list[Path]
     table: Path
     page: Path
 
 
-def write_report(directories: list[Path], out: Path) -> Report:
-    """Write figure.png, figure.pdf, points.csv and report.html below `out`."""
+def write_report(directories: list[Path], out: Path, failed: Sequence[dict[str, Any]] = ()) -> Report:
+    """Write figure.png, figure.pdf, points.csv and report.html below `out`. `failed`: records of the points that are
+    missing, with the reason."""
     runs = load_runs(directories)
     found_points = points(runs)
     if found_points.empty:
@@ -63,10 +67,10 @@ def write_report(directories: list[Path], out: Path) -> Report:
     best = {part["title"].iloc[0]: format_points(_best_points(part)) for _, part in table.groupby(GROUP, sort=True)}
     figure = save_figure(sweep_figure(table), out / "figure")
     table.to_csv(out / "points.csv", index=False)
-    memory, warnings = _memory(runs), _warnings(runs)
+    memory, warnings, missing = _memory(runs), _warnings(runs), gaps(failed)
     page = out / "report.html"
-    page.write_text(_page(runs, table, found, best, memory, warnings, figure[0]), encoding="utf-8")
-    return Report(found, best, memory, warnings, figure, out / "points.csv", page)
+    page.write_text(_page(runs, table, found, best, memory, warnings, missing, figure[0]), encoding="utf-8")
+    return Report(found, best, memory, warnings, missing, figure, out / "points.csv", page)
 
 
 def _best_points(part: pd.DataFrame) -> pd.DataFrame:
@@ -151,6 +155,7 @@ def _page(
     best: dict[str, pd.DataFrame],
     memory: list[tuple[str, list[tuple[str, int]]]],
     warnings: list[str],
+    missing: list[str],
     picture: Path,
 ) -> str:
     esc = html.escape
@@ -165,6 +170,7 @@ def _page(
         "step by the placement's reach, plus the device blocks that whole requests leave over and a placement with a "
         "host tier can fill. Throughput is output tokens per second over the steady window.</p>",
         *(f"<div class=verdict>{esc(v.line())}</div>" for v in found),
+        *(f"<div class=warning>not measured: {esc(gap)}</div>" for gap in missing),
         *(f"<div class=warning>{esc(w)}</div>" for w in warnings[:20]),
         f"<p><small>and {len(warnings) - 20} more warnings in the summaries</small></p>" if len(warnings) > 20 else "",
         "<h2>Figure</h2>",

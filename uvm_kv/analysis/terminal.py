@@ -57,6 +57,8 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"warning: {text}", markup=False, soft_wrap=True)
     if len(report.warnings) > MAX_WARNINGS:
         console.print(f"warning: {len(report.warnings) - MAX_WARNINGS} more in the report", markup=False)
+    for gap in report.gaps:
+        console.print(f"not measured: {gap}", markup=False, soft_wrap=True)
     for verdict in report.verdicts:
         console.print(verdict.line(), markup=False, highlight=False, soft_wrap=True)
     for name, paths in (("figure", report.figure), ("table", [report.table]), ("report", [report.page])):

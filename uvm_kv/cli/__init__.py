@@ -56,5 +56,6 @@ def _report(folder: Path, out: Path) -> None:
     from uvm_kv.analysis.load import find_runs
     from uvm_kv.analysis.report import write_report
     from uvm_kv.analysis.terminal import print_report
+    from uvm_kv.telemetry.failures import failed_runs
 
-    print_report(write_report(find_runs(folder), out), Console())
+    print_report(write_report(find_runs(folder), out, list(failed_runs(folder).values())), Console())

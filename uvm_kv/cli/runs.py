@@ -13,7 +13,8 @@ from rich.table import Table
 
 from uvm_kv.analysis.load import find_runs
 from uvm_kv.analysis.terminal import print_outputs, print_summary
-from uvm_kv.telemetry.store import read_json, read_outputs
+from uvm_kv.telemetry.failures import failed_runs, reason
+from uvm_kv.telemetry.store import completed_runs, read_json, read_outputs
 
 COLUMNS = ("id", "mechanism", "batch", "tok/s", "TPOT p99", "model", "workload", "experiment", "origin", "started")
 NUM_WHOLE = 5
@@ -22,13 +23,13 @@ WIDTH_WHEN_PIPED = 200
 
 
 def list_runs(folder: Path, conditions: list[str]) -> None:
-    """Print the runs below a folder that meet every FIELD=VALUE."""
+    """Print the runs below a folder that meet every FIELD=VALUE, then the jobs that failed."""
     wanted = [_condition(text) for text in conditions]
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, name in enumerate(COLUMNS):
         table.add_column(name, no_wrap=True, min_width=None if i >= NUM_WHOLE else len(name))
-    shown = 0
-    for directory in find_runs(folder):
+    shown, failed = 0, failed_runs(folder)
+    for directory in completed_runs(folder) if failed else find_runs(folder):
         summary = read_json(directory / "summary.json")
         if all(_matches(summary, field, value) for field, value in wanted):
             shown += 1
@@ -38,11 +39,22 @@ def list_runs(folder: Path, conditions: list[str]) -> None:
         console = Console(width=WIDTH_WHEN_PIPED)
     console.print(table)
     console.print(f"{shown} runs in {folder}", markup=False, highlight=False)
+    for name, record in failed.items():
+        # A condition on a result does not hold where there is none.
+        if all(field in record and _matches(record, field, value) for field, value in wanted):
+            line = f"failed: {name} {record['mechanism']}, batch {record['offered_batch']}: {reason(record)}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_run(folder: Path, run_id: str) -> None:
     """Print one run; ValueError if the id's beginning fits none or several."""
-    found = [d for d in find_runs(folder) if d.name.startswith(run_id)]
+    failed = {name: record for name, record in failed_runs(folder).items() if name.startswith(run_id)}
+    found = [d for d in (completed_runs(folder) if failed else find_runs(folder)) if d.name.startswith(run_id)]
+    if len(failed) == 1 and not found:
+        for name, record in failed.items():
+            print(f"{name}: {'failed' if record['tried'] else 'not tried'} on {record['failed']}: {record['error']}")
+            print(f"argv: {' '.join(record['argv'])}")
+        return
     if len(found) != 1:
         names = ", ".join(d.name for d in found[:5]) or "none"
         raise ValueError(f"{run_id} fits {len(found)} runs in {folder} ({names}); give more of the id")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from uvm_kv.config.models import load_served
 from uvm_kv.config.resolve import Resolved
 from uvm_kv.config.serving import outputs, random_ids
 from uvm_kv.config.workload import Workload, build_workload
@@ -150,16 +151,19 @@ def build_scheduler(resolved: Resolved, policy: PlacementPolicy) -> Scheduler:
     )
 
 
-def build_runner(resolved: Resolved, roofline: Roofline, seed: int = 0) -> ModelRunner:
+def build_runner(
+    resolved: Resolved, roofline: Roofline, seed: int = 0, load: Callable[[Resolved], Any] = load_served
+) -> ModelRunner:
+    """`load` gives the model of a job that serves a real one."""
     config = resolved.config
     if config.runner == "replay":
         assert config.replay.path is not None
         return ReplayRunner(resolved.capacity, read_plans(Path(config.replay.path)))
     if resolved.serving is not None:
-        from uvm_kv.runner.torch import Sampling, TorchRunner, load_model
+        from uvm_kv.runner.torch import Sampling, TorchRunner
 
         return TorchRunner(
-            load_model(resolved.serving.folder, config.dtype),
+            load(resolved),
             resolved.spec,
             resolved.capacity,
             resolved.memory,
@@ -249,7 +253,13 @@ def closed_form(
     return {"total": link + stranded, "link": link, "stranded": stranded, "num_seqs": n, "step_s": step_s}
 
 
-def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], None] | None = None) -> dict[str, Any]:
+def run_job(
+    job: Job,
+    *,
+    argv: list[str],
+    on_step: Callable[[int, int, int], None] | None = None,
+    load: Callable[[Resolved], Any] = load_served,
+) -> dict[str, Any]:
     """Run and write one job; its summary. `on_step` gets steps done, requests done and requests in all."""
     resolved, config = job.resolved, job.resolved.config
     started, clock = datetime.now().astimezone().isoformat(timespec="seconds"), time.perf_counter()
@@ -260,7 +270,7 @@ def run_job(job: Job, *, argv: list[str], on_step: Callable[[int, int, int], Non
     recorder = Recorder()
     if config.record_plans:
         recorder.keep_plans()
-    runner = build_runner(resolved, roofline, job.seed)
+    runner = build_runner(resolved, roofline, job.seed, load)
     engine = Engine(build_scheduler(resolved, policy), runner, build_source(job, workload), recorder)
     total = len(workload.lengths)
     hook = None if on_step is None else (lambda steps: on_step(steps, recorder.num_requests, total))

@@ -1,0 +1,71 @@
+"""Jobs that failed: a file beside where the run directory would be, so that a gap in a figure has a reason.
+
+    <results_dir>/<experiment>/<run id>.failed.json
+
+It is written over by the next failure, removed by the next success, and does not count where the run is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from uvm_kv.telemetry.store import is_complete, read_json
+
+SUFFIX = ".failed.json"
+
+
+def _file(directory: Path) -> Path:
+    return directory.with_name(directory.name + SUFFIX)
+
+
+def write_failure(
+    directory: Path, *, identity: dict[str, Any], error: str, tried: bool, argv: list[str], git_sha: str | None
+) -> None:
+    """Record why the run of `directory` is not there. `identity`: the first fields of its summary. A disk that is full
+    gets no record; the error is printed all the same."""
+    time = datetime.now().astimezone().isoformat(timespec="seconds")
+    record = {**identity, "error": error, "tried": tried, "failed": time, "argv": argv, "git_sha": git_sha}
+    file = _file(directory)
+    temporary = file.with_name(f".tmp-{file.name}-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(json.dumps(record, indent=2) + "\n")
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def clear_failure(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        _file(directory).unlink(missing_ok=True)
+
+
+def failed_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Run id -> record of every job below a folder that failed and has not been completed since."""
+    files = sorted(f for f in folder.rglob(f"*{SUFFIX}") if not f.name.startswith("."))
+    records = {f.name.removesuffix(SUFFIX): (f, read_json(f)) for f in files}
+    return {name: record for name, (file, record) in records.items() if not is_complete(file.with_name(name))}
+
+
+def reason(record: dict[str, Any]) -> str:
+    """The error in a line; of a traceback the last, which says what it was."""
+    return next((line.strip() for line in reversed(record["error"].splitlines()) if line.strip()), "no reason given")
+
+
+def gaps(records: Iterable[dict[str, Any]]) -> list[str]:
+    """One line a mechanism and reason: which points are missing, and why."""
+    points: dict[tuple[str, str, str], set[int]] = {}
+    for record in records:
+        key = (record["model"], record["mechanism"], reason(record))
+        points.setdefault(key, set()).add(record["offered_batch"])
+    return [
+        f"{model}, {mechanism}, batch {', '.join(map(str, sorted(batches)))}: {why}"
+        for (model, mechanism, why), batches in points.items()
+    ]

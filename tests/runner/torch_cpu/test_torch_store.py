@@ -380,6 +380,17 @@ def test_what_is_not_staged_is_read_in_place(folder: Path, reference: Reference)
     assert_same_tokens(reference, served.requests)
 
 
+@pytest.mark.parametrize("kind", [OpKind.PREFETCH, OpKind.EVICT])
+def test_what_is_not_prefetched_comes_with_its_first_touch(
+    kind: OpKind, folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefetches and planned evictions are a matter of time alone, too."""
+    monkeypatch.setattr("uvm_kv.kvcache.spec.CHUNK_BYTES", 8 << 10)
+    served, runner = serve_tampered(folder, "managed_prefetch_ahead", lambda plan: without_copies(plan, kind))
+    assert runner.num_changed > 0
+    assert_same_tokens(reference, served.requests)
+
+
 def test_what_is_staged_is_what_is_read(folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     """If staging copies the wrong bytes the tokens differ: the staged copies are not there for show."""
 

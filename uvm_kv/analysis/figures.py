@@ -33,6 +33,12 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "managed_by_tier": ("#CC79A7", "--", "*"),
     "managed_prefetch_ahead": ("#882255", "--", "h"),
 }
+# Peers: neither the solid lines of device and pinned memory nor the dashes of managed memory.
+STYLES |= {
+    "hf_generate (peer)": ("#44AA99", "-.", "<"),
+    "hf_continuous (peer)": ("#332288", "-.", ">"),
+    "hf_offloaded (peer)": ("#999933", "-.", "1"),
+}
 MAX_SPANS = 300
 _SPARE = ["#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A"]
 

@@ -11,8 +11,11 @@ import pandas as pd
 
 from uvm_kv.telemetry.store import completed_runs, read_json
 
+PEER_MARK = " (peer)"
 GROUP = ["group", "title"]
 """Number and title of a comparison: points that differ in mechanism (with its variant) and batch size only."""
+OUR_ENGINE = "uvm_kv"
+"""What the runs of an older version are of, whose summaries say no engine; any other is a peer."""
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -61,9 +64,10 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
 
     Runs are of one comparison if they share everything but mechanism, batch size and seed; where several comparisons
     would bear the same title, what they differ in is added to it. A mechanism that occurs in several variants (of
-    placement options, layout, hints, ...) is as many mechanisms, `label`led with what they differ in. Nothing else is
-    averaged. Throughput is the steady one, or the whole run's where a run has no steady window. Runs on the CPU say
-    nothing about memory kinds and are left out. `throughput_std` is the spread over repeats, NaN for a single run.
+    placement options, layout, hints, ...) is as many mechanisms, `label`led with what they differ in; a peer's label
+    says that it is one. Nothing else is averaged. Throughput is the steady one, or the whole run's where a run has no
+    steady window. Runs on the CPU say nothing about memory kinds and are left out. `throughput_std` is the spread over
+    repeats, NaN for a single run.
     """
     usable = runs[~runs["memory_emulated"].astype(bool)].copy()
     if usable.empty:
@@ -72,7 +76,9 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     usable["throughput"] = usable["throughput"].fillna(usable["output_tokens_per_s_whole_run"].astype(float))
     titles, order = _distinguish(usable, [_title(run) for _, run in usable.iterrows()], "setting")
     usable["title"], usable["group"] = titles, order
-    usable["label"], _ = _distinguish(usable, [str(m) for m in usable["mechanism"]], "variant")
+    usable["engine"] = usable["engine"].fillna(OUR_ENGINE) if "engine" in usable else OUR_ENGINE
+    marks = usable["engine"].map(lambda engine: "" if engine == OUR_ENGINE else PEER_MARK)
+    usable["label"], _ = _distinguish(usable, list(usable["mechanism"].astype(str) + marks), "variant")
     key = [*GROUP, "label", "offered_batch"]
     numeric = [c for c in usable.columns if c not in key and usable[c].map(_is_number).all()]
     # A column that is None in every run is still a column of numbers, none of them observed.
@@ -81,7 +87,7 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     table = grouped[numeric].mean()
     table["throughput_std"] = grouped["throughput"].std()
     table["num_runs"] = grouped.size()
-    for name in ("mechanism", "admission", "memory", "placement", "prompt_tokens"):
+    for name in ("mechanism", "engine", "admission", "memory", "placement", "prompt_tokens"):
         table[name] = grouped[name].first()
     return table.reset_index()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from uvm_kv.analysis.load import GROUP
+from uvm_kv.analysis.load import GROUP, OUR_ENGINE
 
 BASELINES = ("device_resident", "device_recompute")
 SAME_ADMISSION = {"worst_case": "device_resident", "optimistic": "device_recompute"}
@@ -90,7 +90,8 @@ class Verdict:
 
 
 def is_cpu_backed(points: pd.DataFrame) -> pd.Series[bool]:
-    return points["memory"] != "device"
+    """Peers are neither baselines nor answers: they stand beside them in tables and figures."""
+    return (points["memory"] != "device") & (points["engine"] == OUR_ENGINE)
 
 
 def _best(points: pd.DataFrame) -> Best | None:
@@ -178,7 +179,7 @@ def with_gains(points: pd.DataFrame) -> pd.DataFrame:
     """Points with their gain over the best point of a baseline in their group, as a fraction; NaN without one.
 
     `gain`: over the better of the two baselines. `gain_same_admission`: over the baseline of the point's own admission,
-    which is what the closed-form ceilings bound. `gain_over_resident`: over device_resident.
+    which is what the closed-form ceilings bound; a peer has none. `gain_over_resident`: over device_resident.
     """
     table = points.copy()
     base = points[points["mechanism"].isin(BASELINES)]
@@ -188,5 +189,5 @@ def with_gains(points: pd.DataFrame) -> pd.DataFrame:
     table["gain"] = table["throughput"] / rows.max(axis=1) - 1
     table["gain_over_resident"] = table["throughput"] / rows["device_resident"] - 1
     same = rows["device_resident"].where(table["admission"] == "worst_case", rows["device_recompute"])
-    table["gain_same_admission"] = table["throughput"] / same - 1
+    table["gain_same_admission"] = (table["throughput"] / same - 1).where(table["engine"] == OUR_ENGINE)
     return table

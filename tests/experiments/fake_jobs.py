@@ -55,6 +55,18 @@ class FakeTask:
                     raise OutOfMemoryError("cudaMalloc")
                 except OutOfMemoryError as error:
                     raise ValueError("KV needs 2 GB, 1 GB is free; lower memory.device_kv_bytes") from error
+            case "wrapped_full":
+                try:
+                    raise OutOfMemoryError("cudaMalloc")
+                except OutOfMemoryError as error:
+                    raise ValueError("Llama cannot be served (cudaMalloc)") from error
+            case "cleaned_up" | "cleaned_up_full":
+                try:
+                    if job.does == "cleaned_up_full":
+                        raise OutOfMemoryError("cudaMalloc")
+                    raise CudaError("cudaErrorIllegalAddress in attention.cu:12")
+                finally:
+                    raise AssertionError("closing what is half built")
             case "host_full":
                 raise MemoryError
             case "refused":

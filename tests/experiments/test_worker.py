@@ -120,6 +120,13 @@ def test_no_worker_of_a_sweep_is_left(mixed: dict[str, Any]) -> None:
         ("wrapped", "Llama cannot be served (cudaErrorIllegalAddress in attention.cu:12)", Reach.MECHANISM),
         ("torch", "CUDA error: unspecified launch failure", Reach.MECHANISM),
         ("full_and_said", "KV needs 2 GB, 1 GB is free; lower memory.device_kv_bytes", Reach.WORKER),
+        (
+            "wrapped_full",
+            "Llama cannot be served (cudaMalloc); lower memory.device_kv_bytes or batch_size",
+            Reach.WORKER,
+        ),
+        ("cleaned_up", "cudaErrorIllegalAddress in attention.cu:12", Reach.MECHANISM),
+        ("cleaned_up_full", "out of GPU memory (cudaMalloc); lower memory.device_kv_bytes or batch_size", Reach.WORKER),
         ("host_full", "out of host memory (MemoryError); lower memory.host_kv_bytes or batch_size", Reach.WORKER),
     ],
 )

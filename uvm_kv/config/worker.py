@@ -31,6 +31,8 @@ from uvm_kv.runner.replay import PlanMismatch
 PROGRESS_EVERY_S = 0.2
 PATIENCE_S = 5.0
 """How long a worker may take to end before it is killed."""
+LOWER = "lower"
+"""An error of too little memory with this word names the setting itself."""
 _PR_SET_PDEATHSIG = 1
 
 T = TypeVar("T")
@@ -76,12 +78,12 @@ class Task(Protocol):
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error and its causes: what a runner makes of a CUDA error still is one."""
+    """The error, outermost first, and what it came from: what a runner makes of a CUDA error still is one."""
     found: list[BaseException] = []
     now: BaseException | None = error
     while now is not None and now not in found:
         found.append(now)
-        now = now.__cause__
+        now = now.__cause__ or (None if now.__suppress_context__ else now.__context__)
     return found
 
 
@@ -99,18 +101,25 @@ def _is_cuda_error(error: BaseException) -> bool:
 
 
 def reach_of(error: BaseException) -> Reach:
-    chain = _chain(error)
-    if any(isinstance(e, ContextLostError) for e in chain):
-        return Reach.MECHANISM
-    if any(_is_out_of_memory(e) for e in chain):
-        return Reach.WORKER  # What it had taken when it ran out should not be missing to the next job.
-    return Reach.MECHANISM if any(_is_cuda_error(e) for e in chain) else Reach.JOB
+    for cause in _chain(error):
+        if _is_out_of_memory(cause):
+            return Reach.WORKER  # What it had taken when it ran out should not be missing to the next job.
+        if _is_cuda_error(cause):
+            return Reach.MECHANISM
+    return Reach.JOB
 
 
 def explain(error: BaseException) -> str:
     """A line for what a user can mend or the machine did; the traceback only for what is our fault."""
     if isinstance(error, ValueError | PlanMismatch):
-        return str(error) if reach_of(error) is Reach.JOB else _first_line(error)
+        if (reach := reach_of(error)) is Reach.JOB:
+            return str(error)
+        text = _first_line(error)
+        return (
+            text
+            if reach is Reach.MECHANISM or LOWER in text
+            else f"{text}; {LOWER} memory.device_kv_bytes or batch_size"
+        )
     for cause in _chain(error):
         if _is_out_of_memory(cause):
             return _out_of_memory(cause)
@@ -133,11 +142,11 @@ def _first_line(error: BaseException) -> str:
 
 def _out_of_memory(error: BaseException) -> str:
     text = _first_line(error)
-    if "lower" in text:
-        return text  # It names the setting itself.
+    if LOWER in text:
+        return text
     what = "host memory" if isinstance(error, MemoryError) else "GPU memory"
     setting = "memory.host_kv_bytes" if isinstance(error, MemoryError) else "memory.device_kv_bytes"
-    return f"out of {what} ({text}); lower {setting} or batch_size"
+    return f"out of {what} ({text}); {LOWER} {setting} or batch_size"
 
 
 def _death(exit_code: int | None) -> str:

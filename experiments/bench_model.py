@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from uvm_kv.config.build import build_placement, build_roofline, build_runner, build_scheduler
+from uvm_kv.config.models import load_served
 from uvm_kv.config.names import CONF_DIR
 from uvm_kv.config.resolve import Resolved, resolve
 from uvm_kv.config.schema import register
@@ -50,32 +51,55 @@ def our_job(num_seqs: int, dtype: str) -> Resolved:
         return resolve(compose("config", [*overrides, "scheduler.max_num_batched_tokens=4096"]))
 
 
+def requests_of(prompts: list[list[int]]) -> list[Request]:
+    return [Request(i, len(p), NEW_TOKENS, prompt_ids=tuple(p)) for i, p in enumerate(prompts)]
+
+
 def serve(job: Resolved, runner: Any, prompts: list[list[int]]) -> list[list[int]]:
     """All prompts at once through scheduler, engine and runner; the output ids."""
-    requests = [Request(i, len(p), NEW_TOKENS, prompt_ids=tuple(p)) for i, p in enumerate(prompts)]
+    requests = requests_of(prompts)
     scheduler = build_scheduler(job, build_placement(job, build_roofline(job)))
     Engine(scheduler, runner, OpenLoop(requests), Recorder()).run()
     return [r.token_ids for r in requests]
 
 
+def generate_batch(model: Any, prompts: list[list[int]]) -> None:
+    """All prompts at once through transformers' continuous batching, its start and end included."""
+    from uvm_kv.runner.torch.peers import Continuous, ContinuousOptions
+
+    peer = Continuous(
+        model,
+        ContinuousOptions(),
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_output_tokens=NEW_TOKENS,
+        num_requests=len(prompts),
+    )
+    for request in requests_of(prompts):
+        peer.submit(request)
+    left = len(prompts)
+    while left:
+        left -= peer.finished(1.0) is not None
+    peer.close()
+
+
 def measure(num_seqs: int, dtype: str) -> dict[str, float]:
     """Tokens per second of each way."""
     # torch lives in runner.torch; what is compared with is transformers' own, asked for by that room.
-    from uvm_kv.runner.torch.reference import Reference
+    from uvm_kv.runner.torch.peers import Generate, own_attention
 
     job = our_job(num_seqs, dtype)
-    assert job.serving is not None
     rng = np.random.default_rng(0)
     prompts = rng.integers(5, job.model.vocab_size, (num_seqs, PROMPT_TOKENS)).tolist()
     runner = build_runner(job, build_roofline(job))
-    reference = Reference(job.serving.folder, dtype)
-    ways: dict[str, Callable[[], object]] = {
-        "ours": lambda: serve(job, runner, prompts),
-        "generate, dynamic cache": lambda: reference.generate(prompts, NEW_TOKENS),
-        "generate, static cache": lambda: reference.generate(prompts, NEW_TOKENS, static=True),
-        "generate_batch": lambda: reference.generate_batch(prompts, NEW_TOKENS),
-    }
-    rates = best_rates(ways, num_seqs * NEW_TOKENS)
+    with own_attention(load_served(job)) as model:
+        dynamic, static = Generate(model, "dynamic"), Generate(model, "static")
+        ways: dict[str, Callable[[], object]] = {
+            "ours": lambda: serve(job, runner, prompts),
+            "generate, dynamic cache": lambda: dynamic.serve(requests_of(prompts)),
+            "generate, static cache": lambda: static.serve(requests_of(prompts)),
+            "generate_batch": lambda: generate_batch(model, prompts),
+        }
+        rates = best_rates(ways, num_seqs * NEW_TOKENS)
     runner.close()
     return rates
 

@@ -137,7 +137,8 @@ def _check_writable(folder: Path) -> None:
 
 
 def _label(composed: DictConfig) -> str:
-    return f"{composed.model.name} {composed.workload.name} {composed.mechanism} batch {composed.batch_size}"
+    what = composed.mechanism if composed.engine == "uvm_kv" else composed.engine
+    return f"{composed.model.name} {composed.workload.name} {what} batch {composed.batch_size}"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")  # type: ignore[untyped-decorator]

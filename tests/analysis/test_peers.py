@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 from tests.analysis.test_verdict import BASE, RECOMPUTE, table
-from uvm_kv.analysis.figures import STYLES, sweep_figure
+from uvm_kv.analysis.figures import STYLES, run_figure, sweep_figure
 from uvm_kv.analysis.load import points
 from uvm_kv.analysis.verdict import verdicts, with_gains
+from uvm_kv.telemetry.recorder import STEP_COLUMNS
 
 OURS = [*BASE, *RECOMPUTE, ("pinned_balanced", 16, 115.0, 0.022)]
 
@@ -53,3 +54,10 @@ def test_ways_of_a_peer_are_told_apart() -> None:
     static["variant"] = [{"engine": "hf_generate", "peer.cache": "static"}] * len(static)
     labels = set(points(pd.concat([runs, static], ignore_index=True))["label"])
     assert {f"hf_generate (peer), peer.cache={cache}" for cache in ("dynamic", "static")} <= labels
+
+
+def test_a_run_without_steps_or_with_few_columns_has_a_figure() -> None:
+    run_figure({name: [] for name in STEP_COLUMNS}, "hf_continuous")
+    told = {"step": 0, "start_ns": 0, "end_ns": 9, "num_running": 2, "num_waiting": 0}
+    figure = run_figure({name: [told.get(name)] for name in STEP_COLUMNS}, "hf_generate")
+    assert [len(axis.lines) for axis in figure.axes] == [2, 0, 0, 0]

@@ -118,7 +118,9 @@ def _panels(axes: Any, part: pd.DataFrame, others: list[str], shown: dict[str, A
 def run_figure(steps: dict[str, list[Any]], title: str) -> Any:
     """One run over time: batch, KV memory, link traffic and stalls, averaged over equal spans of steps."""
     observed = {name: np.array(v, float) for name, v in steps.items() if None not in v}
-    spans = np.array_split(np.arange(len(steps["step"])), min(MAX_SPANS, len(steps["step"])))
+    num_steps = len(steps["step"])
+    # A peer may tell no steps, or not all of their columns.
+    spans = np.array_split(np.arange(num_steps), min(MAX_SPANS, num_steps)) if num_steps else []
     seconds = np.array([observed["end_ns"][s[-1]] for s in spans]) * 1e-9
     lasted = np.array([observed["end_ns"][s[-1]] - observed["start_ns"][s[0]] for s in spans]) * 1e-9
 
@@ -129,11 +131,12 @@ def run_figure(steps: dict[str, list[Any]], title: str) -> Any:
         return sum(np.array([observed[n][s].sum() for s in spans]) for n in names) / lasted
 
     figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True, layout="constrained")
-    axes[0].plot(seconds, mean("num_running"), label="running")
-    axes[0].plot(seconds, mean("num_waiting"), label="waiting")
+    for name in ("running", "waiting"):
+        axes[0].plot(seconds, mean(f"num_{name}"), label=name)
     axes[0].set_ylabel("sequences")
     for name in ("claimed", "reserved", "used"):
-        axes[1].plot(seconds, mean(f"kv_{name}_bytes") / 1e9, label=name)
+        if f"kv_{name}_bytes" in observed:
+            axes[1].plot(seconds, mean(f"kv_{name}_bytes") / 1e9, label=name)
     axes[1].set_ylabel("KV, GB")
     for direction in ("h2d", "d2h"):
         names = [n for n in observed if n.startswith(f"{direction}_")]

@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from uvm_kv.config.models import load_served
+from uvm_kv.config.peers import is_peer, peer_identity
 from uvm_kv.config.resolve import Resolved
 from uvm_kv.config.serving import outputs, random_ids
 from uvm_kv.config.workload import Workload, build_workload
@@ -64,7 +65,8 @@ def jobs_of(resolved: Resolved, experiment: str) -> list[Job]:
     jobs = [
         Job(resolved, repeat, folder / run_id(determining, repeat)) for repeat in range(resolved.config.num_repeats)
     ]
-    check_requests_fit(resolved, workload_of(jobs[0]).lengths)
+    if not is_peer(resolved.config):
+        check_requests_fit(resolved, workload_of(jobs[0]).lengths)
     return jobs
 
 
@@ -262,6 +264,10 @@ def run_job(
 ) -> dict[str, Any]:
     """Run and write one job; its summary. `on_step` gets steps done, requests done and requests in all."""
     resolved, config = job.resolved, job.resolved.config
+    if is_peer(config):
+        from uvm_kv.config.peer_job import run_peer_job
+
+        return run_peer_job(job, argv=argv, on_step=on_step, load=load)
     started, clock = datetime.now().astimezone().isoformat(timespec="seconds"), time.perf_counter()
     roofline = build_roofline(resolved)
     policy = build_placement(resolved, roofline)
@@ -330,6 +336,7 @@ def identity(job: Job) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "origin": {"sim": "simulated", "replay": "replayed"}.get(config.runner, "measured"),
         "runner": config.runner,
+        "engine": config.engine,
         "hardware": config.hardware.name if job.resolved.serving is None else "cpu",
         "model": job.resolved.model.name,
         "mechanism": config.mechanism,
@@ -353,4 +360,5 @@ def identity(job: Job) -> dict[str, Any]:
         "repeat": job.repeat,
         "setting": setting,
         "variant": variant,
+        **peer_identity(config),
     }

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from uvm_kv.config.names import CONF_DIR, unknown
+from uvm_kv.config.peers import ENGINES, check_engine, is_peer, page_size
 from uvm_kv.config.schema import (
     ConfigSchema,
     HardwareSchema,
@@ -36,6 +37,8 @@ from uvm_kv.types import CHUNK_BYTES, DTYPE_BYTES, GIB, Layout, MemoryKind, Reac
 
 DEFAULT_HOST_KV_BYTES = 64 * GIB
 CHOICES = {
+    "engine": ENGINES,
+    "peer.cache": ("dynamic", "static"),
     "runner": ("sim", "cpu", "cuda", "replay"),
     "layout": ("auto", *Layout),
     "allocation": ("paged", "reserve_max", "on_demand"),
@@ -73,6 +76,8 @@ VARIANT_AXES = (
     "scheduler.admission",
     "scheduler.preemption",
     "workload.requests_per_client",
+    "engine",
+    "peer.",
 )
 """What a mechanism is made of, and what may differ between the mechanisms of one comparison."""
 
@@ -99,6 +104,8 @@ class Resolved:
         tree: dict[str, Any] = dataclasses.asdict(self.config) | {"schema_version": SCHEMA_VERSION}
         for key in NOT_DETERMINING:
             del tree[key]
+        if not is_peer(self.config):
+            del tree["engine"], tree["peer"]  # Runs of ours are what they were before there were peers.
         tree["hardware"].pop("sources")
         tree["model"] = dataclasses.asdict(self.model)
         if tree["workload"]["path"] is not None:
@@ -136,6 +143,7 @@ def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def resolve(composed: DictConfig) -> Resolved:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, ConfigSchema)
+    check_engine(config)
     _check_choices(config)
     _check_numbers(config)
     _check_mechanism(config)
@@ -169,7 +177,8 @@ def resolve(composed: DictConfig) -> Resolved:
     workload = build_workload(config, max_model_len, None if serving is None else serving.prompts)
     if serving is not None:
         lengths = [sum(pair) for pair in workload.lengths]
-        config.memory.device_kv_bytes, config.memory.host_kv_bytes = tier_bytes(config, spec, lengths)
+        unit = dataclasses.replace(spec, block_size=page_size(config))
+        config.memory.device_kv_bytes, config.memory.host_kv_bytes = tier_bytes(config, unit, lengths)
         account = [("device tier (emulated)", config.memory.device_kv_bytes)]
         account.append(("host tier", config.memory.host_kv_bytes))
     else:
@@ -373,7 +382,7 @@ def _check_runner(config: ConfigSchema) -> None:
 
 def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
     scheduler = config.scheduler
-    if memory is MemoryKind.DEVICE and config.memory.host_kv_bytes:
+    if memory is MemoryKind.DEVICE and config.memory.host_kv_bytes and not is_peer(config):
         raise ValueError(
             f"memory.host_kv_bytes={config.memory.host_kv_bytes} with memory=device, which has no host tier; "
             f"use memory=pinned, managed or vmm"

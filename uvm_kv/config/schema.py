@@ -178,6 +178,14 @@ class ReplaySchema:
 
 
 @dataclass
+class PeerSchema:
+    cache: str = "dynamic"
+    page_size: int = 256
+    max_batch_tokens: int | None = None
+    use_cuda_graph: bool | None = None
+
+
+@dataclass
 class ConfigSchema:
     hardware: HardwareSchema = field(default_factory=HardwareSchema)
     model: ModelSchema = field(default_factory=ModelSchema)
@@ -191,6 +199,8 @@ class ConfigSchema:
     tracking: TrackingSchema = field(default_factory=TrackingSchema)
     replay: ReplaySchema = field(default_factory=ReplaySchema)
     sampling: SamplingSchema = field(default_factory=SamplingSchema)
+    engine: str = "uvm_kv"
+    peer: PeerSchema = field(default_factory=PeerSchema)
     prompts: str | None = None
     runner: str = "sim"
     layout: str = "auto"

@@ -104,7 +104,7 @@ def _mean(values: NDArray[np.int64], weights: NDArray[np.float64]) -> float | No
 def _steady_window(requests: Table) -> tuple[int, int] | None:
     finishes = [t for t in requests["finish_ns"] if t is not None]
     admissions = [t for t in requests["admitted_ns"] if t is not None]
-    if not finishes or max(admissions) <= min(finishes):
+    if not finishes or not admissions or max(admissions) <= min(finishes):
         return None
     return min(finishes), max(admissions)
 

@@ -144,6 +144,7 @@ class ScriptedRunner(ModelRunner):
         self._token_of = token_of
         self._now_ns = 0
         self._known_tokens: dict[int, int] = {}
+        self._to_fill: dict[int, int] = {}
         self._tables: dict[int, list[int]] = {}
         self._slots: list[list[tuple[int, int] | None]] = [
             [None] * self._block_size for _ in range(sum(self._capacity))
@@ -154,6 +155,7 @@ class ScriptedRunner(ModelRunner):
 
     def add(self, request: Request) -> None:
         self._known_tokens[request.id] = request.num_tokens
+        self._to_fill[request.id] = request.num_filled_tokens
         self._tables[request.id] = []
 
     def remove(self, request_id: int) -> None:
@@ -170,6 +172,8 @@ class ScriptedRunner(ModelRunner):
             self._tables[request_id] = []
         for sequence in plan.scheduled:
             self._tables[sequence.request_id].extend(sequence.new_blocks)
+            for position in range(self._to_fill.pop(sequence.request_id, 0)):
+                self._write(sequence.request_id, position)
         for op in plan.ops:
             self._move(op)
         token_ids = []
@@ -180,7 +184,7 @@ class ScriptedRunner(ModelRunner):
             assert 0 < num_new <= self._known_tokens[request_id] - context, "tokens that do not exist are scheduled"
             assert end <= len(held), f"request {request_id} has no slot for its new tokens"
             for position in range(context, end):
-                self._slots[table[position // self._block_size]][position % self._block_size] = (request_id, position)
+                self._write(request_id, position)
             samples = end == self._known_tokens[request_id]
             assert phase is Phase.PREFILL or (num_new == 1 and samples), (
                 f"request {request_id}: a decode yields nothing"
@@ -191,6 +195,10 @@ class ScriptedRunner(ModelRunner):
         timing = StepTiming(self._now_ns, self._now_ns + self._step_ns)
         self._now_ns = timing.end_ns
         return StepOutput(timing, NO_TRAFFIC, tuple(token_ids) if self._token_of else None)
+
+    def _write(self, request_id: int, position: int) -> None:
+        block = self._tables[request_id][position // self._block_size]
+        self._slots[block][position % self._block_size] = (request_id, position)
 
     def _move(self, op: MemoryOp) -> None:
         if op.kind in (OpKind.COPY_IN, OpKind.COPY_OUT):
@@ -225,7 +233,8 @@ def drive(
     recorder = Recorder()
     recorder.keep_plans()
     engine = Engine(scheduler, runner, source, recorder)
-    assert engine.run(max_steps=max_steps, on_step=lambda _: scheduler.check_integrity()), "not served in time"
+    stopped_by = engine.run(max_steps=max_steps, on_step=lambda _: scheduler.check_integrity())
+    assert stopped_by == "done", "not served in time"
     assert recorder.plans is not None
     return recorder.plans
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.helpers import ScriptedRunner, drive, make_context, make_requests, make_scheduler, make_sim
@@ -15,6 +16,9 @@ from uvm_kv.runner.replay import PlanMismatch, ReplayRunner
 from uvm_kv.sched.plan import StepOutput, StepPlan
 from uvm_kv.sched.scheduler import Scheduler
 from uvm_kv.types import MemoryKind
+from uvm_kv.workload.lengths import Lengths
+from uvm_kv.workload.source import ClosedLoop
+from uvm_kv.workload.steady import steady_start
 
 Log = list[tuple[StepPlan, StepOutput]]
 
@@ -66,6 +70,23 @@ def test_all_runners_are_given_the_same_plans(system: str) -> None:
     ]
     for runner in (ScriptedRunner(context), ReplayRunner(context.capacity, recorded)):
         assert encoded(serve(system, runner)[0]) == encoded(log)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_loop_that_starts_in_the_middle_is_planned_alike(system: str) -> None:
+    context, options = SYSTEMS[system]
+
+    def serve_loop(runner: ModelRunner) -> tuple[Log, Scheduler]:
+        scheduler = make_scheduler(context, max_num_batched_tokens=48, **options)
+        lengths = [Lengths(*pair) for pair in TRACE] * 2
+        first = steady_start(lengths, 5, 4, np.random.default_rng(0))
+        return drive(scheduler, runner, ClosedLoop(lengths, 5, steady=first)), scheduler
+
+    log, scheduler = serve_loop(make_sim(context))
+    assert [s.context_len > 0 for s in log[0][0].scheduled] == [True] * len(log[0][0].scheduled)
+    assert scheduler.num_recomputed > 0 or scheduler.num_swapped_out > 0
+    for runner in (ScriptedRunner(context), ReplayRunner(context.capacity, log)):
+        assert encoded(serve_loop(runner)[0]) == encoded(log)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,15 @@ from uvm_kv.telemetry.provenance import manifest
 from uvm_kv.telemetry.recorder import Recorder
 from uvm_kv.telemetry.store import is_complete, read_plans, run_id, write_run
 from uvm_kv.telemetry.summary import SCHEMA_VERSION, summarize
-from uvm_kv.types import DTYPE_BYTES, NS_PER_S, MemoryKind, Reach
+from uvm_kv.types import DTYPE_BYTES, NS_PER_S, MemoryKind, Reach, ceil_div
 from uvm_kv.workload.lengths import Lengths, mean_lengths
 from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, WithTokens, all_at_once, poisson
+from uvm_kv.workload.steady import continued, nearest_to_mean, plan_without_runner, steady_start
 
 REQUESTS_PER_CLIENT = 8
 """A closed loop with fewer requests than this times batch_size has hardly a steady window."""
+MAX_WARMUP = 2_000_000
+"""Most tokens that are planned to find the steady state: a few seconds."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def build_source(job: Job, workload: Workload) -> RequestSource:
     source: RequestSource
     match config.workload.arrival:
         case "closed_loop":
-            source = ClosedLoop(workload.lengths, config.batch_size)
+            steady = _steady_start(job, workload.lengths) if config.workload.start == "steady" else None
+            source = ClosedLoop(workload.lengths, config.batch_size, steady=steady)
         case "all_at_once":
             source = all_at_once(workload.lengths)
         case "poisson":
@@ -108,6 +113,38 @@ def build_source(job: Job, workload: Workload) -> RequestSource:
         return random_ids(request.prompt_tokens, vocabulary, job.seed, request.id)
 
     return WithTokens(source, ids_of, serving.stop_tokens)
+
+
+def _steady_start(job: Job, lengths: list[Lengths]) -> list[Request]:
+    """The first requests of a closed loop that has run for long, as the job's own scheduler and policy leave them.
+    Plans need no clock, so they are made without a runner.
+
+    Under optimistic admission the running batch swings with the length of an output, and a short run sees a part of the
+    swing: it begins where the running batch of its steps is nearest to the mean. Requests whose tables have the most
+    host blocks come last, so that a policy that fills the device first gives each the tier that it had.
+    """
+    resolved, num_clients = job.resolved, job.resolved.config.batch_size
+    outputs = [output for _, output in lengths]
+    num_warm = min(2 * max(outputs), ceil_div(MAX_WARMUP, num_clients))
+    swing = max(outputs)
+    window = min(resolved.config.max_steps or swing, swing)
+    # Enough of them that the loop does not run dry.
+    many = lengths * ceil_div(2 * num_clients * (num_warm + 3 * swing), sum(outputs))
+
+    def planned(num_running: int, num_steps: int) -> tuple[Scheduler, list[int]]:
+        scheduler = build_scheduler(resolved, build_placement(resolved, build_roofline(resolved)))
+        first = steady_start(many, num_clients, num_running, np.random.default_rng([job.seed, 3]))
+        return scheduler, plan_without_runner(scheduler, ClosedLoop(many, num_clients, steady=first), num_steps)
+
+    _, counts = planned(num_clients, num_warm)
+    num_running = round(float(np.mean(counts[num_warm // 2 :])))
+    _, counts = planned(num_running, num_warm + swing + window)
+    begin = num_warm + nearest_to_mean(counts[num_warm:], window)
+    scheduler, _ = planned(num_running, begin)
+    first_host = resolved.capacity.num_device_blocks
+    running = sorted(scheduler.running, key=lambda r: sum(b >= first_host for b in scheduler.kv.blocks(r.id)))
+    left = [*running, *scheduler.swapped, *scheduler.waiting][: len(lengths)]
+    return [continued(i, request) for i, request in enumerate(left)]
 
 
 def build_roofline(resolved: Resolved) -> Roofline:
@@ -216,11 +253,11 @@ def closed_form(
     """The ceiling on the gain over device-only serving under worst-case admission, for the placement's reach.
 
     A device-only run of n sequences (as many as fit with prompt plus output) reads C = n * mean context bytes of KV in
-    a step of length t, prefill of n prompts per output included. `link`: what the reach can carry in that step
-    (`uvm_kv.hw.overlap.ceiling`). `stranded`: the device blocks that n whole requests leave over, too few for another,
-    which a placement that may split a request fills. Both tiers' claims fill at the same pace (`KVCacheManager`), so n'
-    sequences need n' C / n <= C (1 + stranded) + BW_link t' bytes, and n' t / (n t') - 1 is at most stranded + link.
-    None without a reach, or where not even one request fits the device.
+    a step of length t, prefill of n prompts per output included where there is any. `link`: what the reach can carry in
+    that step (`uvm_kv.hw.overlap.ceiling`). `stranded`: the device blocks that n whole requests leave over, too few for
+    another, which a placement that may split a request fills. Both tiers' claims fill at the same pace
+    (`KVCacheManager`), so n' sequences need n' C / n <= C (1 + stranded) + BW_link t' bytes, and n' t / (n t') - 1 is
+    at most stranded + link. None without a reach, or where not even one request fits the device.
     """
     prompt, output = mean_lengths(lengths)
     spec, profile = resolved.spec, resolved.profile
@@ -230,7 +267,7 @@ def closed_form(
         return None
     context = prompt + output / 2
     # n / output prompts are prefilled a step, and share its pass over the weights.
-    prefills, tokens = n / output, round(prompt)
+    prefills, tokens = 0.0 if resolved.config.workload.start == "steady" else n / output, round(prompt)
     dense_s = roofline.dense_s(n)
     if prefills <= 1:
         dense_s += prefills * (roofline.dense_s(n + tokens) - dense_s)
@@ -281,21 +318,33 @@ def run_job(
     total = len(workload.lengths)
     hook = None if on_step is None else (lambda steps: on_step(steps, recorder.num_requests, total))
     try:
-        complete = engine.run(max_steps=config.max_steps, on_step=hook)
+        stopped_by = engine.run(
+            max_steps=config.max_steps or inf,
+            max_ns=inf if config.max_seconds is None else round(config.max_seconds * NS_PER_S),
+            on_step=hook,
+        )
     finally:
         runner.close()
     steps, requests, serving = recorder.steps(), recorder.requests(), resolved.serving
     power = PowerModel(**dataclasses.asdict(resolved.profile.power))
     simulated = config.runner == "sim"
-    measured = summarize(steps, requests, power=power if simulated else None, complete=complete)
+    steady = config.workload.start == "steady"
+    measured = summarize(
+        steps,
+        requests,
+        power=power if simulated else None,
+        complete=stopped_by == "done",
+        steady_until_ns=_steady_until_ns(engine) if steady else None,
+    )
     bound = closed_form(resolved, roofline, policy, workload.lengths) if simulated else None
-    if config.workload.arrival == "closed_loop" and total < REQUESTS_PER_CLIENT * config.batch_size:
+    if config.workload.arrival == "closed_loop" and not steady and total < REQUESTS_PER_CLIENT * config.batch_size:
         measured["warnings"].append(
             f"{total} requests for {config.batch_size} clients; {REQUESTS_PER_CLIENT} a client give a steady window"
         )
     summary = {
         **identity(job),
         **measured,
+        "stopped_by": stopped_by,
         "num_left_out": workload.num_left_out,
         "memory_budget": resolved.memory_account,
         "device_kv_bytes": resolved.capacity.num_device_blocks * resolved.spec.block_bytes,
@@ -312,6 +361,7 @@ def run_job(
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
         manifest=manifest(
             memory_emulated=serving is not None,
+            weights=None if serving is None else config.model.weights,
             argv=argv,
             seed=job.seed,
             repeat=job.repeat,
@@ -328,6 +378,16 @@ def run_job(
     return summary
 
 
+def _steady_until_ns(engine: Engine) -> int:
+    """Until when a run that began in its steady state stays there: to its end, or to the last admission where no
+    request is left to take the place of one that ends."""
+    scheduler, recorder = engine.scheduler, engine.recorder
+    if engine.source.more_to_come() or scheduler.waiting:
+        return recorder.last_end_ns
+    admissions = (r.admitted_ns for r in (*recorder.finished, *scheduler.running, *scheduler.swapped))
+    return max((time_ns for time_ns in admissions if time_ns is not None), default=0)
+
+
 def identity(job: Job) -> dict[str, Any]:
     """What the run is of: the first fields of its summary."""
     config = job.resolved.config
@@ -339,6 +399,7 @@ def identity(job: Job) -> dict[str, Any]:
         "engine": config.engine,
         "hardware": config.hardware.name if job.resolved.serving is None else "cpu",
         "model": job.resolved.model.name,
+        "weights": None if job.resolved.serving is None else config.model.weights,
         "mechanism": config.mechanism,
         "memory": config.memory.kind,
         "placement": config.placement.name,
@@ -349,6 +410,7 @@ def identity(job: Job) -> dict[str, Any]:
         "preemption": config.scheduler.preemption,
         "workload": config.workload.name,
         "arrival": config.workload.arrival,
+        "start": config.workload.start,
         "prompt_tokens": config.workload.prompt_tokens,
         "output_tokens": config.workload.output_tokens,
         "layout": config.layout,

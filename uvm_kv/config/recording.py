@@ -32,6 +32,10 @@ def with_recorded_config(composed: DictConfig, overrides: Sequence[str]) -> Dict
     recorded.replay.recorded_runner = recorded.runner
     # A repeat is the same as one run with its own seed.
     recorded.seed += read_json(Path(composed.replay.path) / "manifest.json")["repeat"]
+    if recorded.max_seconds is not None:
+        # A clock that is played back stops a step earlier or later.
+        summary = read_json(Path(composed.replay.path) / "summary.json")
+        recorded.max_seconds, recorded.max_steps = None, summary["num_steps"]
     for key in FROM_COMMAND_LINE:
         OmegaConf.update(recorded, key, OmegaConf.select(composed, key))
     for override in parse_overrides(list(overrides)):

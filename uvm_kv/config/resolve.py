@@ -52,7 +52,9 @@ CHOICES = {
     "scheduler.admission": ("worst_case", "optimistic"),
     "scheduler.preemption": ("none", "recompute", "swap"),
     "workload.arrival": ("closed_loop", "all_at_once", "poisson", "trace"),
+    "workload.start": ("cold", "steady"),
     "workload.too_long": ("error", "drop"),
+    "model.weights": ("file", "random"),
     "tracking.name": ("none", "wandb"),
     "tracking.mode": ("offline", "online"),
 }
@@ -61,6 +63,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "memory.host_kv_bytes": (0, 2**46),
     "workload.num_requests": (1, 10_000_000),
     "workload.request_rate": (1e-6, 1e9),
+    "max_seconds": (1e-6, 1e9),
     "sampling.temperature": (0, 100),
     "driver.prefetch_threshold_percent": (1, 100),
 }
@@ -149,10 +152,11 @@ def resolve(composed: DictConfig) -> Resolved:
     _check_mechanism(config)
     _check_runner(config)
     profile = build_profile(config.hardware)
-    folder = model_folder(config) if "cpu" in (config.runner, config.replay.recorded_runner) else None
+    served = "cpu" in (config.runner, config.replay.recorded_runner)
+    folder = model_folder(config) if served and config.model.weights == "file" else None
     model = build_model(config.model, folder)
     if config.dtype == "auto":
-        config.dtype = "float16" if folder is None else "float32"  # float16 is slow on a CPU, and parity is in float32.
+        config.dtype = "float32" if served else "float16"  # float16 is slow on a CPU, and parity is in float32.
     memory = MemoryKind(config.memory.kind)
     check_served(config.placement.name, memory)
     _check_axes(config, memory)
@@ -172,8 +176,9 @@ def resolve(composed: DictConfig) -> Resolved:
         config.block_size,
         Layout(config.layout),
     )
-    serving = prepare(config, folder, model) if folder is not None else None
+    serving = prepare(config, folder, model) if served else None
     _check_workload(config, max_model_len)
+    _check_steady_start(config)
     workload = build_workload(config, max_model_len, None if serving is None else serving.prompts)
     if serving is not None:
         lengths = [sum(pair) for pair in workload.lengths]
@@ -365,6 +370,14 @@ def _check_runner(config: ConfigSchema) -> None:
                 f"runner=cpu needs {' and '.join(absent)}, the extra 'torch': pip install -e '.[torch]'; "
                 f"runner=sim needs neither"
             )
+    if config.model.weights == "random" and "cpu" not in (config.runner, config.replay.recorded_runner):
+        raise ValueError(
+            f"model.weights=random with runner={config.runner}, which has no weights; it goes with runner=cpu"
+        )
+    if config.model.weights == "random" and config.model.path is not None:
+        raise ValueError(
+            f"model.weights=random with model.path={config.model.path}, which has weights of its own; drop one of them"
+        )
     if config.runner == "cuda":
         raise ValueError(
             "runner=cuda needs an NVIDIA GPU and the CUDA extension, not part of this version yet; use runner=sim"
@@ -435,6 +448,26 @@ def _check_meaning(placement: PlacementSchema, name: str, users: tuple[str, ...]
             f"placement.{name}={given} has no meaning for placement={placement.name}; it belongs to placement="
             f"{' or '.join(users)}"
         )
+
+
+def _check_steady_start(config: ConfigSchema) -> None:
+    """It is the middle of a closed loop under continuous batching, whose contexts are spread over their range."""
+    workload = config.workload
+    if workload.start == "cold":
+        return
+    if config.prompts is not None:
+        raise ValueError(
+            f"workload.start=steady with prompts={config.prompts}: it fills KV with random numbers, so that answers "
+            f"mean nothing; use workload.start=cold"
+        )
+    needed = {
+        "workload.arrival": (workload.arrival, "closed_loop"),
+        "scheduler": (config.scheduler.name, "continuous"),
+        "allocation": (config.allocation, "paged"),
+    }
+    for name, (given, allowed) in needed.items():
+        if given != allowed:
+            raise ValueError(f"workload.start=steady needs {name}={allowed}, given is {name}={given}")
 
 
 def _check_workload(config: ConfigSchema, max_model_len: int) -> None:

@@ -79,6 +79,7 @@ class ModelSchema:
     name: str = MISSING
     source: str | None = None
     path: str | None = None
+    weights: str = "file"
     num_layers: int | None = None
     hidden_size: int | None = None
     num_heads: int | None = None
@@ -155,6 +156,7 @@ class WorkloadSchema:
     path: str | None = None
     num_requests: int | None = None
     arrival: str | None = None
+    start: str = "cold"
     request_rate: float | None = None
     too_long: str | None = None
 
@@ -212,6 +214,7 @@ class ConfigSchema:
     seed: int = 0
     num_repeats: int = 1
     max_steps: int | None = None
+    max_seconds: float | None = None
     record_plans: bool = False
     results_dir: str = "results/runs"
     rerun: bool = False

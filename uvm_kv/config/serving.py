@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Serving:
-    folder: Path
+    folder: Path | None
+    """None: random weights of the config's geometry, by its seed."""
     prompts: list[Prompt] | None
     """None: random token ids of the workload's lengths."""
     tokenizer: Any | None
@@ -33,6 +34,8 @@ class Serving:
         """Of what is served: the model's files and the prompts, by content."""
         from uvm_kv.runner.torch import content_digest
 
+        if self.folder is None:
+            return "random weights"  # The geometry and the seed stand beside this.
         weights = sorted((f.name, content_digest(f)) for f in self.folder.iterdir() if f.is_file())
         text = json.dumps([weights, self.prompts])
         return hashlib.sha256(text.encode()).hexdigest()
@@ -46,8 +49,8 @@ def model_folder(config: ConfigSchema) -> Path:
         return materialize(smollm2_path())
     if config.model.path is None:
         raise ValueError(
-            f"runner=cpu has no weights of model={config.model.name}; give model=hf model.path=DIR, or "
-            f"model=smollm2_135m"
+            f"runner=cpu has no weights of model={config.model.name}; give model=hf model.path=DIR, "
+            f"model=smollm2_135m, or model.weights=random"
         )
     path = Path(config.model.path)
     if not path.exists():
@@ -55,13 +58,17 @@ def model_folder(config: ConfigSchema) -> Path:
     return materialize(path)
 
 
-def prepare(config: ConfigSchema, folder: Path, geometry: ModelGeometry) -> Serving:
+def prepare(config: ConfigSchema, folder: Path | None, geometry: ModelGeometry) -> Serving:
     """Tokenizer, stop tokens and prompts. With a prompts file the workload's lengths give way to the file's."""
-    from uvm_kv.runner.torch import load_tokenizer
+    from uvm_kv.runner.torch import check_expressible, load_tokenizer
 
     workload = config.workload
+    if folder is None:
+        check_expressible(geometry)
     if config.prompts is None:
         return Serving(folder, None, None, frozenset())
+    if folder is None:
+        raise ValueError(f"prompts={config.prompts} with model.weights=random, which has no tokenizer and no answers")
     path = Path(config.prompts)
     if not path.is_file() and not path.is_absolute():
         path = CONF_DIR.parent / path

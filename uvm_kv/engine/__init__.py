@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 from uvm_kv.runner.base import ModelRunner
 from uvm_kv.sched.scheduler import Scheduler
@@ -17,11 +18,12 @@ class Engine:
         self.source = source
         self.recorder = recorder
 
-    def run(self, *, max_steps: int | None = None, on_step: Callable[[int], None] | None = None) -> bool:
-        """Serve until the source is dry (True) or `max_steps` are done (False). `on_step` gets the steps done."""
+    def run(self, *, max_steps: float = inf, max_ns: float = inf, on_step: Callable[[int], None] | None = None) -> str:
+        """Serve until the source is dry ("done"), `max_steps` are done ("steps"), or `max_ns` have passed on the
+        runner's clock ("seconds"); which of them. `on_step` gets the steps done."""
         scheduler, runner, source, recorder = self.scheduler, self.runner, self.source, self.recorder
-        while max_steps is None or recorder.num_steps < max_steps:
-            now_ns = runner.now_ns()
+        stop_ns = runner.now_ns() + max_ns
+        while recorder.num_steps < max_steps and (now_ns := runner.now_ns()) < stop_ns:
             for request in source.arrivals(now_ns):
                 scheduler.add(request)
                 runner.add(request)
@@ -30,8 +32,8 @@ class Engine:
                 times = [t for t in (source.next_arrival_ns(), scheduler.wake_ns()) if t is not None]
                 if not times:
                     assert not scheduler.has_work(), "requests are left that no step can serve"
-                    return True
-                runner.wait_until_ns(min(times))
+                    return "done"
+                runner.wait_until_ns(int(min(*times, stop_ns)))
                 continue
             output = runner.execute(plan)
             finished = scheduler.update(plan, output)
@@ -42,4 +44,4 @@ class Engine:
                 source.finished(request, output.timing.end_ns)
             if on_step is not None:
                 on_step(plan.step + 1)
-        return False
+        return "seconds" if recorder.num_steps < max_steps else "steps"

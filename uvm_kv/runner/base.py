@@ -24,7 +24,8 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def add(self, request: Request) -> None:
-        """Make a request known, before the first plan that schedules it; token ids and stop rule go in here."""
+        """Make a request known, before the first plan that schedules it; token ids and stop rule go in here. Its
+        `num_filled_tokens` get KV that nobody computed as its first blocks come, in no time."""
 
     @abstractmethod
     def remove(self, request_id: int) -> None:

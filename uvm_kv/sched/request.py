@@ -25,6 +25,7 @@ class Request:
         "measured",
         "prompt_ids",
         "stop_tokens",
+        "num_filled_tokens",
         "status",
         "num_computed",
         "num_tokens",
@@ -46,10 +47,13 @@ class Request:
         measured: bool = True,
         prompt_ids: tuple[int, ...] | None = None,
         stop_tokens: frozenset[int] = frozenset(),
+        num_filled_tokens: int = 0,
     ) -> None:
-        """`measured` is False for requests that only bring the system into its steady state: no latency is taken."""
+        """`measured` is False for requests that only bring the system into its steady state: no latency is taken.
+        `num_filled_tokens` of the prompt already hold KV, which nobody computed, when it is first admitted."""
         if prompt_tokens < 1 or output_tokens < 1:
             raise ValueError(f"request {id}: {prompt_tokens} prompt and {output_tokens} output tokens; both need >= 1")
+        assert 0 <= num_filled_tokens < prompt_tokens, "the last token's KV is what the first step computes"
         self.id = id
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
@@ -58,7 +62,7 @@ class Request:
         self.prompt_ids = prompt_ids
         self.stop_tokens = stop_tokens
         self.status = Status.WAITING
-        self.num_computed = 0
+        self.num_filled_tokens = self.num_computed = num_filled_tokens
         self.num_tokens = prompt_tokens
         self.num_slots = 0
         """Tokens that fit in its blocks; 0 while it has none."""

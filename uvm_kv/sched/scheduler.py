@@ -119,11 +119,9 @@ class Scheduler:
             request = running[index]
             context = request.num_computed
             remaining = request.num_tokens - context
-            num_new = remaining
-            if num_new > budget:
-                num_new = budget
-                if not budget:
-                    break
+            num_new = remaining if remaining <= budget else budget
+            if not num_new:
+                break
             new_blocks: tuple[int, ...] = ()
             if context + num_new > request.num_slots:
                 grown = self._grow(request, context + num_new, ops)
@@ -209,8 +207,7 @@ class Scheduler:
         moved = self.kv.swap_out(victim.id) if self.config.preemption == "swap" else None
         if moved is not None:
             source, target = moved
-            if source:
-                ops.append(MemoryOp(OpKind.COPY_OUT, tuple(source), 0, self.kv.spec.num_layers, 0, tuple(target)))
+            ops.append(MemoryOp(OpKind.COPY_OUT, tuple(source), 0, self.kv.spec.num_layers, 0, tuple(target)))
             self.num_context_tokens -= victim.num_computed
             self.num_swapped_tokens += victim.num_computed
             victim.status = Status.SWAPPED
@@ -254,8 +251,7 @@ class Scheduler:
                 break
             self.swapped.popleft()
             source, target = moved
-            if source:
-                ops.append(MemoryOp(OpKind.COPY_IN, tuple(source), 0, kv.spec.num_layers, 0, tuple(target)))
+            ops.append(MemoryOp(OpKind.COPY_IN, tuple(source), 0, kv.spec.num_layers, 0, tuple(target)))
             self.num_swapped_tokens -= context
             self.num_context_tokens += context
             grown = kv.grow(request.id, context + num_new)
@@ -289,16 +285,18 @@ class Scheduler:
             share = self._policy.place(self._view(), claim, admitting=True)
             if share is None or not self._leaves_watermark(share.device):
                 return
-            num_new = min(request.num_tokens, budget)
+            context = request.num_computed  # 0, or what is filled directly.
+            num_new = min(request.num_tokens - context, budget)
             if config.admission == "optimistic" and not self._policy.uses_host:
                 # As in vLLM all known tokens must fit, but only the chunk is claimed: older ones may take the rest.
-                share = Share(self.kv.spec.num_blocks(num_new), 0)
-            blocks = self.kv.open(request.id, *share, num_new)
+                share = Share(self.kv.spec.num_blocks(context + num_new), 0)
+            blocks = self.kv.open(request.id, *share, context + num_new)
             if blocks is None:
                 return
             waiting.popleft()
             if request.admitted_ns is None:
                 request.admitted_ns = now_ns
+            self.num_context_tokens += context
             self._start(request, num_new, tuple(blocks), scheduled, in_flight)
             budget -= num_new
             admissible -= 1
@@ -317,8 +315,8 @@ class Scheduler:
         request.status = Status.RUNNING
         request.num_slots = self.kv.num_slots(request.id)
         self.running.append(request)
-        decodes = num_new == 1 == request.num_tokens - context and context >= request.prompt_tokens
-        phase = DECODE if decodes else PREFILL
+        ends = num_new == 1 == request.num_tokens - context
+        phase = DECODE if ends and context >= (request.num_filled_tokens or request.prompt_tokens) else PREFILL
         scheduled.append(ScheduledSequence(request.id, phase, num_new, context, blocks))
         in_flight.append(request)
 
@@ -365,7 +363,7 @@ class Scheduler:
         self.kv.check_integrity()
         assert all(r.status is Status.RUNNING for r in self.running)
         assert all(r.status is Status.SWAPPED for r in self.swapped)
-        assert all(r.status is Status.WAITING and r.num_computed == 0 for r in self.waiting)
+        assert all(r.status is Status.WAITING and r.num_computed in (0, r.num_filled_tokens) for r in self.waiting)
         ids = [r.id for queue in (self.running, self.swapped, self.waiting) for r in queue]
         assert len(set(ids)) == len(ids), "a request is queued twice"
         assert self.num_context_tokens == sum(r.num_computed for r in self.running)

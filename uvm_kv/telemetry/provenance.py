@@ -67,16 +67,25 @@ def machine() -> dict[str, Any]:
 
 
 def manifest(
-    *, memory_emulated: bool, argv: list[str], seed: int, repeat: int, started: str, duration_s: float
+    *,
+    memory_emulated: bool,
+    weights: str | None,
+    argv: list[str],
+    seed: int,
+    repeat: int,
+    started: str,
+    duration_s: float,
 ) -> dict[str, Any]:
-    """`memory_emulated`: both tiers were CPU memory, whatever the memory kind. `argv`: the command that was typed.
-    `started`: local time in ISO 8601. `duration_s`: wall clock of the run itself."""
+    """`memory_emulated`: both tiers were CPU memory, whatever the memory kind. `weights` of a real model: file or
+    random. `argv`: the command that was typed. `started`: local time in ISO 8601. `duration_s`: wall clock of the run.
+    """
     return {
         **git_state(),
         "versions": versions(),
         "machine": machine(),
         "gpu": gpu(),
         "memory_emulated": memory_emulated,
+        "weights": weights,
         "seed": seed,
         "repeat": repeat,
         "argv": argv,

@@ -69,6 +69,11 @@ class Recorder:
     def num_requests(self) -> int:
         return len(self.finished)
 
+    @property
+    def last_end_ns(self) -> int:
+        """When the last step ended; 0 before there is one."""
+        return self._steps[STEP_COLUMNS.index("end_ns") - len(STEP_COLUMNS)] if self._steps else 0
+
     def step(self, plan: StepPlan, output: StepOutput, scheduler: Scheduler) -> None:
         """Book a step, after the scheduler's update: `num_running` is who was scheduled, not who is left."""
         kv, counters = scheduler.kv, output.counters

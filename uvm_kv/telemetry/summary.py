@@ -16,23 +16,36 @@ from uvm_kv.types import NS_PER_S
 SCHEMA_VERSION = 1
 """Raised when the columns or the simulated numbers change their meaning: older runs are then not taken for new."""
 PERCENTILES = (50, 90, 99)
-INCOMPLETE = "stopped by max_steps before all requests were served"
+INCOMPLETE = "stopped by max_steps or max_seconds before all requests were served"
 
 
-def summarize(steps: Table, requests: Table, *, power: PowerModel | None, complete: bool) -> dict[str, Any]:
-    """Measured quantities of a run; `complete` is False where max_steps stopped it.
+def summarize(
+    steps: Table,
+    requests: Table,
+    *,
+    power: PowerModel | None,
+    complete: bool,
+    steady_until_ns: int | None = None,
+) -> dict[str, Any]:
+    """Measured quantities of a run; `complete` is False where max_steps or max_seconds stopped it.
 
     Throughput is taken over the steady window, from the first completion to the last admission; batch and KV means
     over the same window where there is one, weighted by time. Latencies are those of measured requests only: TTFT
     from arrival to first token, TPOT the mean gap between an output's tokens.
+
+    A run that starts in its steady state (until `steady_until_ns`) is steady from its first step on, may be stopped at
+    any time, and has no TTFT, since nothing is prefilled.
     """
     warnings = []
-    if not complete:
+    if not complete and steady_until_ns is None:
         warnings.append(INCOMPLETE)
     start, end = _ints(steps, "start_ns"), _ints(steps, "end_ns")
     duration_ns = int(end[-1]) if len(end) else 0
     tokens = _ints(steps, "num_output_tokens")
-    window = _steady_window(requests)
+    if steady_until_ns is None:
+        window = _steady_window(requests)
+    else:
+        window = (int(start[0]), steady_until_ns) if len(start) and start[0] < steady_until_ns else None
     inside = np.zeros(len(end), bool)
     steady = None
     if window is not None:
@@ -65,7 +78,7 @@ def summarize(steps: Table, requests: Table, *, power: PowerModel | None, comple
         "steady_window_s": None if window is None else [t / NS_PER_S for t in window],
         "output_tokens_per_s": steady,
         "output_tokens_per_s_whole_run": num_tokens * NS_PER_S / duration_ns if duration_ns else None,
-        "ttft_s": _distribution(_ttft(requests, measured)),
+        "ttft_s": _distribution(_ttft(requests, measured if steady_until_ns is None else [])),
         "tpot_s": _distribution(_tpot(requests, measured)),
         "kv_bytes_mean": {name: _mean(_ints(steps, f"kv_{name}_bytes"), weights) for name in KVUsage._fields},
         "h2d_bytes": _sum_of(totals, "h2d_"),

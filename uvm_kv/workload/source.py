@@ -54,22 +54,40 @@ class OpenLoop(RequestSource):
         return bool(self._pending)
 
 
+def filled_request(
+    request_id: int, prompt_tokens: int, output_tokens: int, arrival_ns: int = 0, *, num_done: int = 0
+) -> Request:
+    """A request whose prompt and first `num_done` output tokens hold KV without a prefill. One more token is known, as
+    after any step, and its KV is what the next step computes; so the request puts out the rest, and decodes at the
+    contexts of one that was served from its start. Where no token would be left to put out, one token less is known.
+    """
+    num_known = prompt_tokens + min(num_done + 1, output_tokens - 1)
+    num_left = prompt_tokens + output_tokens - num_known
+    return Request(request_id, num_known, num_left, arrival_ns, num_filled_tokens=num_known - 1)
+
+
 class ClosedLoop(RequestSource):
     """`num_clients` clients, each sending its next request as its last one ends, until all lengths are used up.
 
     Client i's first request generates i / num_clients of its output, so that the clients do not march in step; it
-    only brings the system into its steady state and is not measured.
+    only brings the system into its steady state and is not measured. Or the first requests are given (`steady_start`),
+    and the later ones begin with their prompt's KV, too.
     """
 
-    def __init__(self, lengths: Sequence[Lengths], num_clients: int) -> None:
+    def __init__(
+        self, lengths: Sequence[Lengths], num_clients: int, *, steady: Sequence[Request] | None = None
+    ) -> None:
         self._num_started = min(num_clients, len(lengths))
         self._lengths = deque(lengths[self._num_started :])
         self._next_id = self._num_started
-        self._pending: list[tuple[int, int, Request]] = []
-        for i in range(self._num_started):
-            prompt, output = lengths[i]
-            first = Request(i, prompt, max(1, output * i // num_clients), 0, measured=False)
-            self._pending.append((0, i, first))
+        self._steady = steady is not None
+        if steady is None:
+            steady = [
+                Request(i, prompt, max(1, output * i // num_clients), 0, measured=False)
+                for i, (prompt, output) in enumerate(lengths[: self._num_started])
+            ]
+        assert len(steady) == self._num_started
+        self._pending: list[tuple[int, int, Request]] = [(0, i, first) for i, first in enumerate(steady)]
 
     def arrivals(self, now_ns: int) -> list[Request]:
         arrived = []
@@ -83,7 +101,8 @@ class ClosedLoop(RequestSource):
     def finished(self, request: Request, now_ns: int) -> None:
         if self._lengths:
             prompt, output = self._lengths.popleft()
-            request = Request(self._next_id, prompt, output, now_ns)
+            make = filled_request if self._steady else Request
+            request = make(self._next_id, prompt, output, now_ns)
             heapq.heappush(self._pending, (now_ns, self._next_id, request))
             self._next_id += 1
 

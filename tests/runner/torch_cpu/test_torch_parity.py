@@ -134,7 +134,7 @@ def engine_log(job: Job, runner: ModelRunner) -> Log:
     resolved, recorder = job.resolved, Recorder()
     recorder.keep_plans()
     scheduler = build_scheduler(resolved, build_placement(resolved, build_roofline(resolved)))
-    assert Engine(scheduler, runner, build_source(job, workload_of(job)), recorder).run()
+    assert Engine(scheduler, runner, build_source(job, workload_of(job)), recorder).run() == "done"
     assert recorder.plans is not None
     return recorder.plans
 

@@ -145,6 +145,12 @@ class ManagedKV:
         """Whether a write differs from a read: of a read-duplicated page it ends the duplication."""
         return self._hints.read_mostly
 
+    def populate(self, sequences: Iterable[Groups]) -> None:
+        """A steady start: the GPU has touched these once, so each chunk is where the hints and the card's size left it.
+        None of that takes time."""
+        for chunks, actions in self._walk(sequences, ()):
+            self._driver.run(chunks, actions)
+
     def free(self, blocks: Iterable[int]) -> None:
         """A sequence has given these up."""
         if self._hints.discard_on_free:

@@ -296,6 +296,8 @@ class SimRunner(ModelRunner):
         if self._managed.sees_writes:
             for request_id, _, num_new, context, _ in plan.scheduled:
                 written += self._sequences[request_id].blocks[context // size : ceil_div(context + num_new, size)]
+        if plan.step == 0:  # What holds KV before the first step was filled directly.
+            self._managed.populate(self._sequences[s.request_id].groups for s in plan.scheduled if s.context_len)
         scheduled = [s.request_id for s in plan.scheduled]
         groups = (self._sequences[request_id].groups for request_id in scheduled)
         return self._managed.step((self._version, scheduled), groups, written, traffic.managed_moves)

@@ -12,7 +12,7 @@ from torch import Tensor
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import MemoryCounters, OpKind
 from uvm_kv.kvcache.spec import KVCacheSpec
-from uvm_kv.runner.torch.kv import Issued, KVBackend, SequenceRows
+from uvm_kv.runner.torch.kv import Issued, KVBackend, SequenceRows, random_kv
 from uvm_kv.runner.torch.kv_store import BlockIndex, KVStore, SlotIndex
 from uvm_kv.types import MemoryKind, ceil_div
 
@@ -44,6 +44,7 @@ class CpuKV(KVBackend):
     def __init__(self, spec: KVCacheSpec, capacity: KVCapacity, memory: MemoryKind, dtype: torch.dtype) -> None:
         self.device = torch.device("cpu")
         self._spec = spec
+        self._dtype = dtype
         self._store = KVStore(spec, capacity, dtype, managed=memory is MemoryKind.MANAGED)
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -54,6 +55,13 @@ class CpuKV(KVBackend):
 
     def acquire(self, blocks: Sequence[int]) -> None:
         self._store.acquire(blocks)
+
+    def fill(self, blocks: Sequence[int], num_tokens: int, generator: torch.Generator) -> None:
+        size = self._spec.block_size
+        tokens = range(num_tokens)
+        slots = SlotIndex([blocks[t // size] for t in tokens], [t % size for t in tokens], self._store.num_device)
+        for layer in range(self._spec.num_layers):
+            self._store.write(layer, slots, *random_kv(self._spec, num_tokens, generator, self._dtype))
 
     def begin_step(self, batch: Sequence[SequenceRows], issued: Issued) -> None:
         size, num_device = self._spec.block_size, self._store.num_device

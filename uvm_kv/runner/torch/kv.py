@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from uvm_kv.kvcache.ops import MemoryCounters, MemoryOp
+from uvm_kv.kvcache.spec import KVCacheSpec
 
 
 class SequenceRows(NamedTuple):
@@ -43,11 +44,17 @@ Issued = Mapping[int, Sequence[LayerOp]]
 """Layer -> what is issued before it runs."""
 
 
+def random_kv(spec: KVCacheSpec, num_tokens: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """KV of unit variance for one layer, [K|V, token, kv_head, dim], whatever the blocks, their size and their tier."""
+    shape = (2, num_tokens, spec.num_kv_heads, spec.head_dim)
+    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+
+
 class KVBackend(ABC):
     """Both tiers of KV memory and attention over them. Block ids are the plan's: device blocks come first.
 
-    Calls come in the order of a step: move, poison and acquire while tables change; begin_step; attend once a layer, in
-    order; end_step.
+    Calls come in the order of a step: move, poison, acquire and fill while tables change; begin_step; attend once a
+    layer, in order; end_step.
     """
 
     device: torch.device
@@ -64,6 +71,11 @@ class KVBackend(ABC):
     @abstractmethod
     def acquire(self, blocks: Sequence[int]) -> None:
         """These blocks are new in a table; their slots fill up as tokens come."""
+
+    @abstractmethod
+    def fill(self, blocks: Sequence[int], num_tokens: int, generator: torch.Generator) -> None:
+        """The first `num_tokens` tokens of a sequence with this table get the KV of `random_kv`, layer by layer. Done
+        when it returns: the runner's clock stands still meanwhile."""
 
     @abstractmethod
     def begin_step(self, batch: Sequence[SequenceRows], issued: Issued) -> None:

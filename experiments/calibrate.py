@@ -32,9 +32,7 @@ def refuse_to_measure() -> NoReturn:
     for line in plan_lines():
         print(f"  {line}")
     card = gpu()
-    why = (
-        "no NVIDIA GPU here" if card is None else f"{card['name']} is here, but the CUDA extension that measures is not"
-    )
+    why = "no NVIDIA GPU here" if card is None else f"python -m experiments.microbench measures this {card['name']}"
     raise ValueError(f"{why}; nothing was measured: give curves=FILE.json and name=NAME (docs/calibration.md)")
 
 
@@ -49,7 +47,8 @@ def run(config: CalibrateSchema) -> None:
     base = load_profile(config.base)
     curves = read_curves(Path(config.curves))
     found = calibrate(curves, base, config.name)
-    write_profile(output, profile_yaml(found.profile, _comment(curves, config.base)))
+    measured_on = curves.card if curves.origin == "measured" else None
+    write_profile(output, profile_yaml(found.profile, _comment(curves, config.base), measured_on))
     _print(found, curves, config.base)
     print(f"written: {output}")
     if output.resolve().parent != names.CONF_DIR / "hardware":

@@ -18,13 +18,12 @@ from uvm_kv.placement.base import PlacementContext
 from uvm_kv.placement.registry import build_policy
 from uvm_kv.runner.base import ModelRunner
 from uvm_kv.runner.sim import SimRunner
-from uvm_kv.runner.sim.managed import Hints
 from uvm_kv.sched.batching import Batching, ContinuousBatching
 from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
 from uvm_kv.sched.scheduler import Scheduler, SchedulerConfig
 from uvm_kv.telemetry.recorder import Recorder
-from uvm_kv.types import Layout, MemoryKind, Phase, Reach
+from uvm_kv.types import Hints, Layout, MemoryKind, Phase, Reach
 from uvm_kv.workload.source import OpenLoop, RequestSource
 
 REPOSITORY = Path(__file__).parent.parent

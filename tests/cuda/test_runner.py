@@ -31,6 +31,7 @@ from tests.runner.torch_cpu.test_torch_same_tokens import FAST_LINK_GB_PER_S, as
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.placement.base import PlacementContext
 from uvm_kv.runner.torch.cuda_kv import CudaKV
+from uvm_kv.runner.torch.graphs import DecodeGraphs, padded_sizes
 from uvm_kv.sched.request import Request
 from uvm_kv.types import KIB, Hints, Layout, MemoryKind
 
@@ -92,7 +93,7 @@ def run(
     *,
     batch: int,
     chunk: int,
-    **more: Any,
+    graph_seqs: int = 0,
 ) -> Served:
     axes = axes_of(mechanism)
     kv = CudaKV(
@@ -108,12 +109,14 @@ def run(
         poison_freed=True,
     )
     longest = max(r.max_tokens for r in requests)
-    runner = TorchRunner(model, context.spec, context.capacity, context.memory, max_tokens=longest, kv=kv)
+    runner = TorchRunner(
+        model, context.spec, context.capacity, context.memory, max_tokens=longest, kv=kv, graph_seqs=graph_seqs
+    )
     return serve(model, context, axes, requests, batch_size=batch, max_num_batched_tokens=chunk, runner=runner)
 
 
 def few() -> list[Request]:
-    return ragged(6, longest_prompt=24, longest_output=20)
+    return ragged(6, longest_prompt=24, longest_output=20, seed=5)
 
 
 @pytest.mark.parametrize("mechanism", SERVED)
@@ -138,6 +141,41 @@ def test_same_tokens(
     assert (moved["d2h_planned_eviction_bytes"] > 0) == (
         mechanism in ("managed_demand_capped", "managed_prefetch_ahead")
     )
+
+
+@pytest.mark.parametrize("mechanism", SERVED)
+def test_graphs_put_out_the_same_tokens(
+    mechanism: str, model: Any, folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode steps are padded and replayed where nothing moves between the layers; others run eagerly beside them."""
+    replays: list[int] = []
+    run_padded = DecodeGraphs.run
+
+    def count(self: DecodeGraphs, batch: Any, *arguments: Any) -> Any:
+        replays.append(len(batch))
+        return run_padded(self, batch, *arguments)
+
+    monkeypatch.setattr(DecodeGraphs, "run", count)
+    axes, requests = axes_of(mechanism), few()
+    capacity = tight_capacity(axes, requests, 8, 6)
+    if quiet := mechanism in ("device_resident", "pinned_zero_copy", "managed_by_tier", "managed_demand"):
+        capacity = KVCapacity(12, 48) if capacity.num_host_blocks else KVCapacity(60, 0)
+    context = context_for(
+        model, folder, axes, capacity, block_size=8, num_layers_ahead=1, link_gb_per_s=FAST_LINK_GB_PER_S
+    )
+    served = run(model, context, mechanism, requests, batch=6, chunk=64, graph_seqs=6)
+    assert_same_tokens(reference, requests)
+    num_decodes = sum(all(s.num_new_tokens == 1 for s in plan.scheduled) for plan, _ in served.log)
+    if quiet:
+        assert len(replays) >= num_decodes - 1
+        assert {5, 3} & set(replays), "none of them was padded"
+
+
+def test_a_batch_is_padded_to_the_next_size() -> None:
+    assert padded_sizes(1) == [1]
+    assert padded_sizes(6) == [1, 2, 4, 6]
+    assert padded_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert padded_sizes(32) == [1, 2, 4, 8, 16, 24, 32]
 
 
 def out_names(served: Served) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from tests import host_runtime
 from uvm_kv.types import MIB
 
 SUITE = Path("tests/cuda")
-LEAST = {"test_attention.py": 95, "test_copies.py": 200, "test_runner.py": 28, "": 100}
+LEAST = {"test_attention.py": 95, "test_copies.py": 200, "test_runner.py": 28, "test_jobs.py": 14, "": 100}
 """Tests that must run, so that a suite that skips itself is seen; '' is all other files."""
 MAY_SKIP = ("torch", "cupy", "CUPTI", "NVML", "layer_major")
 
@@ -53,6 +53,7 @@ def run(module: Path, *command: str, **variables: str) -> subprocess.CompletedPr
         ("test_copies.py", "needed"),
         ("test_runner.py", "needed"),
         ("test_runner.py", "others"),
+        ("test_jobs.py", "needed"),
         ("", "needed"),
         ("", "others"),
     ],
@@ -63,7 +64,7 @@ def test_the_gpu_tests_pass(module: Path, files: str, order: str, tmp_path: Path
     report = tmp_path / "report.xml"
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-s", f"--junitxml={report}"]
     variables = {"UVM_KV_HOST_RUNTIME_ORDER": order}
-    if files == "test_runner.py":  # The kernels reach torch's tensors on the CPU.
+    if files in ("test_runner.py", "test_jobs.py"):  # The kernels reach torch's tensors on the CPU.
         variables["UVM_KV_HOST_RUNTIME_PAGEABLE"] = "1"
     done = run(module, "-m", "pytest", *options, *paths, **variables)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -11,9 +11,8 @@ from tests.helpers import drive, make_context, make_requests, make_scheduler, ma
 from uvm_kv.kvcache.ops import MemoryOp, OpKind
 from uvm_kv.placement.base import PlacementContext, PlacementView, Share
 from uvm_kv.placement.registry import build_policy
-from uvm_kv.runner.sim.managed import Hints
 from uvm_kv.sched.plan import StepPlan
-from uvm_kv.types import Layout, MemoryKind, Reach
+from uvm_kv.types import Hints, Layout, MemoryKind, Reach
 
 
 def view_of(

@@ -7,10 +7,9 @@ import pytest
 from tests.helpers import Admission, Preemption, drive, make_context, make_requests, make_scheduler, make_sim
 from uvm_kv.placement.base import PlacementContext
 from uvm_kv.placement.registry import POLICIES
-from uvm_kv.runner.sim.managed import Hints
 from uvm_kv.runner.sim.uvm.block import PAGE_BYTES
 from uvm_kv.sched.plan import StepOutput, StepPlan
-from uvm_kv.types import CHUNK_BYTES, NS_PER_S, Layout, MemoryKind, Phase
+from uvm_kv.types import CHUNK_BYTES, NS_PER_S, Hints, Layout, MemoryKind, Phase
 
 SERVED = [(name, kind) for name, policy in POLICIES.items() for kind in sorted(policy.memory_kinds)]
 LENGTHS = [(40 + 13 * i % 90, 30 + 17 * i % 80) for i in range(14)]

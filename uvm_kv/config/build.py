@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from uvm_kv.config.cuda import build_kv, energy_meter, this_card
 from uvm_kv.config.models import load_served
 from uvm_kv.config.peers import is_peer, peer_identity
 from uvm_kv.config.resolve import Resolved
+from uvm_kv.config.schema import ConfigSchema
 from uvm_kv.config.serving import outputs, random_ids
 from uvm_kv.config.workload import Workload, build_workload
 from uvm_kv.engine import Engine
@@ -28,7 +30,6 @@ from uvm_kv.placement.registry import build_policy
 from uvm_kv.runner.base import ModelRunner
 from uvm_kv.runner.replay import ReplayRunner
 from uvm_kv.runner.sim import SimRunner
-from uvm_kv.runner.sim.managed import Hints
 from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
 from uvm_kv.sched.batching import Batching, ContinuousBatching, DynamicBatching, StaticBatching
 from uvm_kv.sched.request import Request
@@ -38,7 +39,7 @@ from uvm_kv.telemetry.provenance import manifest
 from uvm_kv.telemetry.recorder import Recorder
 from uvm_kv.telemetry.store import is_complete, read_plans, run_id, write_run
 from uvm_kv.telemetry.summary import SCHEMA_VERSION, summarize
-from uvm_kv.types import DTYPE_BYTES, NS_PER_S, MemoryKind, Reach, ceil_div
+from uvm_kv.types import DTYPE_BYTES, NS_PER_S, Hints, MemoryKind, Reach, ceil_div
 from uvm_kv.workload.lengths import Lengths, mean_lengths
 from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, WithTokens, all_at_once, poisson
 from uvm_kv.workload.steady import continued, nearest_to_mean, plan_without_runner, steady_start
@@ -201,12 +202,15 @@ def build_runner(
     if resolved.serving is not None:
         from uvm_kv.runner.torch import Sampling, TorchRunner
 
+        model = load(resolved)
         return TorchRunner(
-            load(resolved),
+            model,
             resolved.spec,
             resolved.capacity,
             resolved.memory,
             max_tokens=resolved.max_model_len,
+            kv=build_kv(resolved, model) if config.runner == "cuda" else None,
+            graph_seqs=config.batch_size if config.runner == "cuda" and config.cuda_graphs else 0,
             sampling=Sampling(config.sampling.temperature, seed),
         )
     hints = Hints(**dataclasses.asdict(config.hints))
@@ -313,18 +317,35 @@ def run_job(
     recorder = Recorder()
     if config.record_plans:
         recorder.keep_plans()
-    runner = build_runner(resolved, roofline, job.seed, load)
-    engine = Engine(build_scheduler(resolved, policy), runner, build_source(job, workload), recorder)
     total = len(workload.lengths)
-    hook = None if on_step is None else (lambda steps: on_step(steps, recorder.num_requests, total))
-    try:
-        stopped_by = engine.run(
-            max_steps=config.max_steps or inf,
-            max_ns=inf if config.max_seconds is None else round(config.max_seconds * NS_PER_S),
-            on_step=hook,
-        )
-    finally:
-        runner.close()
+    with energy_meter(config) as meter:
+
+        def loaded_and_rested(resolved: Resolved) -> Any:
+            model = load(resolved)
+            if meter is not None:
+                meter.rest()  # Before the runner is there, whose clock has begun then.
+            return model
+
+        def hook(steps: int) -> None:
+            if meter is not None:
+                meter.step()
+            if on_step is not None:
+                on_step(steps, recorder.num_requests, total)
+
+        runner = build_runner(resolved, roofline, job.seed, loaded_and_rested)
+        engine = Engine(build_scheduler(resolved, policy), runner, build_source(job, workload), recorder)
+        try:
+            if meter is not None:
+                meter.start(runner.now_ns)
+            stopped_by = engine.run(
+                max_steps=config.max_steps or inf,
+                max_ns=inf if config.max_seconds is None else round(config.max_seconds * NS_PER_S),
+                on_step=None if meter is None and on_step is None else hook,
+            )
+            if meter is not None:
+                meter.stop()
+        finally:
+            runner.close()
     steps, requests, serving = recorder.steps(), recorder.requests(), resolved.serving
     power = PowerModel(**dataclasses.asdict(resolved.profile.power))
     simulated = config.runner == "sim"
@@ -335,6 +356,7 @@ def run_job(
         power=power if simulated else None,
         complete=stopped_by == "done",
         steady_until_ns=_steady_until_ns(engine) if steady else None,
+        meter=meter,
     )
     bound = closed_form(resolved, roofline, policy, workload.lengths) if simulated else None
     if config.workload.arrival == "closed_loop" and not steady and total < REQUESTS_PER_CLIENT * config.batch_size:
@@ -349,7 +371,8 @@ def run_job(
         "memory_budget": resolved.memory_account,
         "device_kv_bytes": resolved.capacity.num_device_blocks * resolved.spec.block_bytes,
         "host_kv_bytes": resolved.capacity.num_host_blocks * resolved.spec.block_bytes,
-        "memory_emulated": serving is not None,
+        "memory_emulated": config.runner == "cpu",
+        "eviction": "planned" if config.placement.name == "demand_capped" else None,
         "chunk_loss_bytes": resolved.spec.chunk_loss_bytes(sum(resolved.capacity))
         if resolved.memory == "managed" and simulated
         else None,
@@ -360,7 +383,7 @@ def run_job(
         job.directory,
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
         manifest=manifest(
-            memory_emulated=serving is not None,
+            memory_emulated=config.runner == "cpu",
             weights=None if serving is None else config.model.weights,
             argv=argv,
             seed=job.seed,
@@ -388,6 +411,13 @@ def _steady_until_ns(engine: Engine) -> int:
     return max((time_ns for time_ns in admissions if time_ns is not None), default=0)
 
 
+def _hardware(config: ConfigSchema) -> str:
+    """What the run ran on: the simulated card, the CPU, or this machine's card by its own name."""
+    if config.runner == "cpu":
+        return "cpu"
+    return this_card().name if config.runner == "cuda" else config.hardware.name
+
+
 def identity(job: Job) -> dict[str, Any]:
     """What the run is of: the first fields of its summary."""
     config = job.resolved.config
@@ -397,7 +427,7 @@ def identity(job: Job) -> dict[str, Any]:
         "origin": {"sim": "simulated", "replay": "replayed"}.get(config.runner, "measured"),
         "runner": config.runner,
         "engine": config.engine,
-        "hardware": config.hardware.name if job.resolved.serving is None else "cpu",
+        "hardware": _hardware(config),
         "model": job.resolved.model.name,
         "weights": None if job.resolved.serving is None else config.model.weights,
         "mechanism": config.mechanism,

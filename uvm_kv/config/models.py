@@ -11,14 +11,16 @@ def load_served(resolved: Resolved) -> Any:
     """The real model of a job, on the device of its runner. ValueError if it cannot be loaded."""
     config, serving = resolved.config, resolved.serving
     assert serving is not None
+    from uvm_kv.runner.torch import compile_layers, load_model, random_model
+
     if serving.folder is None:
-        from uvm_kv.runner.torch import random_model
-
         # Repeats serve the same weights.
-        return random_model(resolved.model, config.dtype, config.seed, **_device(resolved))
-    from uvm_kv.runner.torch import load_model
-
-    return load_model(serving.folder, config.dtype, **_device(resolved))
+        model = random_model(resolved.model, config.dtype, config.seed, **_device(resolved))
+    else:
+        model = load_model(serving.folder, config.dtype, **_device(resolved))
+    if config.compile:
+        compile_layers(model, resolved.model.num_layers)
+    return model
 
 
 def _device(resolved: Resolved) -> dict[str, str]:
@@ -53,4 +55,4 @@ def _identity(resolved: Resolved) -> Any:
     if serving.folder is not None:
         files = sorted(f for f in serving.folder.iterdir() if f.is_file())
         weights = [str(serving.folder.resolve()), *((f.name, content_digest(f)) for f in files)]
-    return weights, resolved.model, config.dtype, _device(resolved)
+    return weights, resolved.model, config.dtype, config.compile, _device(resolved)

@@ -50,9 +50,11 @@ def check_output(path: Path, *, force: bool) -> None:
         raise ValueError(f"{path} exists already; give another name or output, or force=true to replace it")
 
 
-def profile_yaml(profile: HardwareProfile, comment: list[str]) -> str:
-    """The file of a profile that inherits from no other, with its sources; `comment` stands above it."""
+def profile_yaml(profile: HardwareProfile, comment: list[str], measured_on: str | None = None) -> str:
+    """The file of a profile that inherits from no other, with its sources; `comment` stands above it.
+    `measured_on`: the card that it was calibrated on."""
     lines = [f"# {line}".rstrip() for line in comment] + [f"name: {profile.name}"]
+    lines += [] if measured_on is None else [f"measured_on: {json.dumps(measured_on)}"]
     for group in ("gpu", "link", "managed", "power"):
         lines.append(f"{group}:")
         node = getattr(profile, group)

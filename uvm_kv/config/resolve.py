@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from uvm_kv.config.cuda import capacity_of, check_cuda, check_shape, size_tiers
 from uvm_kv.config.names import CONF_DIR, unknown
 from uvm_kv.config.peers import ENGINES, check_engine, is_peer, page_size
 from uvm_kv.config.schema import (
@@ -152,11 +153,13 @@ def resolve(composed: DictConfig) -> Resolved:
     _check_mechanism(config)
     _check_runner(config)
     profile = build_profile(config.hardware)
-    served = "cpu" in (config.runner, config.replay.recorded_runner)
+    card = check_cuda(config) if config.runner == "cuda" else None
+    served = bool({"cpu", "cuda"} & {config.runner, config.replay.recorded_runner})
     folder = model_folder(config) if served and config.model.weights == "file" else None
     model = build_model(config.model, folder)
     if config.dtype == "auto":
-        config.dtype = "float32" if served else "float16"  # float16 is slow on a CPU, and parity is in float32.
+        # float16 is slow on a CPU, and parity is in float32.
+        config.dtype = "float32" if served and card is None else "float16"
     memory = MemoryKind(config.memory.kind)
     check_served(config.placement.name, memory)
     _check_axes(config, memory)
@@ -180,8 +183,11 @@ def resolve(composed: DictConfig) -> Resolved:
     _check_workload(config, max_model_len)
     _check_steady_start(config)
     workload = build_workload(config, max_model_len, None if serving is None else serving.prompts)
-    if serving is not None:
-        lengths = [sum(pair) for pair in workload.lengths]
+    lengths = [sum(pair) for pair in workload.lengths]
+    if card is not None:
+        check_shape(model)
+        account = size_tiers(config, profile, model, spec, lengths, card)
+    elif serving is not None:
         unit = dataclasses.replace(spec, block_size=page_size(config))
         config.memory.device_kv_bytes, config.memory.host_kv_bytes = tier_bytes(config, unit, lengths)
         account = [("device tier (emulated)", config.memory.device_kv_bytes)]
@@ -195,6 +201,8 @@ def resolve(composed: DictConfig) -> Resolved:
         # Its unit is the chunk: whole blocks are packed into whole chunks.
         num_device = spec.num_blocks_in_chunks(device_bytes // CHUNK_BYTES)
     capacity = KVCapacity(num_device, host_bytes // spec.block_bytes)
+    if card is not None:
+        capacity = capacity_of(config, spec)
     if memory is MemoryKind.MANAGED and not config.driver.concurrent_managed_access:
         _check_without_concurrent_access(config)
     contiguous = config.allocation != "paged"
@@ -370,17 +378,15 @@ def _check_runner(config: ConfigSchema) -> None:
                 f"runner=cpu needs {' and '.join(absent)}, the extra 'torch': pip install -e '.[torch]'; "
                 f"runner=sim needs neither"
             )
-    if config.model.weights == "random" and "cpu" not in (config.runner, config.replay.recorded_runner):
+    if config.model.weights == "random" and not {"cpu", "cuda"} & {config.runner, config.replay.recorded_runner}:
         raise ValueError(
-            f"model.weights=random with runner={config.runner}, which has no weights; it goes with runner=cpu"
+            f"model.weights=random with runner={config.runner}, which has no weights; it goes with runner=cpu or cuda"
         )
+    if config.compile and config.runner not in ("cpu", "cuda"):
+        raise ValueError(f"compile=true with runner={config.runner}, which has no model to compile; drop it")
     if config.model.weights == "random" and config.model.path is not None:
         raise ValueError(
             f"model.weights=random with model.path={config.model.path}, which has weights of its own; drop one of them"
-        )
-    if config.runner == "cuda":
-        raise ValueError(
-            "runner=cuda needs an NVIDIA GPU and the CUDA extension, not part of this version yet; use runner=sim"
         )
     if (config.runner == "replay") != (config.replay.path is not None):
         raise ValueError(

@@ -66,6 +66,7 @@ class OperatorSchema:
 @dataclass
 class HardwareSchema:
     name: str = MISSING
+    measured_on: str | None = None
     gpu: GpuSchema = field(default_factory=GpuSchema)
     link: LinkSchema = field(default_factory=LinkSchema)
     managed: ManagedSchema = field(default_factory=ManagedSchema)
@@ -100,6 +101,7 @@ class MemorySchema:
     device_kv_bytes: int | None = None
     host_kv_bytes: int | None = None
     pageable: bool = False
+    allow_oversubscription: bool = False
 
 
 @dataclass
@@ -215,6 +217,8 @@ class ConfigSchema:
     num_repeats: int = 1
     max_steps: int | None = None
     max_seconds: float | None = None
+    cuda_graphs: bool = True
+    compile: bool = False
     record_plans: bool = False
     results_dir: str = "results/runs"
     rerun: bool = False

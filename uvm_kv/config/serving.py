@@ -1,4 +1,4 @@
-"""What runner=cpu serves: a model folder with its tokenizer, and the token ids of every request."""
+"""What a real runner serves: a model folder with its tokenizer, and the token ids of every request."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Serving:
 
 
 def model_folder(config: ConfigSchema) -> Path:
-    """The folder whose weights runner=cpu loads; a GGUF file is dequantized once."""
+    """The folder whose weights a real runner loads; a GGUF file is dequantized once."""
     from uvm_kv.runner.torch import materialize, smollm2_path
 
     if config.model.name == "smollm2_135m" and config.model.path is None:
         return materialize(smollm2_path())
     if config.model.path is None:
         raise ValueError(
-            f"runner=cpu has no weights of model={config.model.name}; give model=hf model.path=DIR, "
+            f"runner={config.runner} has no weights of model={config.model.name}; give model=hf model.path=DIR, "
             f"model=smollm2_135m, or model.weights=random"
         )
     path = Path(config.model.path)
@@ -121,6 +121,10 @@ def random_ids(num_tokens: int, vocab_size: int, seed: int, request_id: int) -> 
     return tuple(rng.integers(0, vocab_size, num_tokens).tolist())
 
 
+def free_host_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def tier_bytes(config: ConfigSchema, spec: KVCacheSpec, lengths: list[int]) -> tuple[int, int]:
     """Default sizes of both tiers: what the `batch_size` longest requests need, at most half of free memory in all."""
     longest = sorted(lengths, reverse=True)[: config.batch_size]
@@ -129,7 +133,7 @@ def tier_bytes(config: ConfigSchema, spec: KVCacheSpec, lengths: list[int]) -> t
     host = config.memory.host_kv_bytes
     if host is None:
         host = 0 if config.memory.kind == "device" else needed
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_host_bytes()
     if device + host > free // 2:
         raise ValueError(
             f"the KV tiers would take {device + host} bytes, more than half of the {free} bytes of free memory; lower "

@@ -8,7 +8,6 @@ again only when they have changed, and a step in which nothing moves is not walk
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -34,31 +33,13 @@ from uvm_kv.runner.sim.uvm.block import (
     run_of,
 )
 from uvm_kv.runner.sim.uvm.cost import fault_s, prefetch_s
-from uvm_kv.types import CHUNK_BYTES, Layout, ceil_div
+from uvm_kv.types import CHUNK_BYTES, Hints, Layout, ceil_div
 
 Groups = dict[int, int]
 """Blocks by the chunks that hold them: number of a group of blocks -> which blocks of it, one bit each, in the order
 in which they are touched. A group is as many blocks as a chunk packs, or one block where that is larger."""
 Accesses = tuple[NDArray[np.int32], NDArray[np.int32]]
 """Chunks, and the numbers of what is done to them."""
-
-
-@dataclass(frozen=True)
-class Hints:
-    """cudaMemAdvise on the managed KV slab (design, section 3)."""
-
-    preferred_location: str = "none"
-    accessed_by: bool = False
-    read_mostly: bool = False
-    discard_on_free: bool = False
-
-    def policy(self, *, host_tier: bool) -> Policy:
-        location = self.preferred_location
-        if location not in ("none", "device", "host", "by_tier"):
-            raise ValueError(f"hints.preferred_location={location}; allowed are none, device, host, by_tier")
-        if location == "by_tier":
-            location = "host" if host_tier else "device"
-        return Policy(None if location == "none" else Location(location), self.accessed_by, self.read_mostly)
 
 
 class Paged(NamedTuple):
@@ -130,10 +111,12 @@ class ManagedKV:
         boundary = self._first_host_group * self._spec.chunks_per_piece
         stride = self._layer_stride or self._driver.num_blocks
         for start in range(0, self._driver.num_blocks, stride):
-            self._driver.advise(
-                range(start, min(start + boundary, start + stride)), self._hints.policy(host_tier=False)
-            )
-            self._driver.advise(range(start + boundary, start + stride), self._hints.policy(host_tier=True))
+            self._driver.advise(range(start, min(start + boundary, start + stride)), self._policy(host_tier=False))
+            self._driver.advise(range(start + boundary, start + stride), self._policy(host_tier=True))
+
+    def _policy(self, *, host_tier: bool) -> Policy:
+        hints, location = self._hints, self._hints.location(host_tier=host_tier)
+        return Policy(None if location is None else Location(location), hints.accessed_by, hints.read_mostly)
 
     def group_of(self, block: int) -> tuple[int, int]:
         """(its group, its bit there)."""

@@ -14,11 +14,11 @@ from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import NO_TRAFFIC, MemoryCounters, MemoryOp, OpKind
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.runner.base import ModelRunner
-from uvm_kv.runner.sim.managed import Groups, Hints, ManagedKV, Paged, by_page
+from uvm_kv.runner.sim.managed import Groups, ManagedKV, Paged, by_page
 from uvm_kv.runner.sim.uvm.block import PAGE_BYTES, Rules
 from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
-from uvm_kv.types import NS_PER_S, Layout, MemoryKind, Phase, ceil_div
+from uvm_kv.types import NS_PER_S, Hints, Layout, MemoryKind, Phase, ceil_div
 
 DECODE = Phase.DECODE
 

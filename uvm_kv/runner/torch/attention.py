@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from uvm_kv.runner.torch import ranges
 from uvm_kv.runner.torch.kv import KVBackend
 
 NAME = "uvm_kv_paged"
@@ -50,6 +51,12 @@ class StepContext:
     calls: list[int] = field(default_factory=list)
     """Layers whose attention has run."""
 
+    def enter(self, layer: int) -> None:
+        if self.calls:
+            ranges.pop()
+        ranges.push(f"layer {layer}")
+        self.calls.append(layer)
+
 
 _current: StepContext | None = None
 
@@ -63,6 +70,8 @@ def step_context(context: StepContext) -> Iterator[StepContext]:
         yield context
     finally:
         _current = None
+        if context.calls:
+            ranges.pop()
 
 
 def register() -> None:
@@ -132,14 +141,46 @@ def paged_attention(
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """query [1, head, token, dim], key and value [1, kv_head, token, dim] -> ([1, token, head, dim], None)."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # The probe, which is never compiled, has seen them all.
+        step = _current
+        assert step is not None, "paged attention is called outside a step"
+        if isinstance(attention_mask, ValueError):
+            raise attention_mask
+        assert attention_mask is None, "the packed row has no mask of its own"
+        assert not dropout, "serving has no dropout"
+        check_keywords(keywords, step.max_tokens)
+    query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    attend = torch.ops.uvm_kv.attend if compiling else _attend
+    return attend(query, key, value, module.layer_idx, scaling)[None], None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None) -> Tensor:
     step = _current
     assert step is not None, "paged attention is called outside a step"
-    if isinstance(attention_mask, ValueError):
-        raise attention_mask
-    assert attention_mask is None, "the packed row has no mask of its own"
-    assert not dropout, "serving has no dropout"
-    check_keywords(keywords, step.max_tokens)
-    layer: int = module.layer_idx
-    step.calls.append(layer)
-    query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    return step.kv.attend(layer, query, key, value, scaling)[None], None
+    step.enter(layer)
+    return step.kv.attend(layer, query, key, value, scaling)
+
+
+# What a compiled model calls. The KV that it reads and writes is not among its arguments: calls differ by layer, and no
+# two of a step could be one.
+_attend_op = torch.library.custom_op("uvm_kv::attend", _attend, mutates_args=())
+
+
+_attend_op.register_fake(lambda query, *_: query.new_empty(query.shape))
+
+
+def eagerly() -> Any:
+    """What a compiled model does inside runs as it was written."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def compile_layers(model: torch.nn.Module, num_layers: int, **options: Any) -> None:
+    """torch.compile of each decoder layer, in place. ValueError for a model whose layers are not in one list."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num_layers]
+    if len(lists) != 1:
+        raise ValueError(f"compile=true: {type(model).__name__} has no one list of {num_layers} layers; drop it")
+    # A layer's number is part of its code, so each is compiled by itself, for one row and for many.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * num_layers)
+    for layer in lists[0]:
+        layer.compile(dynamic=True, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from uvm_kv.kvcache.ops import MemoryCounters, OpKind
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.runner.torch.kv import Issued, KVBackend, SequenceRows, random_kv
 from uvm_kv.runner.torch.kv_store import BlockIndex, KVStore, SlotIndex
+from uvm_kv.runner.torch.ranges import mark
 from uvm_kv.types import MemoryKind, ceil_div
 
 # The CPU has no device memory: what a GPU's driver or link would count is not observed.
@@ -98,6 +100,13 @@ class CpuKV(KVBackend):
             mask[:, None, None, :],
         )
 
+    def integers(self, *lists: Sequence[int], into: Tensor | None = None) -> list[Tensor]:
+        assert into is None, "the CPU has no graphs"
+        return [torch.tensor(values, dtype=torch.long) for values in lists]
+
+    def scope(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def end_step(self) -> MemoryCounters:
         return NOT_OBSERVED
 
@@ -106,18 +115,26 @@ class CpuKV(KVBackend):
 
     def _before_layer(self, layer: int) -> None:
         for op, data_layer in self._issued.get(layer, ()):
-            if op.kind is OpKind.COPY_IN:
-                self._store.stage(data_layer % self._spec.num_layers, op.blocks)
-            elif op.kind is OpKind.EVICT:
-                self._store.evict(data_layer, data_layer + 1, op.blocks)
-            elif op.kind is OpKind.PREFETCH:
-                self._store.touch(data_layer % self._spec.num_layers, torch.tensor(op.blocks))
-            else:
-                raise ValueError(f"op {op.kind} is not served by runner=cpu")
+            with mark("evict" if op.kind is OpKind.EVICT else "prefetch"):
+                if op.kind is OpKind.COPY_IN:
+                    self._store.stage(data_layer % self._spec.num_layers, op.blocks)
+                elif op.kind is OpKind.EVICT:
+                    self._store.evict(data_layer, data_layer + 1, op.blocks)
+                elif op.kind is OpKind.PREFETCH:
+                    self._store.touch(data_layer % self._spec.num_layers, torch.tensor(op.blocks))
+                else:
+                    raise ValueError(f"op {op.kind} is not served by runner=cpu")
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         self._before_layer(layer)
-        self._store.write(layer, self._slots, key, value)
+        with mark("append"):
+            self._store.write(layer, self._slots, key, value)
+        with mark("attention"):
+            out = self._attend(layer, query, key, value, scaling)
+        self._store.drop_staged(layer)
+        return out
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         if self._decodes is not None and not self._prefills:
             out = self._decode(layer, self._decodes, query, scaling)
         else:
@@ -127,7 +144,6 @@ class CpuKV(KVBackend):
             for chunk in self._prefills:
                 rows = slice(chunk.start, chunk.stop)
                 out[rows] = self._prefill(layer, chunk, query[rows], key[rows], value[rows], scaling)
-        self._store.drop_staged(layer)
         return out
 
     def _decode(self, layer: int, batch: Decodes, query: Tensor, scaling: float | None) -> Tensor:

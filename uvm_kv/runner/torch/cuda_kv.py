@@ -37,12 +37,14 @@ from uvm_kv.memory import (
     host_place,
     new_event,
     new_stream,
+    plan_capacity,
     slab_layout,
     stream_handle,
     whole_pages,
 )
 from uvm_kv.memory.layout import slab_bytes
 from uvm_kv.runner.torch.kv import Issued, KVBackend, SequenceRows, random_kv
+from uvm_kv.runner.torch.ranges import mark
 from uvm_kv.types import Hints, Layout, MemoryKind, ceil_div
 
 NO_BLOCK = -1
@@ -99,7 +101,7 @@ class CudaKV(KVBackend):
     # ---- whole blocks
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Swaps in both directions go side by side, unless one needs what the other moves."""
+        """One after the other: the compute stream waits for each, and the next waits for the compute stream."""
         begun = self._event(self._compute)
         into_host = [(a, b) for a, b in zip(sources, targets, strict=True) if b >= self._first_host > a]
         into_device = [(a, b) for a, b in zip(sources, targets, strict=True) if a >= self._first_host > b]
@@ -151,13 +153,14 @@ class CudaKV(KVBackend):
                 append_kv(self._view, layer, key, value, **where)
                 self._compute.synchronize()
 
-    def integers(self, *lists: Sequence[int]) -> list[Tensor]:
-        return self._ids.send(*(np.array(values, np.int64) for values in lists))
+    def integers(self, *lists: Sequence[int], into: Tensor | None = None) -> list[Tensor]:
+        return self._ids.send(*(np.array(values, np.int64) for values in lists), into=into)
 
     def scope(self) -> contextlib.AbstractContextManager[object]:
         if self.device.type == "cpu":
             return contextlib.nullcontext()
-        return torch.cuda.stream(self._compute)
+        stream: contextlib.AbstractContextManager[object] = torch.cuda.stream(self._compute)
+        return stream
 
     def begin_step(self, batch: Sequence[SequenceRows], issued: Issued) -> None:
         self._issued = issued
@@ -165,13 +168,14 @@ class CudaKV(KVBackend):
         if self._staging is not None:
             staged = self._staging.begin_step(issued, self._spec.num_layers)
         step = _lay_out(batch, self._spec.block_size, staged, self._staging)
-        self._fresh = step.fresh
-        self._homes, self._table, self._seqs, self._positions, self._again, rows = self._tables.send(
+        homes, table, seqs, positions, again, rows = self._tables.send(
             step.homes, step.table, step.seqs, step.positions, step.seqs_again, step.rows
         )
         with self.scope():
-            self._rows = rows.long()
-        self._writes_again = bool((step.seqs_again >= 0).any())
+            part = None if len(step.rows) == len(step.seqs) else rows.long()
+        self._step = _Bound(
+            homes, table, seqs, positions, again if step.writes_again else None, part, step.fresh, self._attention
+        )
         if step.rows.size:
             self._attention.plan(
                 query_lens=step.query_lens, context_lens=step.context_lens, block_table=step.table, stream=self._compute
@@ -180,29 +184,63 @@ class CudaKV(KVBackend):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         self._issue(layer)
         self._await(layer)
+        step = self._step
         query, key, value = _packed(query), _packed(key), _packed(value)
-        new = {"positions": self._positions, "stream": self._compute}
-        append_kv(self._view, layer, key, value, seqs=self._seqs, block_table=self._homes, **new)
-        if self._writes_again:
-            append_kv(self._view, layer, key, value, seqs=self._again, block_table=self._table, **new)
-        out = torch.empty_like(query)
-        if len(self._rows) == len(query):
-            self._run(layer, query, out, scaling)
-        elif len(self._rows):
-            part = query.index_select(0, self._rows)
-            result = torch.empty_like(part)
-            self._run(layer, part, result, scaling)
-            out.index_copy_(0, self._rows, result)
-        for rows in self._fresh:
-            out[rows] = _causal(query[rows], key[rows], value[rows], scaling)
+        new = {"positions": step.positions, "stream": self._compute}
+        with mark("append"):
+            append_kv(self._view, layer, key, value, seqs=step.seqs, block_table=step.homes, **new)
+            if step.seqs_again is not None:
+                append_kv(self._view, layer, key, value, seqs=step.seqs_again, block_table=step.table, **new)
+        with mark("attention"):
+            out = self._attend(layer, query, key, value, scaling)
         if self.device.type == "cpu":
             self._compute.synchronize()  # torch's tensors there know no stream: they go when they are forgotten.
         return out
 
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        step = self._step
+        out = torch.empty_like(query)
+        if step.rows is None:
+            self._run(layer, query, out, scaling)
+        elif len(step.rows):
+            part = query.index_select(0, step.rows)
+            result = torch.empty_like(part)
+            self._run(layer, part, result, scaling)
+            out.index_copy_(0, step.rows, result)
+        for rows in step.fresh:
+            out[rows] = _causal(query[rows], key[rows], value[rows], scaling)
+        return out
+
     def _run(self, layer: int, query: Tensor, out: Tensor, scaling: float | None) -> None:
-        self._attention.run(layer, query, out, block_table=self._table, scale=scaling, stream=self._compute)
+        step = self._step
+        step.attention.run(layer, query, out, block_table=step.table, scale=scaling, stream=self._compute)
         if self.device.type == "cpu":
             self._compute.synchronize()  # The next operator does not wait for it by itself.
+
+    # ---- decode over a padded batch, for graphs
+
+    def padded(self, num_seqs: int, max_tokens: int) -> PaddedBatch:
+        """Buffers for decode steps of up to `num_seqs` sequences of up to `max_tokens`, which stay where they are."""
+        return PaddedBatch(self._view, self._attention.num_q_heads, num_seqs, max_tokens, self.device)
+
+    def can_pad(self, batch: Sequence[SequenceRows], issued: Issued) -> bool:
+        """Whether a step is decode alone, and no memory op is issued or awaited in it."""
+        quiet = not issued and not self._arrivals and (self._staging is None or self._staging.is_empty)
+        return quiet and all(sequence.is_decode and sequence.num_new == 1 for sequence in batch)
+
+    def begin_padded(self, padded: PaddedBatch, batch: Sequence[SequenceRows]) -> None:
+        """As begin_step. Rows behind the batch's are nobody's: nothing is written for them, and nothing attended."""
+        self._issued = {}
+        tables = padded.lay_out(batch, self._spec.block_size)
+        self._tables.send(tables.homes, tables.seqs, tables.positions, into=padded.integers)
+        padded.attention.plan(
+            query_lens=tables.query_lens,
+            context_lens=tables.context_lens,
+            block_table=tables.homes,
+            stream=self._compute,
+        )
+        homes, seqs, positions = padded.views
+        self._step = _Bound(homes, homes, seqs, positions, None, None, [], padded.attention)
 
     def end_step(self) -> MemoryCounters:
         """Called when the step's tokens have been read, so that its events are over."""
@@ -253,18 +291,23 @@ class CudaKV(KVBackend):
             begun.wait(stream=stream.handle)
         for op, data_layer in ops:
             at = data_layer % self._spec.num_layers
-            if op.kind is OpKind.EVICT:
-                self._migrate("evict", op, at, host_place(), self._out)
-                if self._waits_for_evictions:
-                    self._arrivals.setdefault(layer, []).append(self._event(self._out))
-                continue
-            if op.kind is OpKind.PREFETCH:
-                self._migrate("prefetch", op, at, device_place(self._ordinal), self._in)
-            elif op.kind is OpKind.COPY_IN and self._staging is not None:
-                self._stage(op, at)
-            else:
-                raise ValueError(f"op {op.kind} is not served by runner=cuda with memory={self._kind}")
-            self._arrivals.setdefault(at, []).append(self._event(self._in))
+            with mark("evict" if op.kind is OpKind.EVICT else "prefetch"):
+                self._issue_one(layer, op, at)
+
+    def _issue_one(self, layer: int, op: MemoryOp, at: int) -> None:
+        """Of the data of the layer `at`."""
+        if op.kind is OpKind.EVICT:
+            self._migrate("evict", op, at, host_place(), self._out)
+            if self._waits_for_evictions:
+                self._arrivals.setdefault(layer, []).append(self._event(self._out))
+            return
+        if op.kind is OpKind.PREFETCH:
+            self._migrate("prefetch", op, at, device_place(self._ordinal), self._in)
+        elif op.kind is OpKind.COPY_IN and self._staging is not None:
+            self._stage(op, at)
+        else:
+            raise ValueError(f"op {op.kind} is not served by runner=cuda with memory={self._kind}")
+        self._arrivals.setdefault(at, []).append(self._event(self._in))
 
     def _stage(self, op: MemoryOp, layer: int) -> None:
         staging, far = self._staging, self._memory.host
@@ -299,6 +342,49 @@ class CudaKV(KVBackend):
         return event
 
 
+class _Bound(NamedTuple):
+    """What the layers of a step are given, on the device; see _Step."""
+
+    homes: Tensor
+    table: Tensor
+    seqs: Tensor
+    positions: Tensor
+    seqs_again: Tensor | None
+    rows: Tensor | None
+    """None: all of them."""
+    fresh: list[slice]
+    attention: PagedAttention
+
+
+class PaddedBatch:
+    """A decode batch of a fixed size at fixed addresses, with a plan whose capacity is fixed too."""
+
+    def __init__(self, view: PagedKV, num_q_heads: int, num_seqs: int, max_tokens: int, device: torch.device) -> None:
+        self.num_seqs, self._width = num_seqs, ceil_div(max_tokens, view.spec.block_size)
+        one, most = np.ones(num_seqs, np.int32), np.full(num_seqs, max_tokens, np.int32)
+        capacity = plan_capacity(view, num_q_heads=num_q_heads, query_lens=one, context_lens=most)
+        self.attention = PagedAttention(view, num_q_heads=num_q_heads, capacity=capacity)
+        self.integers = torch.zeros(num_seqs * (self._width + 2), dtype=torch.int32, device=device)
+        homes, seqs, positions = self.integers.split([num_seqs * self._width, num_seqs, num_seqs])
+        self.views = (homes.view(num_seqs, self._width), seqs, positions)
+
+    def lay_out(self, batch: Sequence[SequenceRows], block_size: int) -> _Step:
+        homes = np.full((self.num_seqs, self._width), NO_BLOCK, np.int32)
+        seqs = np.full(self.num_seqs, -1, np.int32)
+        positions, query_lens, context_lens = (np.zeros(self.num_seqs, np.int32) for _ in range(3))
+        for i, s in enumerate(batch):
+            count = ceil_div(s.total, block_size)
+            homes[i, :count] = s.blocks[:count]
+        n = len(batch)
+        seqs[:n], query_lens[:n] = np.arange(n), 1
+        context_lens[:n] = [s.total for s in batch]
+        positions[:n] = context_lens[:n] - 1
+        return _Step(homes, homes, seqs, seqs, positions, seqs, query_lens, context_lens, [])
+
+    def close(self) -> None:
+        self.attention.close()
+
+
 class _Staging:
     """A ring in device memory for host blocks of the layers to come, and which block has which slot of it."""
 
@@ -324,7 +410,6 @@ class _Staging:
                 if op.kind is OpKind.COPY_IN:
                     side, at = (staged, layer) if layer < num_layers else (ahead, layer - num_layers)
                     side.setdefault(at, set()).update(op.blocks)
-        self._ahead = ahead
         everywhere = set.intersection(*(staged.get(layer, set()) for layer in range(num_layers)))
         wanted = everywhere.union(*ahead.values())
         for block in [b for b in self.slots if b not in wanted]:
@@ -332,7 +417,13 @@ class _Staging:
         for block in sorted(wanted - self.slots.keys()):
             if self._free:  # What finds no slot is read in place.
                 self.slots[block] = self._free.pop()
+        # What has no slot now is not copied, and must not be taken for staged when it gets one.
+        self._ahead = {layer: blocks & self.slots.keys() for layer, blocks in ahead.items()}
         return frozenset(everywhere & self.slots.keys())
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.slots
 
     def id_of(self, block: int) -> int:
         return self._first_id + self.slots[block]
@@ -356,6 +447,10 @@ class _Step(NamedTuple):
     """[sequence]: 0 where all of its context is new, which is torch's flash attention's."""
     context_lens: npt.NDArray[np.int32]
     fresh: list[slice]
+
+    @property
+    def writes_again(self) -> bool:
+        return bool((self.seqs_again >= 0).any())
 
 
 def _lay_out(batch: Sequence[SequenceRows], block_size: int, staged: frozenset[int], staging: _Staging | None) -> _Step:
@@ -394,7 +489,8 @@ class _Tables:
         self._host = torch.empty(0, dtype=dtype)
         self._sent: Any = None
 
-    def send(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
+    def send(self, *arrays: npt.NDArray[Any], into: Tensor | None = None) -> list[Tensor]:
+        """Each on the device, in its shape; `into`: a tensor that takes them one after the other."""
         total = sum(a.size for a in arrays)
         if self._sent is not None:
             self._sent.synchronize()  # Out of this buffer the last step's tables went.
@@ -406,7 +502,10 @@ class _Tables:
         for array in arrays:
             out[start : start + array.size] = array.ravel()
             start += array.size
-        sent = self._host[:total].to(self._device, non_blocking=True, copy=True)
+        if into is None:
+            sent = self._host[:total].to(self._device, non_blocking=True, copy=True)
+        else:
+            sent = into[:total].copy_(self._host[:total], non_blocking=True)
         self._sent = new_event(device=self._device.index or 0)
         self._sent.record(stream=stream_handle(self._stream))
         parts = sent.split([a.size for a in arrays])

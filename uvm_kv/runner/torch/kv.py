@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,14 @@ class KVBackend(ABC):
 
         query [token, head, dim]; key and value [token, kv_head, dim]; the result has the query's shape.
         """
+
+    @abstractmethod
+    def integers(self, *lists: Sequence[int], into: Tensor | None = None) -> list[Tensor]:
+        """Each list as int64 on the device, without waiting for it. `into`: takes them one after the other."""
+
+    @abstractmethod
+    def scope(self) -> AbstractContextManager[object]:
+        """Open while the model runs: its operators go where this backend's go."""
 
     @abstractmethod
     def end_step(self) -> MemoryCounters:

@@ -13,8 +13,11 @@ from torch import Tensor
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.runner.base import ModelRunner
-from uvm_kv.runner.torch.attention import StepContext, check_positions, step_context
+from uvm_kv.runner.torch import ranges
+from uvm_kv.runner.torch.attention import StepContext, check_positions, eagerly, step_context
 from uvm_kv.runner.torch.cpu_kv import CpuKV
+from uvm_kv.runner.torch.cuda_kv import CudaKV
+from uvm_kv.runner.torch.graphs import DecodeGraphs
 from uvm_kv.runner.torch.kv import Issued, KVBackend, LayerOp, SequenceRows
 from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
@@ -49,19 +52,31 @@ class TorchRunner(ModelRunner):
         memory: MemoryKind,
         *,
         max_tokens: int,
+        kv: KVBackend | None = None,
+        graph_seqs: int = 0,
         sampling: Sampling | None = None,
         on_logits: Callable[[int, Tensor], None] | None = None,
     ) -> None:
-        """`max_tokens`: the longest sequence. `on_logits` sees each sampled row: (request id, [vocabulary])."""
+        """`max_tokens`: the longest sequence. `kv`: of the model's device; None is the CPU's. `graph_seqs`: decode
+        steps of up to so many sequences are CUDA graphs. `on_logits` sees each sampled row: (request id, [vocabulary]).
+        """
         self._model = model
         self._spec = spec
         self._capacity = capacity
         self._max_tokens = max_tokens
         self._sampling = sampling or Sampling()
         self._on_logits = on_logits
-        self._kv: KVBackend = CpuKV(spec, capacity, memory, model.dtype)
+        self._kv: KVBackend = kv or CpuKV(spec, capacity, memory, model.dtype)
         self._sequences: dict[int, _Sequence] = {}
         self._clock_ns = time.perf_counter_ns()
+        self._graphs: DecodeGraphs | None = None
+        if graph_seqs:
+            assert isinstance(self._kv, CudaKV), "graphs are CUDA's"
+            self._graphs = DecodeGraphs(self._kv, self._run_model, max_seqs=graph_seqs, max_tokens=max_tokens)
+        self._between_steps = False
+        """A range is open that the next step ends."""
+        if self._kv.device.type == "cuda":
+            ranges.to_nvtx()
         self._probe()
 
     def _probe(self) -> None:
@@ -70,7 +85,7 @@ class TorchRunner(ModelRunner):
         name = type(self._model).__name__
         self._kv.acquire([0])
         self._kv.begin_step([SequenceRows(0, 1, 0, [0], False)], {})
-        with torch.inference_mode(), step_context(context):
+        with torch.inference_mode(), self._kv.scope(), step_context(context), eagerly():
             try:
                 check_positions(self._model.config, self._max_tokens)
                 self._call([0], [0], [0])
@@ -105,20 +120,38 @@ class TorchRunner(ModelRunner):
         return time.perf_counter_ns() - self._clock_ns
 
     def wait_until_ns(self, time_ns: int) -> None:
-        while (left := time_ns - self.now_ns()) > 0:
-            time.sleep(left * 1e-9)
+        with ranges.mark("idle"):
+            while (left := time_ns - self.now_ns()) > 0:
+                time.sleep(left * 1e-9)
 
     def close(self) -> None:
+        self._end_schedule()
         self._sequences.clear()
+        if self._graphs is not None:
+            self._graphs.close()
         self._kv.close()
 
     def execute(self, plan: StepPlan) -> StepOutput:
+        self._end_schedule()
+        with ranges.mark("execute"):
+            output = self._execute(plan)
+        self._between_steps = True
+        ranges.push("schedule")
+        return output
+
+    def _end_schedule(self) -> None:
+        if self._between_steps:
+            ranges.pop()
+        self._between_steps = False
+
+    def _execute(self, plan: StepPlan) -> StepOutput:
         start = self.now_ns()
         self._change_tables(plan)
         per_layer = self._ops_by_layer(plan)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._kv.scope():
             logits, sampled = self._forward(plan, per_layer)
-            tokens = self._sample(sampled, logits.float())  # bfloat16 has no fast search for the largest.
+            with ranges.mark("sample"):
+                tokens = self._sample(sampled, logits.float())  # bfloat16 has no fast search for the largest.
         for request_id, token in zip(sampled, tokens, strict=True):
             self._sequences[request_id].tokens.append(token)
         counters = self._kv.end_step()
@@ -135,7 +168,8 @@ class TorchRunner(ModelRunner):
         filled: set[int] = set()
         for op in plan.ops:
             if op.targets:
-                self._kv.move(op.blocks, op.targets)
+                with ranges.mark("move"):
+                    self._kv.move(op.blocks, op.targets)
                 freed.update(op.blocks)
                 filled.update(op.targets)
                 freed -= set(op.targets)
@@ -185,22 +219,20 @@ class TorchRunner(ModelRunner):
             if context + num_new == len(sequence.tokens):
                 sampled.append(request_id)
                 rows.append(len(ids) - 1)
-        self._kv.begin_step(batch, issued)
         with step_context(StepContext(self._kv, self._max_tokens)):
+            if self._graphs is not None and len(rows) == len(batch) and self._graphs.serves(batch, issued):
+                return self._graphs.run(batch, ids, positions), sampled
+            self._kv.begin_step(batch, issued)
             return self._call(ids, positions, rows), sampled
 
     def _call(self, ids: list[int], positions: list[int], rows: list[int]) -> Tensor:
         """The model's forward over one packed row; logits of `rows`."""
-        device = self._kv.device
-        keep = torch.tensor(rows, dtype=torch.long, device=device)
-        output = self._model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            logits_to_keep=keep,
-        )
+        return self._run_model(*self._kv.integers(ids, positions, rows))
+
+    def _run_model(self, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        output = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
         logits: Tensor = output.logits[0]
-        return logits if len(logits) == len(rows) else logits[keep]  # Some models drop the keyword.
+        return logits if len(logits) == len(rows) else logits[rows]  # Some models drop the keyword.
 
     def _sample(self, request_ids: list[int], logits: Tensor) -> list[int]:
         """One token a row of `logits` [row, vocabulary]."""
@@ -208,15 +240,17 @@ class TorchRunner(ModelRunner):
             for request_id, row in zip(request_ids, logits, strict=True):
                 self._on_logits(request_id, row)
         best = logits.argmax(-1)  # NaN counts as the largest.
-        bad = logits.gather(1, best[:, None]).isnan().flatten()
-        if bad.any():
+        is_bad = logits.gather(1, best[:, None]).isnan().flatten()
+        tokens, bad = torch.stack((best, is_bad.long())).tolist()  # The one time that the host waits for the device.
+        if any(bad):
             raise RuntimeError(
-                f"request {request_ids[int(bad.nonzero()[0])]}: its logits are NaN; its KV was read from where "
+                f"request {request_ids[bad.index(1)]}: its logits are NaN; its KV was read from where "
                 f"there is none, or {self._model.dtype} is too narrow for this model"
             )
         if self._sampling.temperature == 0:
-            tokens: list[int] = best.tolist()
-            return tokens
-        weights = torch.softmax(logits / self._sampling.temperature, -1)
+            return list(tokens)
+        weights = torch.softmax(
+            logits / self._sampling.temperature, -1
+        ).cpu()  # Generators there draw alike everywhere.
         generators = [self._sequences[request_id].generator for request_id in request_ids]
         return [int(torch.multinomial(w, 1, generator=g)) for w, g in zip(weights, generators, strict=True)]

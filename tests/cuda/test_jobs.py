@@ -1,0 +1,119 @@
+"""runner=cuda from the config to the summary: sizes, checks and labels of measured runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import jobs
+from tests.runner.torch_cpu.models import load_model, save_model, torch
+from uvm_kv.config import cuda, models
+from uvm_kv.config.build import jobs_of, run_job
+from uvm_kv.config.resolve import resolve
+from uvm_kv.memory import Slab, capabilities
+from uvm_kv.types import CHUNK_BYTES, MIB
+
+HEADS = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
+SMALL = ("workload.prompt_tokens=16", "workload.output_tokens=8", "workload.num_requests=4", "batch_size=3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama") / "model", initializer_range=0.12, **HEADS)
+
+
+@pytest.fixture(autouse=True)
+def _here(c: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card is asked in this process, which is the one that has it; without a GPU torch computes on the CPU."""
+    if not torch.cuda.is_available():
+        if not c.pageable_memory_access(0):
+            pytest.skip("torch sees no GPU, and this one does not read torch's tensors on the CPU")
+        monkeypatch.setattr(models, "load_served", lambda job: load_model(job.serving.folder, job.config.dtype))
+    monkeypatch.setattr(cuda, "this_card", capabilities)
+    monkeypatch.setattr("uvm_kv.config.build.this_card", capabilities)
+
+
+def compose(folder: Path, results: Path, *overrides: str) -> Any:
+    model = ("runner=cuda", "model=hf", f"model.path={folder}", f"results_dir={results}", "max_model_len=64")
+    # 200 MiB, so that the chunks of every layer fit; a small emulated card all the same.
+    sizes = (f"memory.device_kv_bytes={64 * MIB}",)
+    return jobs.composed(*model, *sizes, *SMALL, "scheduler.max_num_batched_tokens=64", *overrides)
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        "device_resident",
+        "device_recompute",
+        "pinned_swap",
+        "pinned_zero_copy",
+        "pinned_prefetch_ahead",
+        "managed_demand",
+    ],
+)
+def test_a_job_runs_and_says_what_it_ran_on(mechanism: str, folder: Path, tmp_path: Path) -> None:
+    more = () if mechanism.startswith("device") else (f"memory.host_kv_bytes={64 * MIB}",)
+    ahead = ("placement.num_layers_ahead=1",) if mechanism == "pinned_prefetch_ahead" else ()
+    (job,) = jobs_of(resolve(compose(folder, tmp_path, f"mechanism={mechanism}", *more, *ahead)), "test")
+    summary = run_job(job, argv=["test"], load=models.load_served)
+    assert (summary["origin"], summary["runner"], summary["memory_emulated"]) == ("measured", "cuda", False)
+    assert summary["hardware"] == capabilities().name
+    assert summary["mechanism"] == mechanism
+    assert summary["dtype"] == "float16"
+    assert summary["num_requests"] == 4
+    assert summary["device_kv_bytes"] <= 64 * MIB
+    assert summary["device_kv_bytes"] % job.resolved.spec.block_bytes == 0
+    assert summary["eviction"] is None
+    assert summary["output_tokens_per_s_whole_run"] > 0
+    assert json.loads((job.directory / "summary.json").read_text())["hardware"] == summary["hardware"]
+
+
+def test_planned_evictions_are_never_shown_as_the_drivers(folder: Path, tmp_path: Path) -> None:
+    config = compose(folder, tmp_path, "mechanism=managed_demand_capped", f"memory.host_kv_bytes={64 * MIB}")
+    (job,) = jobs_of(resolve(config), "test")
+    summary = run_job(job, argv=["test"], load=models.load_served)
+    assert summary["eviction"] == "planned"
+
+
+def test_capacity_is_what_whole_chunks_hold(folder: Path, tmp_path: Path) -> None:
+    resolved = resolve(compose(folder, tmp_path, "mechanism=device_resident"))
+    chunks = resolved.spec.num_chunks(resolved.capacity.num_device_blocks)
+    assert chunks * CHUNK_BYTES <= 64 * MIB
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("block_size=4",), "block_size=4 with runner=cuda; its kernels take 8, 16, 32, 64, 128"),
+        (("mechanism=pageable_swap",), "memory.pageable=true is simulated only"),
+        (("memory.device_kv_bytes=1000000000000",), "does not fit"),
+        (("mechanism=pinned_zero_copy", "memory.host_kv_bytes=50000000000000"), "more than the .* bytes that the host"),
+        (("mechanism=pinned_balanced",), "needs a profile that was calibrated on this .*calibrated on no machine"),
+        (("mechanism=pinned_zero_copy", "memory.allow_oversubscription=true"), "has no meaning for memory=pinned"),
+    ],
+)
+def test_what_it_does_not_serve_is_a_line(folder: Path, tmp_path: Path, overrides: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as error:
+        resolve(compose(folder, tmp_path, *overrides))
+    assert "\n" not in str(error.value)
+
+
+def test_a_head_size_without_a_kernel_is_a_line(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", **(HEADS | {"hidden_size": 192}))
+    with pytest.raises(ValueError, match="has heads of 48, and the kernels of runner=cuda take 64, 80, 96, 128, 256"):
+        resolve(compose(folder, tmp_path))
+
+
+def test_a_card_that_is_full_says_what_to_lower(folder: Path, tmp_path: Path, c: Any) -> None:
+    resolved = resolve(compose(folder, tmp_path, "mechanism=device_resident"))
+    (job,) = jobs_of(resolved, "test")
+    part = (c.free_bytes(0) // CHUNK_BYTES - 8) * CHUNK_BYTES
+    with (
+        Slab.device(part),
+        pytest.raises(ValueError, match=r"no room for memory.device_kv_bytes=.*lower one of the two"),
+    ):
+        run_job(job, argv=["test"], load=models.load_served)
+    assert run_job(job, argv=["test"], load=models.load_served)["num_requests"] == 4

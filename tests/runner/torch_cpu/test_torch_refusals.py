@@ -257,8 +257,8 @@ def test_a_request_needs_token_ids_and_an_op_needs_a_meaning(tmp_path: Path) -> 
         runner.add(Request(7, 3, 4))
     runner.add(Request(0, 3, 4, prompt_ids=(3, 4, 5)))
     scheduled = (ScheduledSequence(0, Phase.PREFILL, 3, 0, (0,)),)
-    with pytest.raises(ValueError, match="prefetch is not served by runner=cpu"):
-        runner.execute(StepPlan(0, scheduled, (MemoryOp(OpKind.PREFETCH, (0,), 0, 4),)))
+    with pytest.raises(ValueError, match="advise is not served by runner=cpu"):
+        runner.execute(StepPlan(0, scheduled, (MemoryOp(OpKind.ADVISE, (0,), 0, 4),)))
 
 
 def test_a_step_that_failed_leaves_no_context_behind(tmp_path: Path) -> None:

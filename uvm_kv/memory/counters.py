@@ -158,14 +158,19 @@ class Nvml:
         generation, width = (self._ask(f"nvmlDeviceGet{which}PcieLink{what}") for what in ("Generation", "Width"))
         return generation or None, width or None
 
+    def energy_j(self) -> float | None:
+        """Of a reading, by itself: it waits for no window."""
+        energy = self._ask("nvmlDeviceGetTotalEnergyConsumption")
+        return None if energy is None else energy / 1e3
+
     def read(self) -> CardReading:
         """Takes about 40 ms: the two PCIe counters are windows of 20 ms."""
         m = self._module
-        energy, power = self._ask("nvmlDeviceGetTotalEnergyConsumption"), self._ask("nvmlDeviceGetPowerUsage")
+        power = self._ask("nvmlDeviceGetPowerUsage")
         received = self._ask("nvmlDeviceGetPcieThroughput", getattr(m, "NVML_PCIE_UTIL_RX_BYTES", 1))
         sent = self._ask("nvmlDeviceGetPcieThroughput", getattr(m, "NVML_PCIE_UTIL_TX_BYTES", 0))
         return CardReading(
-            None if energy is None else energy / 1e3,
+            self.energy_j(),
             None if power is None else power / 1e3,
             None if received is None else received * 1000,
             None if sent is None else sent * 1000,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from uvm_kv.kvcache.manager import KVUsage
 from uvm_kv.kvcache.ops import MemoryCounters
-from uvm_kv.telemetry.energy import PowerModel, energy_j
+from uvm_kv.telemetry.energy import EnergyMeter, PowerModel, energy_j
 from uvm_kv.telemetry.recorder import Table
 from uvm_kv.types import NS_PER_S
 
@@ -26,6 +26,7 @@ def summarize(
     power: PowerModel | None,
     complete: bool,
     steady_until_ns: int | None = None,
+    meter: EnergyMeter | None = None,
 ) -> dict[str, Any]:
     """Measured quantities of a run; `complete` is False where max_steps or max_seconds stopped it.
 
@@ -35,6 +36,9 @@ def summarize(
 
     A run that starts in its steady state (until `steady_until_ns`) is steady from its first step on, may be stopped at
     any time, and has no TTFT, since nothing is prefilled.
+
+    Energy of a simulated run (`power`) is that of the whole run; of a measured one (`meter`) that of the steady window,
+    as throughput is. Per output token it is divided by the tokens of the same time.
     """
     warnings = []
     if not complete and steady_until_ns is None:
@@ -65,6 +69,9 @@ def summarize(
     if power is not None and stall_s is not None:
         energy = energy_j(power, duration_s=duration_ns / NS_PER_S, busy_s=busy_s, stall_s=stall_s)
     num_tokens = int(tokens.sum())
+    paid_tokens = num_tokens
+    if meter is not None and window is not None:
+        energy, paid_tokens = meter.energy_j(*window), int(tokens[inside].sum())
     last = len(end) - 1
     preemptions = {kind: steps[f"preemptions_{kind}"][last] if last >= 0 else 0 for kind in ("recompute", "swap")}
     return {
@@ -90,7 +97,8 @@ def summarize(
         "preemptions_by_kind": preemptions,
         "stall_s": stall_s,
         "energy_j": energy,
-        "energy_j_per_output_token": energy / num_tokens if energy is not None and num_tokens else None,
+        "energy_j_per_output_token": energy / paid_tokens if energy is not None and paid_tokens else None,
+        "idle_power_w": None if meter is None else meter.idle_power_w,
         "warnings": warnings,
     }
 

@@ -309,7 +309,7 @@ def mechanism(job: Job) -> Hashable:
     """What a worker is for. `custom` is a name for many, told apart by their axes."""
     config = job.resolved.config
     axes = (config.memory.kind, config.memory.pageable, config.placement.name, *dataclasses.astuple(config.hints))
-    return config.runner, config.mechanism, *axes, config.scheduler.admission, config.scheduler.preemption
+    return config.runner, config.engine, config.mechanism, *axes, config.scheduler.admission, config.scheduler.preemption
 
 
 def in_order(jobs: Iterable[T], mechanism_of: Callable[[T], Hashable]) -> list[T]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiments import profile
 from tests import jobs
 from tests.runner.torch_cpu.models import load_model, save_model, torch
 from uvm_kv.config import cuda, models
-from uvm_kv.config.build import jobs_of, run_job
+from uvm_kv.config.build import build_runner, jobs_of, run_job
 from uvm_kv.config.resolve import resolve
 from uvm_kv.memory import Slab, capabilities
 from uvm_kv.types import CHUNK_BYTES, MIB
@@ -69,6 +72,86 @@ def test_a_job_runs_and_says_what_it_ran_on(mechanism: str, folder: Path, tmp_pa
     assert summary["eviction"] is None
     assert summary["output_tokens_per_s_whole_run"] > 0
     assert json.loads((job.directory / "summary.json").read_text())["hardware"] == summary["hardware"]
+
+
+class _Nvml:
+    """A card that takes 100 W, whatever it does; asked by bus id."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.num_open = self.num_readings = 0
+
+    def nvmlInit(self) -> None:
+        self.num_open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.num_open -= 1
+
+    def nvmlDeviceGetHandleByPciBusId(self, bus_id: str) -> str:
+        self.asked.append(bus_id)
+        return bus_id
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, _: str) -> int:
+        self.num_readings += 1
+        return round(time.perf_counter() * 100 * 1000)
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> _Nvml:
+    played = _Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", played)  # type: ignore[arg-type]
+    for name, value in (("REST_S", 0.05), ("MIN_WINDOW_NS", 0), ("READ_EVERY_NS", 0)):
+        monkeypatch.setattr(f"uvm_kv.telemetry.energy.{name}", value)
+    return played
+
+
+@pytest.mark.parametrize("start", ["cold", "steady"])
+def test_energy_is_the_cards_own_over_the_steady_window(
+    start: str, folder: Path, tmp_path: Path, c: Any, nvml: _Nvml
+) -> None:
+    """In a steady start KV is filled while the run's clock stands still, which is no energy of the run's."""
+    config = compose(
+        folder, tmp_path, "mechanism=device_resident", "workload.num_requests=12", f"workload.start={start}"
+    )
+    (job,) = jobs_of(resolve(config), "test")
+    summary = run_job(job, argv=["test"], load=models.load_served)
+    begin, end = summary["steady_window_s"]
+    assert summary["energy_j"] == pytest.approx(100 * (end - begin), rel=0.1, abs=0.02)
+    tokens = summary["output_tokens_per_s"] * (end - begin)
+    assert summary["energy_j_per_output_token"] == pytest.approx(summary["energy_j"] / tokens)
+    assert summary["idle_power_w"] == pytest.approx(100, rel=0.1)
+    assert set(nvml.asked) == {c.pci_bus_id(0)}
+    assert nvml.num_readings <= summary["num_steps"] + 5, "between steps, and at both ends"
+    assert nvml.num_open == 0
+
+
+def test_without_a_counter_there_is_no_energy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    (job,) = jobs_of(resolve(compose(folder, tmp_path, "mechanism=device_resident")), "test")
+    summary = run_job(job, argv=["test"], load=models.load_served)
+    assert summary["energy_j"] is summary["energy_j_per_output_token"] is summary["idle_power_w"] is None
+
+
+def test_a_profile_of_it_has_every_range(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(profile, "build_runner", lambda *given: build_runner(*given, models.load_served))
+    overrides = ["runner=cuda", "model=hf", f"model.path={folder}", f"results_dir={tmp_path}", "max_model_len=64"]
+    overrides += [*SMALL, "scheduler.max_num_batched_tokens=64", "mechanism=pinned_prefetch_ahead"]
+    overrides += [f"memory.device_kv_bytes={8 * MIB}", f"memory.host_kv_bytes={64 * MIB}"]
+    overrides += ["placement.num_layers_ahead=1", "block_size=8"]
+    assert profile.main(["--steps", "4", "--warmup", "2", "--output", str(tmp_path / "out"), *overrides]) == 0
+    events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
+    names = [e["name"] for e in events if e.get("cat") == "user_annotation"]
+    assert names.count("execute") == names.count("layer 3") == 4
+    assert names.count("append") == names.count("attention") == 4 * 4
+    out, _ = capsys.readouterr()
+    assert "runner=cuda: 4 steps after 2" in out
+    assert ("device ms/step" in out) == torch.cuda.is_available()
+    assert "\nThe rest:\n" in out
 
 
 def test_planned_evictions_are_never_shown_as_the_drivers(folder: Path, tmp_path: Path) -> None:

@@ -229,6 +229,15 @@ def test_a_meter_that_fails_is_none_and_not_zero(nvml: _Nvml) -> None:
     assert nvml.num_open == 0
 
 
+def test_energy_is_read_without_the_windows_of_the_other_meters(nvml: _Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(_Nvml, "nvmlDeviceGetPcieThroughput", lambda *_: asked.append("PCIe"))
+    with Nvml.opened("0000:65:00.0") as meter:
+        assert meter is not None
+        assert meter.energy_j() == 1.5
+    assert not asked
+
+
 def test_a_card_that_nvml_does_not_know_leaves_nothing_open(nvml: _Nvml) -> None:
     assert Nvml.open("0000:66:00.0") is None
     assert nvml.num_open == 0

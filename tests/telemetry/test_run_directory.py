@@ -20,7 +20,8 @@ SUMMARY_FIELDS = """
 schema_version origin runner hardware model mechanism memory placement scheduler workload layout block_size
 offered_batch running_batch_mean running_batch_max num_requests num_output_tokens duration_s output_tokens_per_s
 output_tokens_per_s_whole_run ttft_s tpot_s device_kv_bytes host_kv_bytes h2d_bytes d2h_bytes gpu_fault_groups
-evicted_chunks preemptions stall_s energy_j closed_form_ceiling
+evicted_chunks preemptions stall_s energy_j energy_j_per_output_token idle_power_w
+closed_form_ceiling
 """
 
 

@@ -57,7 +57,7 @@ def mark(name: str) -> AbstractContextManager[object]:
 
 
 def to_nvtx() -> None:
-    """From now on, unless something records them already. Without a profiler a range costs well below a microsecond."""
+    """From now on, unless something records them already. Without a profiler a range costs about a microsecond."""
     global _sink
     if _sink is OFF:
         _sink = Sink(torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop)

@@ -31,7 +31,14 @@ class DecodeGraphs:
         self._kv, self._forward, self._max_tokens = kv, forward, max_tokens
         self._sizes = padded_sizes(max_seqs)
         self._steps: dict[int, _PaddedStep] = {}
+        self._pool: object = None
+        """One memory pool for all sizes: only one of them runs at a time."""
         self.num_replays = 0
+
+    def prepare(self) -> None:
+        """Captures every size, the largest first, so that no step has to."""
+        for size in reversed(self._sizes):
+            self._steps[size] = self._make(size)
 
     def serves(self, batch: Sequence[SequenceRows], issued: Issued) -> bool:
         return len(batch) <= self._sizes[-1] and self._kv.can_pad(batch, issued)
@@ -39,9 +46,7 @@ class DecodeGraphs:
     def run(self, batch: Sequence[SequenceRows], ids: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Logits of the batch, [sequence, vocabulary]; valid until the next run."""
         size = self._sizes[bisect_left(self._sizes, len(batch))]
-        step = self._steps.get(size)
-        if step is None:
-            step = self._steps[size] = self._make(size)
+        step = self._steps[size]
         self._kv.begin_padded(step.padded, batch)
         padding = [0] * (size - len(batch))
         self._kv.integers([*ids, *padding], [*positions, *padding], into=step.integers)
@@ -63,8 +68,9 @@ class DecodeGraphs:
         torch.cuda.current_stream().synchronize()
         step.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(step.graph, stream=torch.cuda.current_stream()):
+            with torch.cuda.graph(step.graph, pool=self._pool, stream=torch.cuda.current_stream()):
                 step.logits = self._forward(*step.views)
+            self._pool = step.graph.pool()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"this model's decode cannot be captured ({reason}); give cuda_graphs=false") from error

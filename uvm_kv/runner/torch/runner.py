@@ -68,7 +68,6 @@ class TorchRunner(ModelRunner):
         self._on_logits = on_logits
         self._kv: KVBackend = kv or CpuKV(spec, capacity, memory, model.dtype)
         self._sequences: dict[int, _Sequence] = {}
-        self._clock_ns = time.perf_counter_ns()
         self._graphs: DecodeGraphs | None = None
         if graph_seqs:
             assert isinstance(self._kv, CudaKV), "graphs are CUDA's"
@@ -78,6 +77,10 @@ class TorchRunner(ModelRunner):
         if self._kv.device.type == "cuda":
             ranges.to_nvtx()
         self._probe()
+        if self._graphs is not None:
+            with torch.inference_mode(), self._kv.scope(), step_context(StepContext(self._kv, max_tokens)):
+                self._graphs.prepare()
+        self._clock_ns = time.perf_counter_ns()
 
     def _probe(self) -> None:
         """One forward must call our attention once per layer: some families ignore the hook, some call it otherwise."""

@@ -121,7 +121,6 @@ def test_good_overrides_pass_the_name_check() -> None:
         (["max_seconds=-1"], "max_seconds=-1.0; it must lie between"),
         (["max_steps=0"], "max_steps=0; it must be at least 1"),
         (["model.weights=none"], "model.weights 'none' is unknown; allowed: file, random"),
-        (["model.weights=random"], "model.weights=random with runner=sim, which has no weights"),
         (["runner=replay"], "runner=replay and replay.path=RUN_DIRECTORY go together"),
         (["runner=cuda"], "runner=cuda needs an NVIDIA GPU"),
         (["model=hf"], "model.path=DIR"),

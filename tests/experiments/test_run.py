@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments.progress import ENVIRONMENT, Event, SweepLog, report_event
+from tests import jobs
 from tests.helpers import REPOSITORY
 from uvm_kv.config.names import groups
 from uvm_kv.telemetry.store import completed_runs, read_json
@@ -150,23 +151,95 @@ def test_a_full_disk_is_said_and_nothing_half_written_stays(tmp_path: Path) -> N
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-SWEEPS = ("batch_sweep", "demo")
+SWEEPS = {
+    "batch_sweep": "model=llama_7b batch_size=8,32",
+    "demo": "batch_size=8,32",
+    "gpu_sweep_llama_7b": "batch_size=20 runner=sim hardware=h100",
+    "gpu_sweep_llama3_8b": "batch_size=40 runner=sim hardware=h100",
+}
+"""Experiments, each with its sweep cut to one or two batch sizes that are among its own."""
+PEERS = ("gpu_peers_llama_7b", "gpu_peers_llama3_8b")
 
 
 def test_every_experiment_file_is_tested() -> None:
-    """Sweeps below, models in tests/runner/torch_cpu/test_torch_serving.py."""
-    assert set(groups()["experiment"]) == {*SWEEPS, "cpu_generate"}
+    """Sweeps and peers below, models in tests/runner/torch_cpu/test_torch_serving.py."""
+    assert set(groups()["experiment"]) == {*SWEEPS, *PEERS, "cpu_generate"}
 
 
 @pytest.mark.parametrize("experiment", SWEEPS)
 def test_every_experiment_runs_for_a_few_steps(tmp_path: Path, experiment: str) -> None:
-    """The file itself, with its sweep cut to two batch sizes that are among its own."""
-    done = run(
-        "-m", f"experiment={experiment}", "max_steps=3", "batch_size=8,32", "model=llama_7b", f"results_dir={tmp_path}"
-    )
+    given = (f"experiment={experiment}", "max_steps=3", *SWEEPS[experiment].split(), f"results_dir={tmp_path}")
+    done = run("-m", *given)
     assert done.returncode == 0, done.stderr
     assert "Verdict: " in done.stdout
-    assert len(completed_runs(tmp_path / experiment)) >= 16
+    assert len(completed_runs(tmp_path / experiment)) >= 10
+
+
+@pytest.mark.parametrize("experiment", PEERS)
+def test_the_experiments_with_peers_run_a_small_model_on_the_cpu(tmp_path: Path, experiment: str) -> None:
+    """A peer that needs no GPU, and ours beside it: the file itself, but for the model's size."""
+    shape = ("num_layers=1", "hidden_size=64", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=32")
+    small = [f"model.{part}" for part in (*shape, "vocab_size=128")]
+    given = (f"experiment={experiment}", "runner=cpu", *small, "memory.device_kv_bytes=4194304", "batch_size=2")
+    assert run(*given, "engine=hf_generate", f"results_dir={tmp_path}").returncode == 0
+    assert run(*given, "engine=uvm_kv", "mechanism=device_resident", f"results_dir={tmp_path}").returncode == 0
+    peer, ours = sorted((read_json(r / "summary.json") for r in completed_runs(tmp_path)), key=lambda s: s["engine"])
+    assert (peer["engine"], ours["engine"]) == ("hf_generate", "uvm_kv")
+    assert peer["num_output_tokens"] == ours["num_output_tokens"] > 0
+
+
+@pytest.mark.parametrize(("experiment", "batches"), [("llama_7b", (8, 16, 32)), ("llama3_8b", (16, 32, 64))])
+def test_the_measured_sweeps_cross_their_budget_from_half_to_twice(experiment: str, batches: tuple[int, ...]) -> None:
+    """The middle batch fills the device to the last block, and twice as many leave the host tier room for more."""
+    for batch in batches:
+        for mechanism in ("device_resident", "pinned_prefetch_ahead", "managed_by_tier"):
+            found = jobs.resolved(
+                f"experiment=gpu_sweep_{experiment}", "runner=sim", f"mechanism={mechanism}", f"batch_size={batch}"
+            )
+            workload, capacity = found.config.workload, found.capacity
+            assert workload.prompt_tokens is not None and workload.output_tokens is not None
+            blocks = batch * found.spec.num_blocks(workload.prompt_tokens + workload.output_tokens)
+            assert blocks / capacity.num_device_blocks == batch / batches[1]
+            if mechanism == "device_resident":
+                assert capacity.num_host_blocks == 0
+            else:
+                assert blocks < sum(capacity)
+                assert sum(capacity) * found.spec.block_bytes < 24e9  # What managed memory may take in all.
+
+
+def test_random_weights_are_nothing_to_the_simulator(tmp_path: Path) -> None:
+    """One file serves a real runner and its prediction: there are no weights, whichever are named."""
+    one, other = (jobs.job(tmp_path, f"model.weights={weights}") for weights in ("file", "random"))
+    assert one.directory == other.directory
+
+
+def test_a_profile_in_a_folder_of_ones_own_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "conf" / "hardware"
+    folder.mkdir(parents=True)
+    text = (REPOSITORY / "conf" / "hardware" / "h100.yaml").read_text()
+    (folder / "mine.yaml").write_text(text.replace("name: h100", "name: mine"))
+    given = ("hardware=mine", "batch_size=2,3", "max_steps=3", f"results_dir={tmp_path / 'runs'}")
+    path = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
+    done = run("-m", *given, path)
+    assert done.returncode == 0, done.stderr
+    assert {read_json(r / "summary.json")["hardware"] for r in completed_runs(tmp_path / "runs")} == {"mine"}
+    assert "2 runs complete" in run("-m", "--dry-run", *given, path).stdout
+    refused = run("-m", *given)
+    assert refused.returncode == 2
+    assert "hardware 'mine' is unknown" in refused.stderr
+
+
+def test_it_runs_where_wandb_is_not_installed(tmp_path: Path) -> None:
+    """As on a machine with a GPU that packages are carried to: runs need it only where tracking=wandb is asked for."""
+    code = (
+        "import sys; sys.modules['wandb'] = None; sys.argv = ['run', '-m', 'hydra/launcher=basic', 'batch_size=2,3', "
+        "'max_steps=3', *sys.argv[1:], 'results_dir=" + str(tmp_path) + "'];"
+        "from experiments.run import main; sys.exit(main())"
+    )
+    for more, said in ((), "2 of 2 runs are complete"), (("tracking=wandb",), "tracking=wandb failed"):
+        done = subprocess.run([sys.executable, "-c", code, *more], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stderr
 
 
 def test_a_recorded_run_replays_to_the_same_numbers(tmp_path: Path) -> None:

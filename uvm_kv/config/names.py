@@ -36,6 +36,17 @@ def groups() -> dict[str, list[str]]:
     }
 
 
+def _own_options(overrides: Iterable[Override]) -> dict[str, list[str]]:
+    """Options of the folders that hydra.searchpath=[file:///DIR] adds, such as a profile that was calibrated here."""
+    found: dict[str, list[str]] = {}
+    for override in overrides:
+        folders = override.value() if override.key_or_group == "hydra.searchpath" else []
+        for folder in (Path(str(f).removeprefix("file://")) for f in folders if str(f).startswith("file://")):
+            for file in sorted(folder.glob("*/*.yaml")):
+                found.setdefault(file.parent.name, []).append(file.stem)
+    return found
+
+
 def _keys(node: DictConfig, prefix: str = "") -> set[str]:
     found = set()
     for key in node:
@@ -78,13 +89,17 @@ def check_overrides(overrides: Iterable[Override], config: Any = None) -> None:
 
     `config` is an instance of the schema of a command of its own; without it, the main config's.
     """
+    overrides = list(overrides)
     if config is None:
         config = ConfigSchema(workload=WorkloadSchema(lengths=LengthsSchema()))
     if hasattr(config, "hardware"):
         config.hardware = HardwareSchema(operators={name: OperatorSchema() for name in _operators()})
     schema = OmegaConf.structured(config)
     keys = _keys(schema)
-    options = {name: values for name, values in groups().items() if name in keys or name == "experiment"}
+    own = _own_options(overrides)
+    options = {
+        name: values + own.get(name, []) for name, values in groups().items() if name in keys or name == "experiment"
+    }
     for override in overrides:
         key = override.key_or_group
         if key.startswith("hydra") or override.is_force_add():

@@ -378,10 +378,6 @@ def _check_runner(config: ConfigSchema) -> None:
                 f"runner=cpu needs {' and '.join(absent)}, the extra 'torch': pip install -e '.[torch]'; "
                 f"runner=sim needs neither"
             )
-    if config.model.weights == "random" and not {"cpu", "cuda"} & {config.runner, config.replay.recorded_runner}:
-        raise ValueError(
-            f"model.weights=random with runner={config.runner}, which has no weights; it goes with runner=cpu or cuda"
-        )
     if config.compile and config.runner not in ("cpu", "cuda"):
         raise ValueError(f"compile=true with runner={config.runner}, which has no model to compile; drop it")
     if config.model.weights == "random" and config.model.path is not None:

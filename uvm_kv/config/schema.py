@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 
 @dataclass
@@ -265,6 +265,14 @@ class CalibrateSchema:
     base: str = MISSING
     output: str | None = None
     force: bool = MISSING
+
+
+def _host_tier(kind: str, num_bytes: int) -> int:
+    """${host_tier:${memory.kind},BYTES}: a size for the mechanisms of a sweep that have a host tier."""
+    return 0 if kind == "device" else num_bytes
+
+
+OmegaConf.register_new_resolver("host_tier", _host_tier, replace=True)  # Here, since workers import this and no more.
 
 
 def register() -> None:

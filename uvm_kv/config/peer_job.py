@@ -185,12 +185,12 @@ def _serve_in_order(peer: Generate, job: Job, lengths: list[Lengths], served: Se
     while True:
         now = time.perf_counter_ns() - start
         waiting += source.arrivals(now)
-        if not waiting:
-            assert not source.more_to_come(), "a batch was served and its clients sent nothing"
+        if not waiting and not source.more_to_come():
             return largest
-        if now >= deadline:
+        if now >= deadline:  # In the middle of a batch, perhaps, of which no request has ended.
             served.stopped_by = "seconds"
             return largest
+        assert waiting, "a batch was served and its clients sent nothing"
         batch, waiting = waiting[:size], waiting[size:]
         times = peer.serve(batch, start + deadline)
         ended = [t - start for t in times]

@@ -138,7 +138,7 @@ def test_a_budget_that_cannot_be_set_is_said(folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("way", WAYS)
 def test_a_time_limit_ends_a_peer(way: str, folder: Path, tmp_path: Path) -> None:
     lengths = ("workload.prompt_tokens=20", "workload.output_tokens=300", "workload.num_requests=3000")
-    summary, _ = run(tmp_path, folder, *lengths, "max_seconds=0.5", "peer.page_size=256", *WAYS[way][:2][:1])
+    summary, _ = run(tmp_path, folder, *lengths, "max_seconds=0.2", "peer.page_size=256", *WAYS[way][:2][:1])
     assert summary["stopped_by"] == "seconds"
     assert summary["num_requests"] < 3000
     assert summary["num_output_tokens"] > 0

@@ -12,7 +12,7 @@ CUDA_SOURCES := $(wildcard $(addprefix cuda_ext/,CMakeLists.txt build_backend/*.
 extra = $$($(BIN)/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])')
 
-.PHONY: help demo demo-model test test-full lint format bench gpu-check wheels clean
+.PHONY: help demo demo-model test test-full lint format bench gpu-check gpu-measure wheels clean
 
 help:
 	@echo "make demo    the main job: install, sweep batch sizes on a simulated RTX 3090, print the verdict"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint    ruff, types, import contract"
 	@echo "make bench   speed of the simulator and the engine"
 	@echo "make gpu-check OUT=dir  on a machine with a GPU: build, test, benchmark, one archive (8 minutes)"
+	@echo "make gpu-measure OUT=dir  there: calibrate, sweeps, peers, validation; calls of 9 minutes, given again until done"
 	@echo "make wheels  fill wheels/ for a GPU machine that has torch and no network"
 	@echo "make clean   remove .venv and caches; results stay"
 
@@ -85,6 +86,9 @@ OUT ?= results/gpu_check
 CARRIED := $(wildcard wheels/*.whl)
 gpu-check: $(if $(CARRIED),,.venv/.installed-dev .venv/.installed-cuda)
 	$(if $(CARRIED),$(PYTHON),$(BIN)/python) -m experiments.gpu_check --output $(OUT)
+
+gpu-measure: $(if $(CARRIED),,.venv/.installed-dev .venv/.installed-cuda)
+	$(if $(CARRIED),$(PYTHON),$(BIN)/python) -m experiments.gpu_check --measure --output $(OUT)
 
 .venv/.installed-cuda: .venv/.installed-dev
 	@echo "Installing CuPy, CUPTI, NVML and cuda.core into .venv ..."

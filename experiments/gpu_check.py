@@ -1,7 +1,8 @@
 """One command for a machine with a GPU: build, test, benchmark; logs, tables and JSON in a folder and one archive.
 
-    make gpu-check OUT=dir                                          all parts, within eight minutes
-    python -m experiments.gpu_check --output dir --parts tests      one of them
+    make gpu-check OUT=dir                                          build, tests, speeds: within eight minutes
+    make gpu-measure OUT=dir                                        the measured sweeps: calls of nine minutes at most
+    python -m experiments.gpu_check --output dir --parts tests      one part of either
     python -m experiments.gpu_check --list
 
 The network is not needed where `wheels/` holds what the machine lacks (`make wheels` fills it). Parts go most valuable
@@ -30,6 +31,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments import measuring
+from experiments.measuring import NotPossibleError
 from uvm_kv.telemetry.provenance import git_state, gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +40,9 @@ WHEELS = ROOT / "wheels"
 ARCHIVE = "gpu-check.tar.gz"
 SUMMARY = "summary.json"
 SECONDS = 470
-"""Of all parts together."""
+"""Of all parts of gpu-check together."""
+MEASURE_SECONDS = 530
+"""Of one call of gpu-measure; the command given again goes on."""
 SOURCES = (".py", ".cpp", ".hpp", ".cu", ".cuh", ".txt")
 TOOLKIT = "/usr/local/cuda/bin"
 """Where nvcc and compute-sanitizer are when they are not on the PATH."""
@@ -61,6 +66,10 @@ class Part:
     refused: str | None = None
     needs: str | None = None
     """A program that must be on the PATH."""
+    goes_on: bool = False
+    """A command that fails does not keep the next from being run."""
+    always: bool = False
+    """Taken anew each time: it is short, and what it reads may have grown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +148,36 @@ PARTS = (
 )
 
 
+def _of_sweeps(commands: Callable[[Path], list[list[str]]]) -> Callable[[Path], list[list[str]]]:
+    """Parts of the sweeps read what others left: they are given the whole output folder."""
+    return lambda folder: commands(folder.parent)
+
+
+def _sweep(name: str) -> Callable[[Path], list[list[str]]]:
+    return _of_sweeps(lambda output: measuring.measure_commands(measuring.sweep_named(name), output))
+
+
+MEASURE_PARTS = (
+    Part(
+        "operators", "times of a model's operators, for the calibration", 150, _of_sweeps(measuring.operator_commands)
+    ),
+    Part("calibrate", "the profile of this card", 60, _of_sweeps(measuring.calibrate_commands)),
+    Part("predict", "what the simulator says of every point", 130, _of_sweeps(measuring.predict_commands)),
+    Part("sweep_llama_7b", "8 GiB of device KV, 0.5x to 2x", 390, _sweep("llama_7b"), goes_on=True),
+    Part("sweep_llama3_8b", "1 GiB of device KV, 0.5x to 2x", 300, _sweep("llama3_8b"), goes_on=True),
+    Part(
+        "repeats",
+        "five of each point that the verdict rests on",
+        240,
+        _of_sweeps(measuring.repeat_commands),
+        goes_on=True,
+    ),
+    Part("peers", "other engines at the same batches", 180, _of_sweeps(measuring.all_peer_commands), goes_on=True),
+    Part("validate", "the simulator against every point", 30, _of_sweeps(measuring.validate_commands), always=True),
+)
+"""25 minutes together; each goes on where its time was up, since finished runs are kept."""
+
+
 def run_part(part: Part, output: Path, limit_s: float, sources: str) -> Outcome:
     """Its log is output/<part>/log.txt."""
     folder = output / part.name
@@ -153,7 +192,12 @@ def _run_commands(part: Part, folder: Path, deadline: float) -> tuple[Status, st
         return "not run", f"{part.needs} is not on the PATH"
     log = folder / "log.txt"
     log.unlink(missing_ok=True)
-    for command in part.commands(folder):
+    try:
+        commands = part.commands(folder)
+    except NotPossibleError as error:
+        return "not run", str(error)
+    failures = []
+    for command in commands:
         code = _run_logged(command, log, deadline)
         said = log.read_text(errors="replace")
         if part.refused is not None and part.refused in said:
@@ -161,7 +205,11 @@ def _run_commands(part: Part, folder: Path, deadline: float) -> tuple[Status, st
         if code is None:
             return "failed", f"stopped at its time limit: {shlex.join(command)[:120]}"
         if code != 0:
-            return "failed", f"status {code}: {_last_line(said)}"
+            failures.append(f"status {code}: {_last_line(said)}")
+            if not part.goes_on:
+                break
+    if failures:
+        return "failed", "; ".join(failures)
     return "ok", _last_line(log.read_text(errors="replace"))
 
 
@@ -192,8 +240,8 @@ def _last_line(text: str) -> str:
 class Report:
     """output/summary.json and the archive, both complete after every part."""
 
-    def __init__(self, output: Path, commit: str | None) -> None:
-        self.output, self.commit, self.sources = output, commit, sources_digest()
+    def __init__(self, output: Path, commit: str | None, archive: str = ARCHIVE) -> None:
+        self.output, self.commit, self.archive, self.sources = output, commit, archive, sources_digest()
         self.path = output / SUMMARY
         self.outcomes = self._earlier()
 
@@ -209,7 +257,9 @@ class Report:
     def kept(self, part: Part) -> bool:
         """Taken earlier, with these very sources. The build is of this machine, which may be another one now."""
         found = self.outcomes.get(part.name)
-        return found is not None and found.status == "ok" and found.sources == self.sources and part.name != "build"
+        if found is None or found.status != "ok" or found.sources != self.sources or part.always:
+            return False
+        return part.name != "build" or _is_built()
 
     def add(self, part: Part, outcome: Outcome) -> None:
         self.outcomes[part.name] = outcome
@@ -226,18 +276,24 @@ class Report:
         self._pack()
 
     def _pack(self) -> None:
-        scratch = self.output / (ARCHIVE + ".tmp")
+        scratch = self.output / (self.archive + ".tmp")
         with tarfile.open(scratch, "w:gz") as archive:
             for path in sorted(self.output.rglob("*")):
-                if path.is_file() and not path.name.startswith(ARCHIVE) and not os.access(path, os.X_OK):
+                if path.is_file() and not path.name.startswith(self.archive) and not os.access(path, os.X_OK):
                     archive.add(path, arcname=str(path.relative_to(self.output)))
-        scratch.replace(self.output / ARCHIVE)
+        scratch.replace(self.output / self.archive)
 
 
-def chosen_parts(names: Sequence[str] | None) -> list[Part]:
+def _is_built() -> bool:
+    """Whether this machine's Python has the extension; asked in a process of its own."""
+    code = "from uvm_kv.memory import extension; extension()"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def chosen_parts(names: Sequence[str] | None, *, measure: bool = False) -> list[Part]:
     if not names:
-        return list(PARTS)
-    known = {part.name: part for part in PARTS}
+        return [PARTS[0], *MEASURE_PARTS] if measure else list(PARTS)
+    known = {part.name: part for part in (*PARTS, *MEASURE_PARTS)}
     for name in names:
         if name not in known:
             raise ValueError(f"--parts {name}: no such part; there are {', '.join(known)}")
@@ -292,17 +348,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("results/gpu_check"), help="folder for logs and results")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these, in the usual order")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of them together (default {SECONDS})")
+    parser.add_argument("--measure", action="store_true", help="the build and the parts of gpu-measure")
+    parser.add_argument(
+        "--seconds", type=float, help=f"for all of them together ({SECONDS}; with --measure {MEASURE_SECONDS})"
+    )
     parser.add_argument("--force", action="store_true", help="take again what these sources have taken")
     parser.add_argument("--commit", help="of these sources, where they are a copy without their history")
     parser.add_argument("--list", action="store_true", help="the parts")
     options = parser.parse_args(arguments)
     if options.list:
-        print("\n".join(f"{part.name:<12}{part.limit_s:>4} s at most  {part.about}" for part in PARTS))
+        for title, listed in (("gpu-check", PARTS), ("gpu-measure", MEASURE_PARTS)):
+            print(f"{title}:")
+            print("\n".join(f"  {part.name:<16}{part.limit_s:>4} s at most  {part.about}" for part in listed))
         return 0
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), TOOLKIT])
     try:
-        parts = chosen_parts(options.parts)
+        parts = chosen_parts(options.parts, measure=options.measure)
         commit = _commit(options.commit)
         if gpu() is None:
             print("no NVIDIA GPU on this machine (nvidia-smi shows none): nothing to check; make test runs without one")
@@ -312,7 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    fine = check(parts, report, seconds=options.seconds, force=options.force)
+    seconds = options.seconds or (MEASURE_SECONDS if options.measure else SECONDS)
+    fine = check(parts, report, seconds=seconds, force=options.force)
     print(f"all of it: {report.output / ARCHIVE}")
     return 0 if fine else 1
 

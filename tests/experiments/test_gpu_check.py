@@ -176,3 +176,28 @@ def test_the_sanitizer_finds_its_tests(tmp_path: Path) -> None:
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     assert 10 <= len(names) <= 40, listed.stdout[-2000:]
     assert {"test_attention.py", "test_copies.py"} <= {n.split("::")[0].rsplit("/", 1)[-1] for n in names}
+
+
+def test_a_part_that_goes_on_runs_what_follows_a_failure(card: None, tmp_path: Path) -> None:
+    several = part("several", "print('a'); raise SystemExit(1)", "print('b')", goes_on=True)
+    fine, summary = run(tmp_path, several)
+    assert not fine
+    assert summary["parts"]["several"]["reason"] == "status 1: a"
+    assert (tmp_path / "several" / "log.txt").read_text().splitlines()[-1] == "b"
+
+
+def test_what_is_always_taken_is_taken_again(card: None, tmp_path: Path) -> None:
+    count = "p = __import__('pathlib').Path(r'{}/n'); p.write_text(str(int(p.read_text()) + 1 if p.exists() else 1))"
+    for _ in range(2):
+        run(tmp_path, part("counting", count, always=True))
+    assert (tmp_path / "counting" / "n").read_text() == "2"
+
+
+def test_a_build_is_kept_only_where_the_extension_is(
+    card: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = "p = __import__('pathlib').Path(r'{}/n'); p.write_text(str(int(p.read_text()) + 1 if p.exists() else 1))"
+    for built, expected in ((False, "1"), (True, "1"), (False, "2")):
+        monkeypatch.setattr(gpu_check, "_is_built", lambda built=built: built)
+        run(tmp_path, part("build", count))
+        assert (tmp_path / "build" / "n").read_text() == expected

@@ -1,4 +1,5 @@
-"""Hardware profiles as files: read by name from conf/hardware, and written with a source for every number."""
+"""Hardware profiles as files: read by name from conf/hardware, and written with a source for every number; and the
+shapes of models, by name."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from uvm_kv.config import names
-from uvm_kv.config.resolve import build_profile
+from uvm_kv.config.resolve import build_model, build_profile
 from uvm_kv.config.schema import register
+from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import HardwareProfile
 
 
@@ -30,6 +32,18 @@ def load_profile(name: str) -> HardwareProfile:
         config = compose("config", [f"hardware={name}"])
     hardware: Any = OmegaConf.to_object(config.hardware)
     return build_profile(hardware)
+
+
+def load_geometry(name: str) -> ModelGeometry:
+    """Of `conf/model/<name>.yaml`; ValueError for a name that is not there."""
+    known = names.groups()["model"]
+    if name not in known:
+        raise names.unknown("model", name, known)
+    register()
+    with initialize_config_dir(str(names.CONF_DIR), version_base="1.3"):
+        config = compose("config", [f"model={name}"])
+    model: Any = OmegaConf.to_object(config.model)
+    return build_model(model)
 
 
 def check_name(name: str) -> None:

@@ -236,7 +236,7 @@ def _run_in_worker(jobs: list[NamedJob], log: SweepLog, *, sweep: bool) -> None:
                 continue
             _begin(named)
             with _line(log, named.name) if sweep else _bar(named.job) as on_step:
-                outcome = worker.run(named.job, _argv(), on_step)
+                outcome = worker.run(named.job, _argv(), on_step, named.job.resolved.config.watchdog_s)
             if outcome.error is None:
                 _done(named)
             else:

@@ -207,6 +207,21 @@ def test_a_worker_that_does_not_want_to_end_is_killed(monkeypatch: pytest.Monkey
     assert not alive(pid)
 
 
+def test_a_job_past_its_time_is_stopped_and_ends_its_mechanism() -> None:
+    with OneWorker(FakeTask, lambda job: job.mechanism) as worker:
+        stopped = worker.run(Fake("job", does="hang"), [], limit_s=3)
+        assert stopped.error is not None
+        assert stopped.error.startswith("watchdog: stopped ")
+        assert "at its limit of 3 s (watchdog_s); it may have been thrashing" in stopped.error
+        assert stopped.reach is Reach.MECHANISM
+        assert worker.given_up(Fake("next")) is not None
+        assert worker.run(Fake("other", mechanism="b"), [], limit_s=60).error is None
+
+
+def test_the_watchdog_does_not_make_another_run(tmp_path: Path) -> None:
+    assert jobs.job(tmp_path).directory == jobs.job(tmp_path, "watchdog_s=100").directory
+
+
 def test_the_worker_ends_with_its_parent() -> None:
     """Even if the parent is killed while a job runs, and the job never looks at the pipe."""
     code = (

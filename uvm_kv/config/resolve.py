@@ -65,10 +65,11 @@ LIMITS: dict[str, tuple[float, float]] = {
     "workload.num_requests": (1, 10_000_000),
     "workload.request_rate": (1e-6, 1e9),
     "max_seconds": (1e-6, 1e9),
+    "watchdog_s": (1e-6, 1e9),
     "sampling.temperature": (0, 100),
     "driver.prefetch_threshold_percent": (1, 100),
 }
-NOT_DETERMINING = ("results_dir", "tracking", "rerun", "num_repeats")
+NOT_DETERMINING = ("results_dir", "tracking", "rerun", "num_repeats", "watchdog_s")
 """What a run's result does not depend on, hence what its id leaves out."""
 VARIANT_AXES = (
     "memory.kind",

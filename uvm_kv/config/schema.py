@@ -217,6 +217,7 @@ class ConfigSchema:
     num_repeats: int = 1
     max_steps: int | None = None
     max_seconds: float | None = None
+    watchdog_s: float | None = None
     cuda_graphs: bool = True
     compile: bool = False
     record_plans: bool = False

@@ -1,8 +1,9 @@
 """One worker process at a time, which owns the GPU and runs jobs one after another.
 
 The worker keeps the loaded model from job to job; the KV memory is each job's own. It is replaced when the mechanism
-changes, after a job ran out of memory, and when it dies or a CUDA error is raised in it; the last two also fail what is
-left of the mechanism, which is not tried. The process that starts it makes no CUDA context and outlives all of this.
+changes, after a job ran out of memory, and when it dies, a CUDA error is raised in it or its job is past its time; the
+last three also fail what is left of the mechanism, which is not tried. The process that starts it makes no CUDA
+context and outlives all of this.
 
     parent -> worker   (job, argv)
     worker -> parent   Progress, ... and one Outcome
@@ -31,6 +32,8 @@ from uvm_kv.runner.replay import PlanMismatch
 PROGRESS_EVERY_S = 0.2
 PATIENCE_S = 5.0
 """How long a worker may take to end before it is killed."""
+WATCHDOG = "watchdog"
+"""How the error of a job begins that was stopped at its time."""
 LOWER = "lower"
 """An error of too little memory with this word names the setting itself."""
 _PR_SET_PDEATHSIG = 1
@@ -239,16 +242,33 @@ class Worker:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def run(self, job: Any, argv: list[str], on_step: OnStep | None = None) -> Outcome:
+    def run(self, job: Any, argv: list[str], on_step: OnStep | None = None, limit_s: float | None = None) -> Outcome:
+        """`limit_s`: of the wall clock, from now on. A job past it is killed with its process, mid-step."""
+        end = None if limit_s is None else time.monotonic() + limit_s
+        steps = 0
         try:
             self._pipe.send((job, argv))
-            while not isinstance(said := self._pipe.recv(), Outcome):
+            while True:
+                if end is not None and not self._pipe.poll(max(0.0, end - time.monotonic())):
+                    return self._stop(limit_s, steps)
+                if isinstance(said := self._pipe.recv(), Outcome):
+                    break
+                steps = said.steps
                 if on_step is not None:
                     on_step(*said)
         except (EOFError, OSError):  # The other end is gone.
             self._process.join(PATIENCE_S)
             return Outcome(error=_death(self._process.exitcode), reach=Reach.MECHANISM)
         return said
+
+    def _stop(self, limit_s: float | None, steps: int) -> Outcome:
+        self._process.kill()
+        self._process.join(PATIENCE_S)
+        done = f"after {steps} steps or more" if steps else "before a step was reported"
+        return Outcome(
+            error=f"{WATCHDOG}: stopped {done}, at its limit of {limit_s:g} s (watchdog_s); it may have been thrashing",
+            reach=Reach.MECHANISM,
+        )
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -284,14 +304,14 @@ class OneWorker:
         """The earlier job whose failure ended this one's mechanism, and its error; such a job is not to be run."""
         return self._given_up.get(self._mechanism_of(job))
 
-    def run(self, job: Any, argv: list[str], on_step: OnStep | None = None) -> Outcome:
+    def run(self, job: Any, argv: list[str], on_step: OnStep | None = None, limit_s: float | None = None) -> Outcome:
         assert self.given_up(job) is None
         now = self._mechanism_of(job)
         if self._worker is not None and now != self._mechanism:
             self._end_worker()
         if self._worker is None:
             self._worker, self._mechanism = Worker(self._make_task), now
-        outcome = self._worker.run(job, argv, on_step)
+        outcome = self._worker.run(job, argv, on_step, limit_s)
         if outcome.reach is not Reach.JOB:
             self._end_worker()
         if outcome.reach is Reach.MECHANISM:
@@ -309,7 +329,14 @@ def mechanism(job: Job) -> Hashable:
     """What a worker is for. `custom` is a name for many, told apart by their axes."""
     config = job.resolved.config
     axes = (config.memory.kind, config.memory.pageable, config.placement.name, *dataclasses.astuple(config.hints))
-    return config.runner, config.engine, config.mechanism, *axes, config.scheduler.admission, config.scheduler.preemption
+    return (
+        config.runner,
+        config.engine,
+        config.mechanism,
+        *axes,
+        config.scheduler.admission,
+        config.scheduler.preemption,
+    )
 
 
 def in_order(jobs: Iterable[T], mechanism_of: Callable[[T], Hashable]) -> list[T]:

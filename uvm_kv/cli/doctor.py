@@ -30,12 +30,12 @@ def doctor() -> list[str]:
         "",
         "What works, and what does not",
     ]
-    abilities = _abilities(card is not None) + cuda_report.abilities(cuda)
+    abilities = _abilities(cuda) + cuda_report.abilities(cuda)
     lines += [f"  {'yes' if works else 'no ':3s}  {what}: {why}" for works, what, why in abilities]
     return lines
 
 
-def _abilities(has_gpu: bool) -> list[tuple[bool, str, str]]:
+def _abilities(cuda: cuda_report.CudaReport) -> list[tuple[bool, str, str]]:
     checks = [(True, "runner=sim", "needs nothing but this package")]
     absent = [name for name in ("torch", "transformers") if find_spec(name) is None]
     reason = (
@@ -52,8 +52,12 @@ def _abilities(has_gpu: bool) -> list[tuple[bool, str, str]]:
             "SmolLM2's weights are here" if weights else "SmolLM2's weights are missing: make demo-model",
         )
     )
-    why_cuda = "the runner for a GPU is not part of this version yet"
-    checks.append((False, "runner=cuda", why_cuda if has_gpu else f"no NVIDIA GPU, and {why_cuda}"))
+    why_not = None if cuda.found is not None else cuda.found_missing
+    if why_not is None and absent:
+        why_not = reason
+    elif why_not is None and "+cpu" in (versions()["torch"] or ""):
+        why_not = "torch is a build for the CPU; install its CUDA build, the same version without +cpu"
+    checks.append((why_not is None, "runner=cuda", why_not or "a GPU, the extension and torch are here"))
     checks.append((True, "runner=replay", "needs a run made with record_plans=true"))
     for module, what in (("pyarrow", "tables as parquet"), ("wandb", "tracking=wandb"), ("matplotlib", "figures")):
         here = find_spec(module) is not None

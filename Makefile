@@ -12,7 +12,7 @@ CUDA_SOURCES := $(wildcard $(addprefix cuda_ext/,CMakeLists.txt build_backend/*.
 extra = $$($(BIN)/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])')
 
-.PHONY: help demo demo-model test test-full lint format bench gpu-check gpu-measure wheels clean
+.PHONY: help demo demo-model test test-full lint format bench gpu-check gpu-measure measure wheels clean
 
 help:
 	@echo "make demo    the main job: install, sweep batch sizes on a simulated RTX 3090, print the verdict"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench   speed of the simulator and the engine"
 	@echo "make gpu-check OUT=dir  on a machine with a GPU: build, test, benchmark, one archive (8 minutes)"
 	@echo "make gpu-measure OUT=dir  there: calibrate, sweeps, peers, validation; calls of 9 minutes, given again until done"
+	@echo "make measure  on your own card: calibrate, sweeps, oversubscription on consent, validation, one archive (docs/measure.md)"
 	@echo "make wheels  fill wheels/ for a GPU machine that has torch and no network"
 	@echo "make clean   remove .venv and caches; results stay"
 
@@ -89,6 +90,9 @@ gpu-check: $(if $(CARRIED),,.venv/.installed-dev .venv/.installed-cuda)
 
 gpu-measure: $(if $(CARRIED),,.venv/.installed-dev .venv/.installed-cuda)
 	$(if $(CARRIED),$(PYTHON),$(BIN)/python) -m experiments.gpu_check --measure --output $(OUT)
+
+measure: .venv/.installed-dev .venv/.installed-cuda .venv/.installed-extension
+	$(BIN)/python -m experiments.measure $(if $(MEASURED),--output $(MEASURED))
 
 .venv/.installed-cuda: .venv/.installed-dev
 	@echo "Installing CuPy, CUPTI, NVML and cuda.core into .venv ..."

@@ -197,14 +197,21 @@ def calibrate_commands(output: Path) -> list[list[str]]:
     return [_python("experiments.calibrate", f"curves={curves}", *more)]
 
 
-def predict_commands(output: Path) -> list[list[str]]:
-    """Every point that the sweeps may measure, by the simulator alone."""
-    overrides = ["runner=sim", *profile_overrides(output)]
-    runs = output / "predict" / "runs"
+def predict_commands(output: Path, *, published: bool = False) -> list[list[str]]:
+    """Every point that the sweeps may measure, by the simulator alone; `published`: with the profile that conf/hardware
+    has of this card, not the calibrated one."""
+    name = profile_name().removeprefix("measured_") if published else profile_name()
+    overrides = ["runner=sim", *([f"hardware={name}"] if published else profile_overrides(output))]
+    folder = output / _predictions(published)
+    runs = folder / "runs"
     commands = [c for sweep in SWEEPS for c in sweep_commands(sweep, runs, overrides, managed=True)]
     commands += [repeat_command(sweep, runs, overrides) for sweep in SWEEPS]
-    write = ("--runs", str(runs), "--output", str(output / "predict" / "predictions.json"))
-    return [*commands, _python("experiments.validate_sweep", "predict", *write, "--hardware", profile_name())]
+    write = ("--runs", str(runs), "--output", str(folder / "predictions.json"))
+    return [*commands, _python("experiments.validate_sweep", "predict", *write, "--hardware", name)]
+
+
+def _predictions(published: bool) -> str:
+    return "predict_published" if published else "predict"
 
 
 def measure_commands(sweep: Sweep, output: Path) -> list[list[str]]:
@@ -223,10 +230,14 @@ def all_peer_commands(output: Path) -> list[list[str]]:
     return [command for sweep in SWEEPS for command in peer_commands(sweep, output / "sweep" / "runs")]
 
 
-def validate_commands(output: Path) -> list[list[str]]:
-    predictions, runs = output / "predict" / "predictions.json", output / "sweep" / "runs"
-    for path, part in ((predictions, "predict"), (runs, "sweep")):
+def validate_commands(output: Path, *, published: bool = False) -> list[list[str]]:
+    predictions, runs = output / _predictions(published) / "predictions.json", output / "sweep" / "runs"
+    for path, part in ((predictions, _predictions(published)), (runs, "sweep")):
         if not path.exists():
             raise NotPossibleError(f"there is no {path.name}; the part {part} makes it")
-    where = ("--runs", str(runs), "--predictions", str(predictions), "--output", str(output / "validate"))
+    where = ("--runs", str(runs), "--predictions", str(predictions), "--output", str(output / _validation(published)))
     return [_python("experiments.validate_sweep", "compare", *where)]
+
+
+def _validation(published: bool) -> str:
+    return "validate_published" if published else "validate"

@@ -138,7 +138,7 @@ def compare(
     for point in measured:
         groups.setdefault(point.identity, []).append(point)
     rows = []
-    for identity, runs in groups.items():
+    for identity, runs in sorted(groups.items(), key=lambda group: group[0][: IDENTITY.index("offered_batch") + 1]):
         known = by_identity.get(identity, {})
         pairs = [(run, known.get(run.repeat) or known.get(0)) for run in sorted(runs, key=lambda run: run.repeat)]
         first = None

@@ -94,7 +94,6 @@ def test_a_geometry_that_no_llama_has_is_refused(changes: dict[str, Any], said: 
         (["model=hf"], "model=hf needs a model folder"),
         (["model=opt_13b"], "model=opt_13b lacks a gated MLP"),
         (["prompts=conf/no_such.jsonl"], "with model.weights=random, which has no tokenizer"),
-        (["runner=sim"], "model.weights=random with runner=sim, which has no weights"),
         (["dtype=float64"], "dtype 'float64' is unknown"),
     ],
 )  # fmt: skip

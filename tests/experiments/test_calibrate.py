@@ -123,7 +123,10 @@ def test_without_curves_it_says_what_it_would_measure_and_refuses(
 ) -> None:
     for card, why in (
         (None, "no NVIDIA GPU here; nothing was measured: give curves=FILE.json and name=NAME"),
-        ({"name": "NVIDIA A30", "uuid": "x", "driver": "580"}, "python -m experiments.microbench measures this NVIDIA A30"),
+        (
+            {"name": "NVIDIA A30", "uuid": "x", "driver": "580"},
+            "python -m experiments.microbench measures this NVIDIA A30",
+        ),
     ):
         monkeypatch.setattr("experiments.calibrate.gpu", lambda card=card: card)
         assert main(["name=mine"]) == 2

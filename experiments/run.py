@@ -41,6 +41,7 @@ from uvm_kv.config.schema import register
 from uvm_kv.config.worker import OneWorker, OnStep, explain, in_order, mechanism
 from uvm_kv.telemetry.failures import clear_failure, failed_runs, write_failure
 from uvm_kv.telemetry.provenance import git_state
+from uvm_kv.telemetry.records import read_directories
 from uvm_kv.telemetry.store import completed_runs, read_json, read_outputs
 
 ARGV = "UVM_KV_ARGV"
@@ -290,7 +291,8 @@ def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int
         folder = request.results_dir / request.experiment
         missing = {Path(e.directory).name for e in failed if e.directory is not None}
         records = [record for name, record in failed_runs(folder).items() if name in missing]
-        print_report(write_report(finished, folder / "report", records), console)
+        runs, left_out = read_directories(finished)
+        print_report(write_report(runs, folder / "report", records, left_out), console)
     elif finished:
         for directory in finished:
             print_summary(read_json(directory / "summary.json"), console)

@@ -25,7 +25,8 @@ def mirror_all(events: list[Event]) -> None:
     pending = [(d, t) for d, t in pending if not is_mirrored(d)]
     if not pending:
         return
-    from uvm_kv.analysis.figures import run_figure, save_figure
+    from uvm_kv.analysis.figures import run_figure
+    from uvm_kv.analysis.style import save_figure
 
     console = Console(stderr=True)
     with (

@@ -175,7 +175,8 @@ def _show(
     request: Request,
     console: Console,
 ) -> None:
-    from uvm_kv.analysis.figures import save_figure, validation_figure
+    from uvm_kv.analysis.figures import validation_figure
+    from uvm_kv.analysis.style import save_figure
 
     recorded, simulated = pairs[0]
     runs = "1 run" if len(pairs) == 1 else f"{len(pairs)} runs"

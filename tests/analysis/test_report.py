@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_report_files_and_content(results: Path, tmp_path: Path) -> None:
-    report = write_report(find_runs(results), tmp_path / "out")
+    report = write_report(find_runs(results)[0], tmp_path / "out")
     assert [p.suffix for p in report.figure] == [".png", ".pdf"]
     assert report.figure[0].read_bytes().startswith(b"\x89PNG")
     assert report.figure[1].read_bytes().startswith(b"%PDF")
@@ -37,7 +38,7 @@ def test_report_files_and_content(results: Path, tmp_path: Path) -> None:
 
 
 def test_the_report_is_rebuilt_identically(results: Path, tmp_path: Path) -> None:
-    first, second = (write_report(find_runs(results), tmp_path / name) for name in "ab")
+    first, second = (write_report(find_runs(results)[0], tmp_path / name) for name in "ab")
     assert first.figure[0].read_bytes() == second.figure[0].read_bytes()
     assert first.figure[1].read_bytes() == second.figure[1].read_bytes()
     assert first.page.read_bytes() == second.page.read_bytes()
@@ -56,9 +57,12 @@ def test_report_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no finished run there" in capsys.readouterr().err
 
 
-def test_a_damaged_run_is_named(results: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
+def test_a_damaged_run_is_named_and_left_out(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results, tmp_path / "runs")
+    broken = tmp_path / "runs" / "broken"
     broken.mkdir()
     (broken / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match=r"broken/summary\.json: not readable"):
-        write_report([*find_runs(results), broken], tmp_path / "out")
+    records, left_out = find_runs(tmp_path / "runs")
+    report = write_report(records, tmp_path / "out", (), left_out)
+    assert report.warnings[0].startswith(f"left out: {broken}: ")
+    assert report.verdicts == write_report(find_runs(results)[0], tmp_path / "same").verdicts

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,45 +12,17 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from uvm_kv.analysis.load import GROUP
 from uvm_kv.analysis.recorded import Recording
+from uvm_kv.analysis.style import PAGE_IN, STYLES, style_of
 from uvm_kv.analysis.validate import METRICS, Comparison
 from uvm_kv.analysis.verdict import BASELINES
 
-# TrueType fonts: some publishers reject Type 3.
-plt.rcParams["pdf.fonttype"] = 42
-# Okabe and Ito's colours, and Tol's wine, told apart by the colour-blind too; baselines are grey and black.
-STYLES: dict[str, tuple[str, str, str]] = {
-    "device_resident": ("#888888", "-", "o"),
-    "device_recompute": ("#000000", "-", "s"),
-    "pinned_swap": ("#0072B2", "-", "^"),
-    "pinned_zero_copy": ("#E69F00", "-", "v"),
-    "pinned_prefetch_ahead": ("#56B4E9", "-", "D"),
-    "pinned_balanced": ("#009E73", "-", "P"),
-    "managed_demand": ("#D55E00", "--", "X"),
-    "managed_by_tier": ("#CC79A7", "--", "*"),
-    "managed_prefetch_ahead": ("#882255", "--", "h"),
-}
-# Peers: neither the solid lines of device and pinned memory nor the dashes of managed memory.
-STYLES |= {
-    "hf_generate (peer)": ("#44AA99", "-.", "<"),
-    "hf_continuous (peer)": ("#332288", "-.", ">"),
-    "hf_offloaded (peer)": ("#999933", "-.", "1"),
-}
 MAX_SPANS = 300
-_SPARE = ["#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A"]
-
-
-def style_of(mechanism: str, others: list[str]) -> tuple[str, str, str]:
-    if mechanism in STYLES:
-        return STYLES[mechanism]
-    return _SPARE[others.index(mechanism) % len(_SPARE)], ":", "."
 
 
 def sweep_figure(table: pd.DataFrame) -> Any:
     """One row of panels per group of comparable points; `table` as `with_gains` returns it."""
     groups = [part for _, part in table.groupby(GROUP, sort=True)]
-    figure, axes = plt.subplots(
-        len(groups), 3, figsize=(16.5, 4.9 * len(groups) + 0.9), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(groups), 3, figsize=(PAGE_IN, 2.1 * len(groups) + 0.5), squeeze=False)
     others = sorted(set(table["label"]) - set(STYLES))
     shown: dict[str, Any] = {}
     for row, part in zip(axes, groups, strict=True):
@@ -65,7 +33,6 @@ def sweep_figure(table: pd.DataFrame) -> Any:
         [f"{m} (baseline)" if m in BASELINES else m for m in order],
         loc="outside lower center",
         ncols=4,
-        frameon=False,
     )
     return figure
 
@@ -76,10 +43,10 @@ def _panels(axes: Any, part: pd.DataFrame, others: list[str], shown: dict[str, A
         name = str(mechanism)
         colour, line, marker = style_of(name, others)
         rows = rows.sort_values("offered_batch")
-        look = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.6}
+        look = {"color": colour, "linestyle": line, "marker": marker}
         spread = rows["throughput_std"].fillna(0.0)
         shown[name] = by_batch.errorbar(
-            rows["offered_batch"], rows["throughput"], yerr=spread if spread.any() else None, capsize=2, **look
+            rows["offered_batch"], rows["throughput"], yerr=spread if spread.any() else None, **look
         )
         latency.plot(rows["tpot_s.p99"] * 1e3, rows["throughput"], **look)
         gain.plot(rows["offered_batch"], rows["gain_over_resident"], **look)
@@ -96,23 +63,20 @@ def _panels(axes: Any, part: pd.DataFrame, others: list[str], shown: dict[str, A
         axis.set_xlabel("offered batch (clients)")
     by_batch.set_ylabel("output tokens per second")
     by_batch.set_ylim(bottom=0)
-    by_batch.set_title(part["title"].iloc[0], fontsize=10, loc="left")
+    by_batch.set_title(part["title"].iloc[0].replace(", on a ", "\non a "))
     gain.axhline(0, color="black", linewidth=0.8)
     ceiling = part["closed_form_ceiling"].astype(float).max()
     top = max(0.05, float(part["gain_over_resident"].max()), 0.0 if pd.isna(ceiling) else min(float(ceiling), 1.0))
     gain.set_ylim(-0.5, top * 1.25)
     gain.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    gain.set_ylabel("gain over the best of device_resident")
-    gain.set_title("dotted: closed-form ceiling of the reach; cut off at -50 %", fontsize=9, loc="left")
+    gain.set_ylabel("gain over device_resident's best")
+    gain.set_title("dotted: closed-form ceiling of the reach;\ncut off at -50 %")
     latency.set_xscale("log")
     latency.set_ylim(bottom=0)
     latency.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     latency.set_xlabel("p99 TPOT (ms)")
     latency.set_ylabel("output tokens per second")
-    latency.set_title("throughput at a latency: up and left is better", fontsize=9, loc="left")
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+    latency.set_title("up and left is better")
 
 
 def run_figure(steps: dict[str, list[Any]], title: str) -> Any:
@@ -130,7 +94,7 @@ def run_figure(steps: dict[str, list[Any]], title: str) -> Any:
     def rate(*names: str) -> Any:
         return sum(np.array([observed[n][s].sum() for s in spans]) for n in names) / lasted
 
-    figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(4, 1, figsize=(PAGE_IN, 6.5), sharex=True)
     for name in ("running", "waiting"):
         axes[0].plot(seconds, mean(f"num_{name}"), label=name)
     axes[0].set_ylabel("sequences")
@@ -147,12 +111,12 @@ def run_figure(steps: dict[str, list[Any]], title: str) -> Any:
         axes[3].plot(seconds, rate("stall_ns") * 1e-9, label="stall")
     axes[3].set_ylabel("share of time")
     axes[3].set_xlabel("seconds")
-    axes[0].set_title(title, fontsize=10, loc="left")
+    axes[0].set_title(title)
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.set_ylim(bottom=0)
         if axis.lines:
-            axis.legend(loc="upper right", fontsize=8, frameon=False)
+            axis.legend(loc="upper right")
     return figure
 
 
@@ -165,10 +129,10 @@ def validation_figure(
     pairs: Sequence[tuple[Recording, Recording]], rows: Sequence[Comparison], tolerance: float
 ) -> Any:
     """Simulated against recorded: latency of every request, its distribution, requests in the system, all errors."""
-    figure, axes = plt.subplots(2, 2, figsize=(10.5, 7.6), layout="constrained", width_ratios=[1, 1.15])
+    figure, axes = plt.subplots(2, 2, figsize=(PAGE_IN, 5.2), width_ratios=[1, 1.15])
     (scatter, errors), (cdf, system) = axes
     recorded, simulated = pairs[0]
-    figure.suptitle(f"recorded: {recorded.label};  against {simulated.label}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"recorded: {recorded.label};  against {simulated.label}", x=0.01, ha="left")
     low, high = np.inf, 0.0
     for name, (column, colour, marker) in LATENCIES.items():
         sides = [np.concatenate([_latency_s(pair[i], column) for pair in pairs]) for i in (0, 1)]
@@ -178,14 +142,14 @@ def validation_figure(
         low, high = min(low, *map(np.min, sides)), max(high, *map(np.max, sides))
         for values, line, side in zip(sides, ("-", "--"), ("recorded", "simulated"), strict=True):
             share = np.arange(1, len(values) + 1) / len(values)
-            cdf.plot(np.sort(values), share, color=colour, linestyle=line, linewidth=1.6, label=f"{name}, {side}")
+            cdf.plot(np.sort(values), share, color=colour, linestyle=line, label=f"{name}, {side}")
     span = np.array([low * 0.9, high * 1.1])
     scatter.plot(span, span, color="black", linewidth=0.8)
     scatter.fill_between(span, span * (1 - tolerance), span * (1 + tolerance), color="black", alpha=0.1, linewidth=0)
     scatter.set(xscale="log", yscale="log", xlim=span, ylim=span)
     scatter.set_xlabel("recorded latency (s)")
     scatter.set_ylabel("simulated latency (s)")
-    scatter.set_title(f"one point a request; grey: within {tolerance:.0%}", fontsize=9, loc="left")
+    scatter.set_title(f"one point a request; grey: within {tolerance:.0%}")
     scatter.legend(fontsize=8, frameon=False, loc="upper left")
     cdf.set(xscale="log", ylim=(0, 1.02), xlabel="latency (s)", ylabel="share of requests")
     cdf.legend(fontsize=8, frameon=False, loc="lower right" if len(cdf.lines) < 3 else "best")
@@ -197,9 +161,6 @@ def validation_figure(
     system.set_ylim(bottom=0)
     system.legend(fontsize=8, frameon=False, loc="best")
     _error_panel(errors, rows, tolerance)
-    for axis in (scatter, cdf, system):
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     for scale in (scatter.xaxis, scatter.yaxis, cdf.xaxis):
         scale.set_major_locator(LogLocator(subs=(1, 2, 5) if span[1] < 100 * span[0] else (1,)))
         scale.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -231,7 +192,7 @@ def _error_panel(axis: Any, rows: Sequence[Comparison], tolerance: float) -> Non
     handles = [
         plt.Line2D([], [], linestyle="", marker="o", color=VERDICT_COLOURS.get(w, "#CC79A7"), label=w) for w in words
     ]
-    axis.legend(handles=handles, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(words))
+    axis.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(words))
     axis.grid(alpha=0.25, axis="x")
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -250,12 +211,3 @@ def _in_system(run: Recording) -> tuple[Any, Any]:
     change = np.zeros(len(times))
     np.add.at(change, places, np.repeat([1.0, -1.0], len(arrivals)))
     return (times - arrivals.min()) * 1e-9, np.cumsum(change)
-
-
-def save_figure(figure: Any, stem: Path) -> list[Path]:
-    """PNG and PDF without a date in them, so that equal results give equal files."""
-    paths = [stem.with_suffix(".png"), stem.with_suffix(".pdf")]
-    figure.savefig(paths[0], dpi=130, metadata={"Software": None})
-    figure.savefig(paths[1], metadata={"CreationDate": None, "Creator": None, "Producer": None})
-    plt.close(figure)
-    return paths

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from uvm_kv.telemetry.store import completed_runs, read_json
+from uvm_kv.telemetry.records import LeftOut, Record, read_records
 
 PEER_MARK = " (peer)"
 GROUP = ["group", "title"]
@@ -18,31 +18,25 @@ OUR_ENGINE = "uvm_kv"
 """What the runs of an older version are of, whose summaries say no engine; any other is a peer."""
 
 
-def find_runs(folder: Path) -> list[Path]:
-    """Finished runs below a folder, or the folder itself if it is one; ValueError if there are none."""
-    runs = completed_runs(folder) if folder.is_dir() else []
-    if not runs:
-        raise ValueError(
-            f"{folder}: no finished run there; give a folder with run directories (they hold summary.json)"
-        )
-    return runs
+def find_runs(folder: Path) -> tuple[list[Record], list[LeftOut]]:
+    """Finished runs at or below a folder, and what is left out; ValueError if none remains."""
+    records, left_out = read_records(folder)
+    if not records:
+        more = f" ({len(left_out)} left out, such as {left_out[0]})" if left_out else ""
+        raise ValueError(f"{folder}: no finished run there{more}; give a folder with run directories")
+    return records, left_out
 
 
-def load_runs(directories: Iterable[Path]) -> pd.DataFrame:
-    """summary.json of every run, nested objects flattened to `tpot_s.p99`; `directory` and provenance beside it."""
-    rows = []
-    for directory in directories:
-        try:
-            summary, manifest = read_json(directory / "summary.json"), read_json(directory / "manifest.json")
-        except OSError as error:
-            raise ValueError(f"{directory}: not readable ({error}); delete it and run again") from None
-        if not (isinstance(summary, dict) and isinstance(manifest, dict) and "schema_version" in summary):
-            raise ValueError(f"{directory}: its summary.json or manifest.json is not of a run; delete it and run again")
-        rows.append(
-            _flatten(summary)
-            | {"directory": str(directory), "git_sha": manifest["git_sha"], "git_dirty": manifest["git_dirty"]}
-        )
-    return pd.DataFrame(rows)
+def load_runs(records: Iterable[Record]) -> pd.DataFrame:
+    """summary.json of every run, nested objects flattened to `tpot_s.p99`; `id` and provenance beside it."""
+    return pd.DataFrame(
+        [
+            _flatten(r.summary)
+            | {"id": r.id, "place": str(r.place), "git_sha": r.manifest.get("git_sha")}
+            | {"git_dirty": r.manifest.get("git_dirty")}
+            for r in records
+        ]
+    )
 
 
 def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

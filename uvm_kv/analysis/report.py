@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from uvm_kv.analysis.figures import save_figure, sweep_figure
+from uvm_kv.analysis.figures import sweep_figure
 from uvm_kv.analysis.load import GROUP, load_runs, points
+from uvm_kv.analysis.style import save_figure
 from uvm_kv.analysis.verdict import Verdict, verdicts, with_gains
 from uvm_kv.telemetry.failures import gaps
+from uvm_kv.telemetry.records import LeftOut, Record
 
 COLUMNS = {
     "label": "mechanism",
@@ -53,10 +55,12 @@ class Report:
     page: Path
 
 
-def write_report(directories: list[Path], out: Path, failed: Sequence[dict[str, Any]] = ()) -> Report:
+def write_report(
+    records: Sequence[Record], out: Path, failed: Sequence[dict[str, Any]] = (), left_out: Sequence[LeftOut] = ()
+) -> Report:
     """Write figure.png, figure.pdf, points.csv and report.html below `out`. `failed`: records of the points that are
-    missing, with the reason."""
-    runs = load_runs(directories)
+    missing, with the reason. `left_out`: what was found and is not used."""
+    runs = load_runs(records)
     found_points = points(runs)
     if found_points.empty:
         raise ValueError("the runs are all of runner=cpu, whose throughput says nothing about memory kinds")
@@ -67,7 +71,8 @@ def write_report(directories: list[Path], out: Path, failed: Sequence[dict[str, 
     best = {part["title"].iloc[0]: format_points(_best_points(part)) for _, part in table.groupby(GROUP, sort=True)}
     figure = save_figure(sweep_figure(table), out / "figure")
     table.to_csv(out / "points.csv", index=False)
-    memory, warnings, missing = _memory(runs), _warnings(runs), gaps(failed)
+    memory, missing = _memory(runs), gaps(failed)
+    warnings = [f"left out: {it}" for it in left_out] + _warnings(runs)
     page = out / "report.html"
     page.write_text(_page(runs, table, found, best, memory, warnings, missing, figure[0]), encoding="utf-8")
     return Report(found, best, memory, warnings, missing, figure, out / "points.csv", page)

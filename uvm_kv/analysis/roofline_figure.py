@@ -6,14 +6,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FuncFormatter
 
-from uvm_kv.analysis.figures import save_figure
+from uvm_kv.analysis.style import PAGE_IN, save_figure
 from uvm_kv.hw.counting import Counting
 from uvm_kv.hw.step import Operator, StepAnalysis
 
@@ -48,7 +45,7 @@ def write_roofline(step: StepAnalysis, folder: Path) -> list[Path]:
 
 
 def roofline_figure(step: StepAnalysis) -> Any:
-    figure, (roof, time) = plt.subplots(1, 2, figsize=(11.5, 5.0), width_ratios=(1.65, 1), layout="constrained")
+    figure, (roof, time) = plt.subplots(1, 2, figsize=(PAGE_IN, 3.2), width_ratios=(1.65, 1))
     _draw_roof(roof, step)
     _draw_time(time, step)
     bits = step.precision
@@ -56,7 +53,6 @@ def roofline_figure(step: StepAnalysis) -> Any:
         f"{step.model.name}, {step.stage.value}, batch {step.batch_size}, {step.sequence_length} tokens, "
         f"w{bits.weight_bits} a{bits.activation_bits} kv{bits.kv_bits} on {step.profile.name}: "
         f"{step.total_s * 1e3:.4g} ms{'' if step.fits else ', does not fit the card'}",
-        fontsize=11,
         x=0.01,
         ha="left",
     )
@@ -64,7 +60,7 @@ def roofline_figure(step: StepAnalysis) -> Any:
         plt.Line2D([], [], linestyle="", marker=marker, color=colour, label=name)
         for name, (colour, marker) in KINDS.items()
     ]
-    figure.legend(handles=kinds, fontsize=9, frameon=False, loc="outside lower center", ncols=len(kinds))
+    figure.legend(handles=kinds, loc="outside lower center", ncols=len(kinds))
     return figure
 
 
@@ -79,10 +75,10 @@ def _draw_roof(axis: Any, step: StepAnalysis) -> None:
     for peak in peaks:
         axis.plot(x, np.minimum(peak, hbm * x), color="black", linewidth=1.4, zorder=1)
         note = f"{peak / 1e12:.4g} TOP/s"
-        axis.annotate(note, (right, peak), (-3, 4), textcoords="offset points", ha="right", fontsize=8)
+        axis.annotate(note, (right, peak), (-3, 4), textcoords="offset points", ha="right")
     middle = (left * peaks[0] / hbm) ** 0.5
     note = f"{hbm / 1e9:.4g} GB/s"
-    axis.annotate(note, (middle, hbm * middle), (-6, 4), textcoords="offset points", ha="right", fontsize=8)
+    axis.annotate(note, (middle, hbm * middle), (-6, 4), textcoords="offset points", ha="right")
     axis.set(xscale="log", yscale="log", xlim=(left, right))
     axis.set_ylim(0.1 * min(reached.values()), 4 * peaks[-1])
     for op in shown:
@@ -95,11 +91,9 @@ def _draw_roof(axis: Any, step: StepAnalysis) -> None:
     axis.set_xlabel("operations per byte")
     axis.set_ylabel("operations per second")
     if step.counting is Counting.EXACT:
-        axis.set_title("open: attainable, filled: charged (exact counting)", fontsize=9, loc="left")
+        axis.set_title("open: attainable, filled: charged (exact counting)")
     else:
-        axis.set_title("LLM-Viewer's counting: every operator at its roof", fontsize=9, loc="left")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title("LLM-Viewer's counting: every operator at its roof")
 
 
 def _clusters(shown: list[Operator], reached: dict[str, float]) -> list[tuple[list[str], float, float]]:
@@ -136,7 +130,6 @@ def _draw_labels(axis: Any, clusters: list[tuple[list[str], float, float]]) -> N
             (x + 0.035, top),
             textcoords="axes fraction",
             va="top",
-            fontsize=8,
             linespacing=1.05,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             arrowprops={"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "relpos": (0, 1), "shrinkA": 0},
@@ -155,12 +148,11 @@ def _draw_time(axis: Any, step: StepAnalysis) -> None:
     times = [op.count * op.time_s * 1e3 for op in step.operators]
     bars = axis.barh(range(len(times)), times, color=[KINDS[kind_of(op.name)][0] for op in step.operators])
     shares = [f"{t / (step.total_s * 1e3):.1%}" for t in times]
-    axis.bar_label(bars, shares, padding=3, fontsize=8)
+    axis.bar_label(bars, shares, padding=3)
     names = [op.name if op.count == 1 else f"{op.name} x{op.count}" for op in step.operators]
-    axis.set_yticks(range(len(times)), names, fontsize=8)
+    axis.set_yticks(range(len(times)), names)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.15 * max(times))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_xlabel("time in the step (ms)")
-    axis.set_title("share of the step's time", fontsize=9, loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title("share of the step's time")

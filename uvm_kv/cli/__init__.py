@@ -56,6 +56,7 @@ def _report(folder: Path, out: Path) -> None:
     from uvm_kv.analysis.load import find_runs
     from uvm_kv.analysis.report import write_report
     from uvm_kv.analysis.terminal import print_report
-    from uvm_kv.telemetry.failures import failed_runs
+    from uvm_kv.telemetry.records import read_failures
 
-    print_report(write_report(find_runs(folder), out, list(failed_runs(folder).values())), Console())
+    records, left_out = find_runs(folder)
+    print_report(write_report(records, out, read_failures(folder), left_out), Console())

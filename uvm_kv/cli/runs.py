@@ -14,7 +14,8 @@ from rich.table import Table
 from uvm_kv.analysis.load import find_runs
 from uvm_kv.analysis.terminal import print_outputs, print_summary
 from uvm_kv.telemetry.failures import failed_runs, reason
-from uvm_kv.telemetry.store import completed_runs, read_json, read_outputs
+from uvm_kv.telemetry.records import Record, read_records
+from uvm_kv.telemetry.store import read_outputs
 
 COLUMNS = ("id", "mechanism", "batch", "tok/s", "TPOT p99", "model", "workload", "experiment", "origin", "started")
 NUM_WHOLE = 5
@@ -29,44 +30,46 @@ def list_runs(folder: Path, conditions: list[str]) -> None:
     for i, name in enumerate(COLUMNS):
         table.add_column(name, no_wrap=True, min_width=None if i >= NUM_WHOLE else len(name))
     shown, failed = 0, failed_runs(folder)
-    for directory in completed_runs(folder) if failed else find_runs(folder):
-        summary = read_json(directory / "summary.json")
-        if all(_matches(summary, field, value) for field, value in wanted):
+    records, left_out = read_records(folder) if failed else find_runs(folder)
+    for record in records:
+        if all(_matches(record.summary, field, value) for field, value in wanted):
             shown += 1
-            table.add_row(*_row(directory, summary))
+            table.add_row(*_row(record))
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_WHEN_PIPED)
     console.print(table)
     console.print(f"{shown} runs in {folder}", markup=False, highlight=False)
-    for name, record in failed.items():
+    for it in left_out:
+        console.print(f"left out: {it}", markup=False, highlight=False, soft_wrap=True)
+    for name, failure in failed.items():
         # A condition on a result does not hold where there is none.
-        if all(field in record and _matches(record, field, value) for field, value in wanted):
-            line = f"failed: {name} {record['mechanism']}, batch {record['offered_batch']}: {reason(record)}"
+        if all(field in failure and _matches(failure, field, value) for field, value in wanted):
+            line = f"failed: {name} {failure['mechanism']}, batch {failure['offered_batch']}: {reason(failure)}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_run(folder: Path, run_id: str) -> None:
     """Print one run; ValueError if the id's beginning fits none or several."""
     failed = {name: record for name, record in failed_runs(folder).items() if name.startswith(run_id)}
-    found = [d for d in (completed_runs(folder) if failed else find_runs(folder)) if d.name.startswith(run_id)]
+    found = [record for record in read_records(folder)[0] if record.id.startswith(run_id)]
     if len(failed) == 1 and not found:
         for name, record in failed.items():
             print(f"{name}: {'failed' if record['tried'] else 'not tried'} on {record['failed']}: {record['error']}")
             print(f"argv: {' '.join(record['argv'])}")
         return
     if len(found) != 1:
-        names = ", ".join(d.name for d in found[:5]) or "none"
+        names = ", ".join(record.id for record in found[:5]) or "none"
         raise ValueError(f"{run_id} fits {len(found)} runs in {folder} ({names}); give more of the id")
-    (directory,) = found
+    (run,) = found
     console = Console()
-    print_summary(read_json(directory / "summary.json"), console)
-    print_outputs(read_outputs(directory), console)
-    manifest = read_json(directory / "manifest.json")
+    print_summary(run.summary, console)
+    print_outputs(read_outputs(run.place), console)
+    manifest = run.manifest
     for key in ("argv", "started", "duration_s", "git_sha", "git_dirty", "gpu"):
         value = " ".join(manifest[key]) if key == "argv" else manifest[key]
         console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"run: {directory}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"run: {run.place}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _condition(text: str) -> tuple[str, str]:
@@ -87,18 +90,19 @@ def _matches(summary: dict[str, Any], field: str, value: str) -> bool:
     return value == (node if isinstance(node, str) else json.dumps(node))
 
 
-def _row(directory: Path, summary: dict[str, Any]) -> list[str]:
+def _row(record: Record) -> list[str]:
+    summary = record.summary
     throughput = summary["output_tokens_per_s"] or summary["output_tokens_per_s_whole_run"]
     tpot = summary["tpot_s"]["p99"]
     return [
-        directory.name,
+        record.id,
         summary["mechanism"],
         str(summary["offered_batch"]),
         "-" if throughput is None else f"{throughput:.1f}",
         "-" if tpot is None else f"{tpot * 1e3:.1f} ms",
         summary["model"],
         summary["workload"],
-        directory.parent.name,
+        record.place.parent.name,
         summary["origin"],
-        read_json(directory / "manifest.json")["started"],
+        record.manifest["started"],
     ]

@@ -63,16 +63,18 @@ def write_run(
     try:
         temporary.mkdir()
         (temporary / "config.yaml").write_text(config_yaml)
-        (temporary / "manifest.json").write_text(_json(manifest))
+        content = encode_json(summary)
+        manifest = manifest | {"summary_sha256": hashlib.sha256(content).hexdigest()}
+        (temporary / "manifest.json").write_bytes(encode_json(manifest))
         _write_table(temporary / "steps", steps)
         _write_table(temporary / "requests", requests)
         if plans is not None:
             lines = (json.dumps([plan.to_json(), output.to_json()]) for plan, output in plans)
-            _write_gzip(temporary / "plans.jsonl.gz", lines)
+            write_gzip(temporary / "plans.jsonl.gz", lines)
         if outputs is not None:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in outputs)
             (temporary / "outputs.jsonl").write_text("".join(lines), encoding="utf-8")
-        (temporary / "summary.json").write_text(_json(summary))
+        (temporary / "summary.json").write_bytes(content)
         return _publish(temporary, directory, replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -110,8 +112,9 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+def encode_json(value: dict[str, Any]) -> bytes:
+    """summary.json and manifest.json as they are written: what a hash of one is taken of."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -130,7 +133,8 @@ def read_outputs(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
-def _write_gzip(path: Path, lines: Iterable[str]) -> None:
+def write_gzip(path: Path, lines: Iterable[str]) -> None:
+    """`lines`: without their ends."""
     # No name and no time in the header: equal content gives equal bytes.
     with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
         with io.TextIOWrapper(packed, "utf-8", newline="\n") as text:
@@ -144,7 +148,7 @@ def _write_table(stem: Path, table: Table) -> None:
         import pyarrow.parquet as pq
     except ImportError:
         rows = (json.dumps(dict(zip(table, row, strict=True))) for row in zip(*table.values(), strict=True))
-        _write_gzip(stem.with_suffix(".jsonl.gz"), rows)
+        write_gzip(stem.with_suffix(".jsonl.gz"), rows)
         return
     kinds = {name: pa.bool_() if name == "measured" else pa.int64() for name in table}
     columns = {name: pa.array(values, kinds[name]) for name, values in table.items()}

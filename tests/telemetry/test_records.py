@@ -1,0 +1,125 @@
+"""Reading finished runs: what is taken, what is left out and why, packed sets."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import jobs
+from uvm_kv.config.build import run_job
+from uvm_kv.telemetry.failures import write_failure
+from uvm_kv.telemetry.records import PACKED, pack, read_failures, read_records
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for batch in (4, 8):
+        job = jobs.job(folder, "mechanism=device_resident", f"batch_size={batch}", "max_steps=20")
+        run_job(job, argv=["test", "results_dir=/somewhere"])
+    return folder
+
+
+@pytest.fixture
+def runs(finished: Path, tmp_path: Path) -> list[Path]:
+    shutil.copytree(finished, tmp_path / "runs")
+    return sorted(path.parent for path in (tmp_path / "runs").rglob("summary.json"))
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values, indent=2) + "\n")
+
+
+def test_whole_runs_are_verified_by_the_hash_in_their_manifest(runs: list[Path], tmp_path: Path) -> None:
+    records, left_out = read_records(tmp_path)
+    assert [r.id for r in records] == [d.name for d in runs] and left_out == []
+    assert all(r.verified for r in records)
+    for record, directory in zip(records, runs, strict=True):
+        assert record.sha256 == hashlib.sha256((directory / "summary.json").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda d: (d / "summary.json").unlink(), "half-written: it has no summary.json"),
+        (lambda d: (d / "summary.json").write_text("{"), "half-written or damaged"),
+        (lambda d: (d / "manifest.json").unlink(), "foreign: it has no manifest.json"),
+        (lambda d: (d / "summary.json").write_text("[1]"), "foreign"),
+        (lambda d: (d / "summary.json").write_text('{"schema_version": 1}'), "foreign: its summary.json has no origin"),
+        (lambda d: change(d / "summary.json", schema_version=0), "schema version 0, where this version reads"),
+        (lambda d: change(d / "summary.json", output_tokens_per_s=1e9), "tampered"),
+        (lambda d: d.rename(d.with_name(f".tmp-{d.name}-1234")), "half-written: a job that is under way"),
+    ],
+)  # fmt: skip
+def test_what_is_no_whole_run_is_listed_left_out_and_left_alone(
+    runs: list[Path], tmp_path: Path, spoil: Any, why: str
+) -> None:
+    spoil(runs[0])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    records, (left_out,) = read_records(tmp_path)
+    assert [r.id for r in records] == [runs[1].name]
+    assert runs[0].name in str(left_out) and why in str(left_out) and len(str(left_out).splitlines()) == 1
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_an_older_version_is_taken_where_it_is_asked_for(runs: list[Path], tmp_path: Path) -> None:
+    change(runs[0] / "summary.json", schema_version=0)
+    manifest = json.loads((runs[0] / "manifest.json").read_text())
+    del manifest["summary_sha256"]  # As versions before the hash wrote it.
+    (runs[0] / "manifest.json").write_text(json.dumps(manifest))
+    assert len(read_records(tmp_path)[0]) == 1
+    records, left_out = read_records(tmp_path, any_schema=True)
+    assert len(records) == 2 and left_out == []
+    assert [r.verified for r in records] == [False, True]
+
+
+def test_two_runs_of_one_id_that_differ_are_not_both_used(runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "z" / runs[0].name)
+    assert len(read_records(tmp_path)[0]) == 2  # The same run twice is one run.
+    summary = tmp_path / "z" / runs[0].name / "summary.json"
+    change(summary, output_tokens_per_s=1.0)
+    change(summary.with_name("manifest.json"), summary_sha256=hashlib.sha256(summary.read_bytes()).hexdigest())
+    records, (left_out,) = read_records(tmp_path)
+    assert len(records) == 2 and "same id" in str(left_out)
+
+
+def test_a_packed_set_reads_as_its_runs_and_names_no_machine(runs: list[Path], tmp_path: Path) -> None:
+    records, _ = read_records(tmp_path)
+    missing = {"id": "x"}
+    write_failure(runs[0].with_name("0" * 12 + "-r0"), identity=missing, error="no room", tried=True, argv=["a"],
+                  git_sha=None)  # fmt: skip
+    failures = {"0" * 12 + "-r0": read_failures(tmp_path)[0]}
+    for name in "ab":
+        pack(reversed(records), failures, tmp_path / name)
+    assert (tmp_path / "a" / PACKED).read_bytes() == (tmp_path / "b" / PACKED).read_bytes()
+    packed, left_out = read_records(tmp_path / "a")
+    assert left_out == [] and all(r.verified for r in packed)
+    assert [(r.id, r.summary, r.sha256) for r in packed] == [(r.id, r.summary, r.sha256) for r in records]
+    assert "host" not in packed[0].manifest["machine"] and packed[0].manifest["argv"] == ["test"]
+    assert [f["error"] for f in read_failures(tmp_path / "a")] == ["no room"]
+
+
+def test_a_packed_set_that_was_changed_or_cut_off(runs: list[Path], tmp_path: Path) -> None:
+    assert len(runs) == 2
+    pack(read_records(tmp_path)[0], {}, tmp_path / "packed")
+    file = tmp_path / "packed" / PACKED
+    lines = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    lines[0]["summary"]["output_tokens_per_s"] = 1e9
+    file.write_bytes(gzip.compress(b"\n".join(json.dumps(line).encode() for line in [*lines, {"a": 1}, [2]])))
+    records, left_out = read_records(tmp_path / "packed")
+    assert [r.id for r in records] == [lines[1]["id"]]
+    assert ["tampered" in left_out[0].why, *("foreign" in it.why for it in left_out[1:])] == [True, True, True]
+    file.write_bytes(file.read_bytes()[:-40])
+    records, (left_out_file,) = read_records(tmp_path / "packed")
+    assert records == [] and "damaged" in str(left_out_file)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no finished run there"):
+        read_records(tmp_path / "nowhere")

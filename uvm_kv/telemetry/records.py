@@ -1,0 +1,195 @@
+"""Finished runs as records: read from run directories or from a packed set, checked, and what is left out listed.
+
+A packed set is `runs.jsonl.gz`, a line a run in order of ids, of {"id", "summary", "manifest"}: what a reference set is
+committed as (results/README.md). Nothing here writes into, mends or deletes a run directory.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from uvm_kv.telemetry.failures import failed_runs
+from uvm_kv.telemetry.store import TEMPORARY, encode_json, write_gzip
+from uvm_kv.telemetry.summary import SCHEMA_VERSION
+
+PACKED = "runs.jsonl.gz"
+PACKED_FAILURES = "failed.jsonl.gz"
+NEEDED = ("origin", "hardware", "model")
+"""Fields without which a summary.json is not of a run."""
+RUN_ID = re.compile(r"[0-9a-f]{12}-r\d+")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run."""
+
+    id: str
+    place: Path
+    """Its run directory, or the packed set that it is a line of."""
+    summary: dict[str, Any]
+    manifest: dict[str, Any]
+    sha256: str
+    """Of summary.json."""
+    verified: bool
+    """Whether the manifest holds that hash; False where it holds none, as of runs of older versions."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run directory, or a line of a packed set, that is no run to be used, and why."""
+
+    place: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.why}"
+
+
+def read_records(folder: Path, *, any_schema: bool = False) -> tuple[list[Record], list[LeftOut]]:
+    """Every run at or below `folder`, in order of ids, and what looks like one and is left out.
+
+    Left out: half-written, foreign, of another schema version (unless `any_schema`), changed since it was written, and
+    a second run of an id that says otherwise than the first. ValueError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no finished run there, nor such a folder; give a folder with run directories")
+    reader = _Reader(any_schema)
+    for directory in _run_directories(folder):
+        reader.take(directory.name, directory, str(directory), partial(_read_directory, directory))
+    for file in sorted(folder.rglob(PACKED)):
+        reader.take_packed(file)
+    return reader.result()
+
+
+def read_directories(directories: Iterable[Path]) -> tuple[list[Record], list[LeftOut]]:
+    """The same of these run directories."""
+    reader = _Reader(any_schema=False)
+    for directory in directories:
+        reader.take(directory.name, directory, str(directory), partial(_read_directory, directory))
+    return reader.result()
+
+
+class _Reader:
+    def __init__(self, any_schema: bool) -> None:
+        self._any_schema = any_schema
+        self._records: dict[str, Record] = {}
+        self._left_out: list[LeftOut] = []
+
+    def result(self) -> tuple[list[Record], list[LeftOut]]:
+        return [self._records[name] for name in sorted(self._records)], self._left_out
+
+    def take(self, name: str, place: Path, where: str, read: Callable[[], tuple[Any, Any, str]]) -> None:
+        try:
+            record = _record(name, place, *read(), any_schema=self._any_schema)
+            if (known := self._records.setdefault(name, record)).sha256 != record.sha256:
+                raise ValueError(f"it says otherwise than {known.place}, which has the same id; keep one of them")
+        except ValueError as error:
+            self._left_out.append(LeftOut(where, str(error)))
+
+    def take_packed(self, file: Path) -> None:
+        try:
+            lines = _lines(file)
+        except ValueError as error:
+            self._left_out.append(LeftOut(str(file), str(error)))
+            return
+        for number, line in enumerate(lines, start=1):
+            name = str(line.get("id")) if isinstance(line, dict) else "?"
+            self.take(name, file, f"{file}, line {number} ({name})", partial(_read_line, line))
+
+
+def read_failures(folder: Path) -> list[dict[str, Any]]:
+    """Records of the jobs at or below `folder` that failed or were refused (`uvm_kv.telemetry.failures`)."""
+    found = failed_runs(folder)
+    for file in sorted(folder.rglob(PACKED_FAILURES)):
+        found |= {line["id"]: line["record"] for line in _lines(file)}
+    return [found[name] for name in sorted(found)]
+
+
+def pack(records: Iterable[Record], failures: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Write them as a packed set into `folder`. The manifests go without what is about the machine's owner and not
+    about the result: host name and folders in the command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(records, key=lambda record: record.id)
+    lines = [{"id": r.id, "summary": r.summary, "manifest": _public(r.manifest)} for r in ordered]
+    write_gzip(folder / PACKED, (_compact(line) for line in lines))
+    if failures:
+        told = [{"id": name, "record": _public(record)} for name, record in sorted(failures.items())]
+        write_gzip(folder / PACKED_FAILURES, (_compact(line) for line in told))
+
+
+def _public(manifest: dict[str, Any]) -> dict[str, Any]:
+    argv = [word for word in manifest["argv"] if not word.startswith("results_dir=")]
+    public = manifest | {"argv": argv}
+    if "machine" in public:
+        public["machine"] = {key: value for key, value in public["machine"].items() if key != "host"}
+    return public
+
+
+def _compact(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _run_directories(folder: Path) -> list[Path]:
+    """Directories that are, or look like, runs: with a summary.json, or named as a run is."""
+    found = {path.parent for path in folder.rglob("summary.json")}
+    if RUN_ID.fullmatch(folder.name):
+        found.add(folder)
+    for path in folder.rglob("*-r*"):
+        name = path.name.removeprefix(TEMPORARY)
+        if path.is_dir() and RUN_ID.match(name) and (name != path.name or RUN_ID.fullmatch(name)):
+            found.add(path)
+    return sorted(found)
+
+
+def _read_directory(directory: Path) -> tuple[Any, Any, str]:
+    if any(part.startswith(TEMPORARY) for part in directory.parts):
+        raise ValueError("half-written: a job that is under way or was killed; the same command runs it again")
+    summary, manifest = directory / "summary.json", directory / "manifest.json"
+    if not summary.is_file():
+        raise ValueError("half-written: it has no summary.json; run its command again")
+    if not manifest.is_file():
+        raise ValueError("foreign: it has no manifest.json beside its summary.json")
+    try:
+        content = summary.read_bytes()
+        return json.loads(content), json.loads(manifest.read_bytes()), hashlib.sha256(content).hexdigest()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"half-written or damaged: {error}") from None
+
+
+def _read_line(line: Any) -> tuple[Any, Any, str]:
+    if not (isinstance(line, dict) and isinstance(line.get("summary"), dict)):
+        raise ValueError("foreign: it is no line of a packed set")
+    return line["summary"], line.get("manifest"), hashlib.sha256(encode_json(line["summary"])).hexdigest()
+
+
+def _lines(file: Path) -> list[Any]:
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"damaged: {error}; take it from the repository again") from None
+
+
+def _record(name: str, place: Path, summary: Any, manifest: Any, sha256: str, *, any_schema: bool) -> Record:
+    if not (isinstance(summary, dict) and isinstance(manifest, dict) and "schema_version" in summary):
+        raise ValueError("foreign: its summary.json or manifest.json is not of a run")
+    if summary["schema_version"] != SCHEMA_VERSION and not any_schema:
+        raise ValueError(
+            f"schema version {summary['schema_version']}, where this version reads {SCHEMA_VERSION}; "
+            f"run it again, or take it as it is with --allow-mixed"
+        )
+    if absent := [field for field in NEEDED if field not in summary]:
+        raise ValueError(f"foreign: its summary.json has no {', '.join(absent)}")
+    written = manifest.get("summary_sha256")
+    if written is not None and written != sha256:
+        raise ValueError("tampered: its summary.json is not what the run wrote (manifest.json has its hash)")
+    return Record(name, place, summary, manifest, sha256, written is not None)

@@ -44,10 +44,10 @@ def _panels(axes: Any, part: pd.DataFrame, others: list[str], shown: dict[str, A
         colour, line, marker = style_of(name, others)
         rows = rows.sort_values("offered_batch")
         look = {"color": colour, "linestyle": line, "marker": marker}
-        spread = rows["throughput_std"].fillna(0.0)
-        shown[name] = by_batch.errorbar(
-            rows["offered_batch"], rows["throughput"], yerr=spread if spread.any() else None, **look
-        )
+        throughput = rows["throughput"]
+        bars = [throughput - rows["throughput_low"], rows["throughput_high"] - throughput]
+        repeated = bool(rows["throughput_low"].notna().any())
+        shown[name] = by_batch.errorbar(rows["offered_batch"], throughput, yerr=bars if repeated else None, **look)
         latency.plot(rows["tpot_s.p99"] * 1e3, rows["throughput"], **look)
         gain.plot(rows["offered_batch"], rows["gain_over_resident"], **look)
         bound = rows["closed_form_ceiling"].astype(float)
@@ -69,11 +69,12 @@ def _panels(axes: Any, part: pd.DataFrame, others: list[str], shown: dict[str, A
     top = max(0.05, float(part["gain_over_resident"].max()), 0.0 if pd.isna(ceiling) else min(float(ceiling), 1.0))
     gain.set_ylim(-0.5, top * 1.25)
     gain.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    gain.set_ylabel("gain over device_resident's best")
+    gain.set_ylabel("gain over device_resident")
     gain.set_title("dotted: closed-form ceiling of the reach;\ncut off at -50 %")
     latency.set_xscale("log")
     latency.set_ylim(bottom=0)
     latency.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    latency.xaxis.set_minor_formatter(NullFormatter())
     latency.set_xlabel("p99 TPOT (ms)")
     latency.set_ylabel("output tokens per second")
     latency.set_title("up and left is better")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from uvm_kv.analysis.statistics import median_interval
 from uvm_kv.telemetry.records import LeftOut, Record, read_records
 
 PEER_MARK = " (peer)"
@@ -54,14 +55,14 @@ def _is_number(value: object) -> bool:
 
 
 def points(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs averaged over their repeats and seeds: one row per comparison, mechanism and offered batch.
+    """Medians over repeats and seeds: one row per comparison, mechanism and offered batch.
 
     Runs are of one comparison if they share everything but mechanism, batch size and seed; where several comparisons
     would bear the same title, what they differ in is added to it. A mechanism that occurs in several variants (of
     placement options, layout, hints, ...) is as many mechanisms, `label`led with what they differ in; a peer's label
-    says that it is one. Nothing else is averaged. Throughput is the steady one, or the whole run's where a run has no
-    steady window. Runs on the CPU say nothing about memory kinds and are left out. `throughput_std` is the spread over
-    repeats, NaN for a single run.
+    says that it is one. Nothing else is put together. Throughput is the steady one, or the whole run's where a run has no
+    steady window. Runs on the CPU say nothing about memory kinds and are left out. `throughput_low` and
+    `throughput_high` bound it (`median_interval`) and `throughput_std` is the spread over repeats; NaN for one run.
     """
     usable = runs[~runs["memory_emulated"].astype(bool)].copy()
     if usable.empty:
@@ -78,10 +79,14 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     # A column that is None in every run is still a column of numbers, none of them observed.
     usable[numeric] = usable[numeric].apply(pd.to_numeric)
     grouped = usable.groupby(key, sort=True)
-    table = grouped[numeric].mean()
+    table = grouped[numeric].median()
+    intervals = grouped["throughput"].apply(lambda repeats: median_interval(list(repeats)))
+    table["throughput_low"] = [interval.low for interval in intervals]
+    table["throughput_high"] = [interval.high for interval in intervals]
     table["throughput_std"] = grouped["throughput"].std()
     table["num_runs"] = grouped.size()
-    for name in ("mechanism", "engine", "admission", "memory", "placement", "prompt_tokens"):
+    shared = ("model", "workload", "origin", "mechanism", "engine", "admission", "memory", "placement", "prompt_tokens")
+    for name in shared:
         table[name] = grouped[name].first()
     return table.reset_index()
 

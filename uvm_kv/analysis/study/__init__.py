@@ -1,0 +1,11 @@
+"""The study: one module a figure or table, each with its question, and how they are written to files."""
+
+from __future__ import annotations
+
+from uvm_kv.analysis.study import batch_sweep
+from uvm_kv.analysis.study.base import Drawn, Study
+
+STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in (batch_sweep,)}
+"""In the order of the report."""
+
+__all__ = ["STUDIES", "Drawn", "Study"]

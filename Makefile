@@ -12,11 +12,13 @@ CUDA_SOURCES := $(wildcard $(addprefix cuda_ext/,CMakeLists.txt build_backend/*.
 extra = $$($(BIN)/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])')
 
-.PHONY: help demo demo-model test test-full lint format bench gpu-check gpu-measure measure wheels clean
+.PHONY: help demo demo-model figures study test test-full lint format bench gpu-check gpu-measure measure wheels clean
 
 help:
 	@echo "make demo    the main job: install, sweep batch sizes on a simulated RTX 3090, print the verdict"
 	@echo "make demo-model  a real model, SmolLM2-135M, served on the CPU by the same engine"
+	@echo "make figures all figures and the report of the study, from the committed reference results"
+	@echo "make study   run everything simulated again from scratch and compare with the reference (20 minutes on 2 cores)"
 	@echo "make test    install what the tests need and run the whole suite"
 	@echo "make test-full  the same, with every combination of the real model's configurations"
 	@echo "make lint    ruff, types, import contract"
@@ -61,6 +63,12 @@ demo: .venv/.installed $(if $(HAS_GPU),$(EXTENSION))
 
 demo-model: .venv/.installed-torch
 	$(BIN)/python -m experiments.run experiment=cpu_generate
+
+figures: .venv/.installed
+	$(BIN)/python -m experiments.figures
+
+study: .venv/.installed
+	$(BIN)/python -m experiments.study
 
 test: .venv/.installed-dev $(EXTENSION)
 	$(BIN)/python -m pytest -n auto

@@ -60,8 +60,8 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     Runs are of one comparison if they share everything but mechanism, batch size and seed; where several comparisons
     would bear the same title, what they differ in is added to it. A mechanism that occurs in several variants (of
     placement options, layout, hints, ...) is as many mechanisms, `label`led with what they differ in; a peer's label
-    says that it is one. Nothing else is put together. Throughput is the steady one, or the whole run's where a run has no
-    steady window. Runs on the CPU say nothing about memory kinds and are left out. `throughput_low` and
+    says that it is one. Nothing else is put together. Throughput is the steady one, or the whole run's where a run has
+    no steady window. Runs on the CPU say nothing about memory kinds and are left out. `throughput_low` and
     `throughput_high` bound it (`median_interval`) and `throughput_std` is the spread over repeats; NaN for one run.
     """
     usable = runs[~runs["memory_emulated"].astype(bool)].copy()

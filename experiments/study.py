@@ -1,0 +1,207 @@
+"""Run everything simulated that the study rests on, from scratch, and hold it against the committed reference set.
+
+    make study                                      all of it, about 20 minutes on 2 cores
+    python -m experiments.study preemption hints    some of its experiments
+    python -m experiments.study --update            and make the fresh runs the reference set
+    python -m experiments.study --list
+
+Runs go to results/study/<commit>/<experiment>/: another commit begins anew, the same one goes on where it was stopped.
+With uncommitted changes everything is run again. A point agrees with the reference where every metric is within
+TOLERANCE of it; the simulator is deterministic, and what is left is the arithmetic of another processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.figures import REFERENCE, ROOT
+from uvm_kv.analysis.study import STUDIES
+from uvm_kv.analysis.study.publish import INDEX, read_index
+from uvm_kv.telemetry.failures import failed_runs
+from uvm_kv.telemetry.provenance import git_state
+from uvm_kv.telemetry.records import Record, pack, read_failures, read_records
+
+RUNS = ROOT / "results" / "study"
+TOLERANCE = 0.001
+METRICS = (
+    *("output_tokens_per_s", "output_tokens_per_s_whole_run", "ttft_s.p50", "tpot_s.p99", "running_batch_mean"),
+    *("h2d_bytes", "d2h_bytes", "gpu_fault_groups", "preemptions", "energy_j_per_output_token", "total_ms"),
+)
+COMPUTED: dict[str, Callable[[Path], None]] = {}
+"""Experiments whose points are computed, not run: each writes its packed set into a folder."""
+MAX_LINES = 5
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Fresh runs of one experiment against the reference."""
+
+    num_points: int
+    worst: float
+    """The largest relative difference of any metric."""
+    differing: list[str]
+    missing: list[str]
+    extra: list[str]
+
+    @property
+    def holds(self) -> bool:
+        return not (self.differing or self.missing or self.extra)
+
+
+def experiments_of(names: Sequence[str]) -> list[str]:
+    """Of all studies, or of these experiments or studies; ValueError for one that there is not."""
+    known = list(dict.fromkeys(source for study in STUDIES.values() for source in study.sources))
+    wanted: dict[str, None] = {}
+    for name in names or known:
+        if name in STUDIES:
+            wanted |= dict.fromkeys(STUDIES[name].sources)
+        elif name in known:
+            wanted[name] = None
+        else:
+            raise ValueError(f"{name}: no such experiment; there are {', '.join(known)}")
+    return list(wanted)
+
+
+def run_experiment(name: str, folder: Path, *, rerun: bool) -> int:
+    """The sweep of conf/experiment/<name>.yaml, with its report left in `folder`/<name>; its exit status. A point that
+    is refused or fails is a record there, and may be a finding."""
+    command = [sys.executable, "-m", "experiments.run", "-m", f"experiment={name}", f"results_dir={folder}"]
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    with (folder / name / "sweep.log").open("w") as log:
+        return subprocess.run(
+            [*command, *(["rerun=true"] if rerun else [])], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        ).returncode
+
+
+def _metrics(summary: dict[str, Any]) -> dict[str, float | None]:
+    values = {}
+    for metric in METRICS:
+        node: Any = summary
+        for key in metric.split("."):
+            node = node.get(key) if isinstance(node, dict) else None
+        values[metric] = node
+    return values
+
+
+def _point(record: Record) -> str:
+    s = record.summary
+    return " ".join(str(s[key]) for key in ("model", "mechanism", "offered_batch") if key in s) + f" ({record.id})"
+
+
+def compare(fresh: Sequence[Record], reference: Sequence[Record], tolerance: float = TOLERANCE) -> Agreement:
+    """Run by run, by id: a run whose settings changed is missing on one side and extra on the other."""
+    ours = {r.id: r for r in fresh}
+    theirs = {r.id: r for r in reference}
+    worst, differing = 0.0, []
+    for name in sorted(ours.keys() & theirs.keys()):
+        if ours[name].sha256 == theirs[name].sha256:
+            continue
+        mine, known = _metrics(ours[name].summary), _metrics(theirs[name].summary)
+        for metric, expected in known.items():
+            value = mine[metric]
+            if value == expected:
+                continue
+            off = float("inf")
+            if value is not None and expected:
+                off = abs(value / expected - 1)
+            worst = max(worst, off)
+            if off > tolerance:
+                differing.append(f"{_point(ours[name])}: {metric} {value} instead of {expected}")
+    return Agreement(
+        len(ours),
+        worst,
+        differing,
+        [_point(theirs[name]) for name in sorted(theirs.keys() - ours.keys())],
+        [_point(ours[name]) for name in sorted(ours.keys() - theirs.keys())],
+    )
+
+
+def update_reference(name: str, fresh: Sequence[Record], failures: dict[str, dict[str, Any]], reference: Path) -> None:
+    """Make the fresh runs of an experiment the reference: its packed set, and its hashes in the index."""
+    index = read_index(reference)
+    pack(fresh, failures, reference / name)
+    index[name] = {record.id: record.sha256 for record in sorted(fresh, key=lambda r: r.id)}
+    temporary = reference / f"{INDEX}.tmp"
+    temporary.write_text(json.dumps(dict(sorted(index.items())), indent=0) + "\n")
+    temporary.replace(reference / INDEX)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 where everything agrees, 1 where something differs or failed, 2 for a mistake in `arguments`."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these experiments or figures")
+    parser.add_argument("--results", type=Path, default=RUNS, help="where the runs go")
+    parser.add_argument("--reference", type=Path, default=REFERENCE)
+    parser.add_argument("--update", action="store_true", help="the fresh runs become the reference set")
+    parser.add_argument("--list", action="store_true", help="the experiments")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(experiments_of(())))
+        return 0
+    try:
+        names = experiments_of(options.names)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    state = git_state()
+    dirty = bool(state["git_dirty"]) or state["git_sha"] is None
+    folder = options.results.resolve() / (str(state["git_sha"])[:12] + ("-dirty" if dirty else ""))
+    began, agrees = time.monotonic(), True
+    for name in names:
+        start = time.monotonic()
+        agrees &= _one(name, folder, options.reference, update=options.update, rerun=dirty, start=start)
+    print(f"{len(names)} experiments in {time.monotonic() - began:.0f} s on {os.cpu_count()} cores: {folder}")
+    return 0 if agrees else 1
+
+
+def _one(name: str, folder: Path, reference: Path, *, update: bool, rerun: bool, start: float) -> bool:
+    if name in COMPUTED:
+        COMPUTED[name](folder / name)
+    else:
+        run_experiment(name, folder, rerun=rerun)
+    fresh, left_out = read_records(folder / name)
+    failures = failed_runs(folder / name)
+    took = f"{time.monotonic() - start:.0f} s"
+    refused = f", {len(failures)} refused or failed" if failures else ""
+    print(f"{name}: {len(fresh)} runs{refused} in {took}", flush=True)
+    for it in left_out:
+        print(f"  left out: {it}")
+    if not fresh:
+        print(f"  nothing was run: {folder / name / 'sweep.log'} says why", file=sys.stderr)
+        return False
+    if update:
+        update_reference(name, fresh, failures, reference)
+        print(f"  is the reference now: {reference / name}")
+        return True
+    if not (reference / name).is_dir():
+        print("  there is no reference of it: --update makes one", file=sys.stderr)
+        return False
+    known, _ = read_records(reference / name)
+    found = compare(fresh, known)
+    known_failures, told = read_failures(reference / name), list(failures.values())
+    if {f["error"] for f in known_failures} != {f["error"] for f in told}:
+        print(f"  {len(told)} points are refused or failed, {len(known_failures)} in the reference", file=sys.stderr)
+        return False
+    if found.holds:
+        exact = "bit for bit" if found.worst == 0 else f"within {found.worst:.1e}"
+        print(f"  {found.num_points} points agree with the reference {exact} (tolerance {TOLERANCE})")
+        return True
+    for title, lines in (("differs", found.differing), ("not run", found.missing), ("new", found.extra)):
+        for line in lines[:MAX_LINES]:
+            print(f"  {title}: {line}", file=sys.stderr)
+        if len(lines) > MAX_LINES:
+            print(f"  {title}: {len(lines) - MAX_LINES} more", file=sys.stderr)
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

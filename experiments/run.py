@@ -90,6 +90,8 @@ def preflight(arguments: list[str]) -> Request:
     overrides = parse_overrides([a for a in arguments if not a.startswith("-")])
     check_overrides(overrides)
     by_key = {o.key_or_group: o for o in overrides}
+    if "batch_size" in by_key and "working_set_ratio" in by_key:
+        raise ValueError("batch_size and working_set_ratio each say how many clients there are; drop one of the two")
     experiment = file = None
     if "experiment" in by_key:
         if by_key["experiment"].is_sweep_override():
@@ -139,7 +141,9 @@ def _check_writable(folder: Path) -> None:
 
 def _label(composed: DictConfig) -> str:
     what = composed.mechanism if composed.engine == "uvm_kv" else composed.engine
-    return f"{composed.model.name} {composed.workload.name} {what} batch {composed.batch_size}"
+    ratio = composed.working_set_ratio
+    size = f"batch {composed.batch_size}" if ratio is None else f"working set {ratio}"
+    return f"{composed.model.name} {composed.workload.name} {what} {size}"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")  # type: ignore[untyped-decorator]

@@ -149,7 +149,7 @@ def _steady_start(job: Job, lengths: list[Lengths]) -> list[Request]:
 
 
 def build_roofline(resolved: Resolved) -> Roofline:
-    return Roofline(resolved.profile, resolved.model, DTYPE_BYTES[resolved.config.dtype])
+    return Roofline(resolved.profile, resolved.model, DTYPE_BYTES[resolved.config.dtype], resolved.precision)
 
 
 def build_placement(resolved: Resolved, roofline: Roofline) -> PlacementPolicy:
@@ -447,7 +447,10 @@ def identity(job: Job) -> dict[str, Any]:
         "block_size": config.block_size,
         "allocation": config.allocation,
         "dtype": config.dtype,
+        "weight_bits": job.resolved.precision.weight_bits,
+        "kv_bits": job.resolved.precision.kv_bits,
         "offered_batch": config.batch_size,
+        "working_set_ratio": job.resolved.working_set_ratio(),
         "seed": config.seed,
         "repeat": job.repeat,
         "setting": setting,

@@ -14,6 +14,7 @@ from uvm_kv.config.card import ask_card
 from uvm_kv.config.schema import ConfigSchema
 from uvm_kv.config.serving import free_host_bytes
 from uvm_kv.hw.budget import memory_budget
+from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.kvcache.manager import KVCapacity
@@ -106,7 +107,7 @@ def size_tiers(
     budget = memory_budget(
         here,
         model,
-        dtype_bytes=DTYPE_BYTES[config.dtype],
+        precision=Precision.of_bytes(DTYPE_BYTES[config.dtype]),
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         batch_size=config.batch_size,
         utilization=config.memory.gpu_memory_utilization,

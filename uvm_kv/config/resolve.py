@@ -27,7 +27,8 @@ from uvm_kv.config.schema import (
 )
 from uvm_kv.config.serving import Serving, model_folder, prepare, tier_bytes
 from uvm_kv.config.workload import build_workload
-from uvm_kv.hw.budget import memory_budget
+from uvm_kv.hw.budget import MemoryBudget, memory_budget
+from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.model import ModelGeometry, check_dense
 from uvm_kv.hw.profile import Gpu, HardwareProfile, Link, ManagedDriver, OperatorCost, Power
 from uvm_kv.kvcache.manager import KVCapacity
@@ -56,6 +57,8 @@ CHOICES = {
     "workload.start": ("cold", "steady"),
     "workload.too_long": ("error", "drop"),
     "model.weights": ("file", "random"),
+    "model.weight_bits": (16, 8, 4),
+    "kv_bits": (16, 8, 4),
     "tracking.name": ("none", "wandb"),
     "tracking.mode": ("offline", "online"),
 }
@@ -65,6 +68,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "workload.num_requests": (1, 10_000_000),
     "workload.request_rate": (1e-6, 1e9),
     "max_seconds": (1e-6, 1e9),
+    "working_set_ratio": (1e-6, 1e6),
     "watchdog_s": (1e-6, 1e9),
     "sampling.temperature": (0, 100),
     "driver.prefetch_threshold_percent": (1, 100),
@@ -94,6 +98,7 @@ class Resolved:
     config: ConfigSchema
     profile: HardwareProfile
     model: ModelGeometry
+    precision: Precision
     memory: MemoryKind
     spec: KVCacheSpec
     capacity: KVCapacity
@@ -113,6 +118,11 @@ class Resolved:
             del tree["engine"], tree["peer"]  # Runs of ours are what they were before there were peers.
         tree["hardware"].pop("sources")
         tree["model"] = dataclasses.asdict(self.model)
+        del tree["working_set_ratio"]  # It is resolved to batch_size.
+        if self.config.model.weight_bits is not None:
+            tree["model"]["weight_bits"] = self.config.model.weight_bits
+        if tree["kv_bits"] is None:
+            del tree["kv_bits"]
         if tree["workload"]["path"] is not None:
             tree["workload"]["path"] = hashlib.sha256(Path(tree["workload"]["path"]).read_bytes()).hexdigest()
         if tree["workload"]["lengths"] is not None:
@@ -124,6 +134,14 @@ class Resolved:
             recording = Path(tree["replay"]["path"]) / "plans.jsonl.gz"
             tree["replay"]["path"] = hashlib.sha256(recording.read_bytes()).hexdigest()
         return tree
+
+    def working_set_ratio(self) -> float | None:
+        """KV blocks of the full requests of all clients over those of the device. None unless they are a closed loop of
+        requests of one length; None for a peer, whose blocks are its own."""
+        workload = self.config.workload
+        if workload.arrival != "closed_loop" or workload.prompt_tokens is None or is_peer(self.config):
+            return None
+        return self.config.batch_size * _full_request_blocks(self.config, self.spec) / self.capacity.num_device_blocks
 
     def comparison(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(setting, variant): what two runs must share to be points of one comparison, and what tells points of one
@@ -161,6 +179,7 @@ def resolve(composed: DictConfig) -> Resolved:
     if config.dtype == "auto":
         # float16 is slow on a CPU, and parity is in float32.
         config.dtype = "float32" if served and card is None else "float16"
+    precision = _precision(config, served=served)
     memory = MemoryKind(config.memory.kind)
     check_served(config.placement.name, memory)
     _check_axes(config, memory)
@@ -176,13 +195,19 @@ def resolve(composed: DictConfig) -> Resolved:
         model.num_layers,
         model.num_kv_heads,
         model.head_dim,
-        DTYPE_BYTES[config.dtype],
+        precision.kv_bits / 8,
         config.block_size,
         Layout(config.layout),
     )
     serving = prepare(config, folder, model) if served else None
     _check_workload(config, max_model_len)
     _check_steady_start(config)
+    if config.working_set_ratio is not None:
+        config.batch_size = _batch_of_working_set(config, profile, model, precision, spec, simulated=not served)
+        config.working_set_ratio = None
+    _check_token_budget(config)
+    if config.workload.num_requests is None and config.workload.path is None and config.workload.name != "prompts":
+        config.workload.num_requests = 8 * config.batch_size
     workload = build_workload(config, max_model_len, None if serving is None else serving.prompts)
     lengths = [sum(pair) for pair in workload.lengths]
     if card is not None:
@@ -194,35 +219,96 @@ def resolve(composed: DictConfig) -> Resolved:
         account = [("device tier (emulated)", config.memory.device_kv_bytes)]
         account.append(("host tier", config.memory.host_kv_bytes))
     else:
-        account = _size_simulated_tiers(config, profile, model, memory)
+        account = _size_simulated_tiers(config, _budget(config, profile, model, precision), memory)
     device_bytes, host_bytes = config.memory.device_kv_bytes, config.memory.host_kv_bytes
     assert device_bytes is not None and host_bytes is not None
-    num_device = device_bytes // spec.block_bytes
-    if memory is MemoryKind.MANAGED and serving is None:
-        # Its unit is the chunk: whole blocks are packed into whole chunks.
-        num_device = spec.num_blocks_in_chunks(device_bytes // CHUNK_BYTES)
+    num_device = _num_device_blocks(config, spec, device_bytes, simulated=serving is None)
     capacity = KVCapacity(num_device, host_bytes // spec.block_bytes)
     if card is not None:
         capacity = capacity_of(config, spec)
     if memory is MemoryKind.MANAGED and not config.driver.concurrent_managed_access:
         _check_without_concurrent_access(config)
     contiguous = config.allocation != "paged"
-    return Resolved(config, profile, model, memory, spec, capacity, account, max_model_len, contiguous, serving)
+    return Resolved(
+        config, profile, model, precision, memory, spec, capacity, account, max_model_len, contiguous, serving
+    )
 
 
-def _size_simulated_tiers(
-    config: ConfigSchema, profile: HardwareProfile, model: ModelGeometry, memory: MemoryKind
-) -> list[tuple[str, int]]:
-    """Fill in the sizes of both tiers; the account of the card's memory."""
-    budget = memory_budget(
+def _precision(config: ConfigSchema, *, served: bool) -> Precision:
+    """Bits of weights, activations and KV. What is given as it is by default is left out of the config."""
+    dtype_bits = 8 * DTYPE_BYTES[config.dtype]
+    if config.model.weight_bits == dtype_bits:
+        config.model.weight_bits = None
+    if config.kv_bits == dtype_bits:
+        config.kv_bits = None
+    for name, bits in (("model.weight_bits", config.model.weight_bits), ("kv_bits", config.kv_bits)):
+        if bits is not None and served:
+            raise ValueError(
+                f"{name}={bits} with dtype={config.dtype} and a real model, whose weights and KV are {dtype_bits} bits "
+                f"wide; quantized ones are simulated only: runner=sim"
+            )
+    return Precision(config.model.weight_bits or dtype_bits, dtype_bits, config.kv_bits or dtype_bits)
+
+
+def _full_request_blocks(config: ConfigSchema, spec: KVCacheSpec) -> int:
+    prompt, output = config.workload.prompt_tokens, config.workload.output_tokens
+    assert prompt is not None and output is not None
+    return spec.num_blocks(prompt + output)
+
+
+def _batch_of_working_set(
+    config: ConfigSchema,
+    profile: HardwareProfile,
+    model: ModelGeometry,
+    precision: Precision,
+    spec: KVCacheSpec,
+    *,
+    simulated: bool,
+) -> int:
+    """Clients whose full requests take working_set_ratio times the device blocks: to the nearest, at least one."""
+    asked = f"working_set_ratio={config.working_set_ratio}"
+    if config.batch_size != ConfigSchema.batch_size:
+        raise ValueError(
+            f"{asked} with batch_size={config.batch_size}: each says how many clients; drop one of the two"
+        )
+    if is_peer(config):
+        raise ValueError(f"{asked} with engine={config.engine}, whose KV blocks are its own; give batch_size")
+    if config.workload.arrival != "closed_loop" or config.workload.prompt_tokens is None:
+        raise ValueError(
+            f"{asked} with workload={config.workload.name} and workload.arrival={config.workload.arrival}; it counts "
+            f"the clients of a closed_loop with workload=fixed; give batch_size"
+        )
+    device_bytes = config.memory.device_kv_bytes
+    if simulated:
+        device_bytes = _budget(config, profile, model, precision).kv_bytes
+    if device_bytes is None:
+        raise ValueError(f"{asked} with runner={config.runner} needs memory.device_kv_bytes")
+    assert config.working_set_ratio is not None
+    num_device = _num_device_blocks(config, spec, device_bytes, simulated=simulated)
+    return max(1, round(config.working_set_ratio * num_device / _full_request_blocks(config, spec)))
+
+
+def _num_device_blocks(config: ConfigSchema, spec: KVCacheSpec, device_bytes: int, *, simulated: bool) -> int:
+    if config.runner == "cuda" or (simulated and config.memory.kind == MemoryKind.MANAGED):
+        # Their unit is the chunk: whole blocks are packed into whole chunks.
+        return spec.num_blocks_in_chunks(device_bytes // CHUNK_BYTES)
+    return device_bytes // spec.block_bytes
+
+
+def _budget(config: ConfigSchema, profile: HardwareProfile, model: ModelGeometry, precision: Precision) -> MemoryBudget:
+    return memory_budget(
         profile,
         model,
-        dtype_bytes=DTYPE_BYTES[config.dtype],
+        precision=precision,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         batch_size=config.batch_size,
         utilization=config.memory.gpu_memory_utilization,
         device_kv_bytes=config.memory.device_kv_bytes,
     )
+
+
+def _size_simulated_tiers(config: ConfigSchema, budget: MemoryBudget, memory: MemoryKind) -> list[tuple[str, int]]:
+    """Fill in the sizes of both tiers; the account of the card's memory."""
     config.memory.device_kv_bytes = budget.kv_bytes
     if config.memory.host_kv_bytes is None:
         config.memory.host_kv_bytes = 0 if memory is MemoryKind.DEVICE else DEFAULT_HOST_KV_BYTES
@@ -327,6 +413,9 @@ def _check_numbers(config: ConfigSchema) -> None:
         value = _value(config, path)
         if value is not None and not least <= value <= most:
             raise ValueError(f"{path}={value}; it must lie between {least} and {most}")
+
+
+def _check_token_budget(config: ConfigSchema) -> None:
     if config.scheduler.max_num_batched_tokens < config.batch_size:
         raise ValueError(
             f"scheduler.max_num_batched_tokens={config.scheduler.max_num_batched_tokens} is below "
@@ -506,5 +595,3 @@ def _check_workload(config: ConfigSchema, max_model_len: int) -> None:
                 f"workload.prompt_tokens={workload.prompt_tokens} plus output_tokens={workload.output_tokens} make "
                 f"{total} tokens, beyond the {max_model_len} of model={config.model.name}"
             )
-    if workload.num_requests is None and workload.path is None:
-        workload.num_requests = 8 * config.batch_size

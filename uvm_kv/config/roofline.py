@@ -20,12 +20,15 @@ def analyze(config: RooflineSchema) -> StepAnalysis:
         raise unknown("stage", config.stage, Phase)
     if config.counting not in tuple(Counting):
         raise unknown("counting", config.counting, Counting)
+    weight_bits = config.weight_bits
+    if weight_bits is None:
+        weight_bits = 16 if config.model.weight_bits is None else config.model.weight_bits
     return analyze_step(
         build_profile(config.hardware),
         build_model(config.model),
         stage=Phase(config.stage),
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
-        precision=Precision(config.weight_bits, config.activation_bits, config.kv_bits),
+        precision=Precision(weight_bits, config.activation_bits, config.kv_bits),
         counting=Counting(config.counting),
     )

@@ -81,6 +81,7 @@ class ModelSchema:
     source: str | None = None
     path: str | None = None
     weights: str = "file"
+    weight_bits: int | None = None
     num_layers: int | None = None
     hidden_size: int | None = None
     num_heads: int | None = None
@@ -211,8 +212,10 @@ class ConfigSchema:
     block_size: int = 16
     allocation: str = "paged"
     batch_size: int = 16
+    working_set_ratio: float | None = None
     max_model_len: int | None = None
     dtype: str = "auto"
+    kv_bits: int | None = None
     seed: int = 0
     num_repeats: int = 1
     max_steps: int | None = None
@@ -232,7 +235,7 @@ class RooflineSchema:
     stage: str = MISSING
     batch_size: int = MISSING
     sequence_length: int = MISSING
-    weight_bits: int = MISSING
+    weight_bits: int | None = MISSING
     activation_bits: int = MISSING
     kv_bits: int = MISSING
     counting: str = MISSING

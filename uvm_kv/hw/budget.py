@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import HardwareProfile
 
@@ -47,7 +48,7 @@ def memory_budget(
     profile: HardwareProfile,
     model: ModelGeometry,
     *,
-    dtype_bytes: int,
+    precision: Precision,
     max_num_batched_tokens: int,
     batch_size: int,
     utilization: float,
@@ -55,8 +56,9 @@ def memory_budget(
 ) -> MemoryBudget:
     """ValueError where weights, activations and KV do not fit the card."""
     card = profile.gpu.memory_bytes
-    weights = model.weight_bytes(dtype_bytes)
-    activations = model.activation_bytes(max_num_batched_tokens, max(batch_size, LOGIT_ROWS), dtype_bytes)
+    weights = model.weight_bytes(precision.weight_bits / 8)
+    rows = max(batch_size, LOGIT_ROWS)
+    activations = model.activation_bytes(max_num_batched_tokens, rows, precision.activation_bits / 8)
     fixed = f"weights {_gb(weights)} + activation peak {_gb(activations)}"
     if device_kv_bytes is None:
         kv = int(card * utilization) - profile.gpu.context_bytes - weights - activations

@@ -5,6 +5,10 @@ memory = bytes / (HBM rate * efficiency). Overheads, efficiencies and knees are 
 Llama-3.1-8B layer measured on an RTX 3090 (casys-kaist/LLMServingSim, MIT; see `uvm_kv.hw.fit`). That table holds no
 decode attention: it is charged its KV bytes at `gpu.hbm_gb_per_s * gpu.hbm_efficiency` (RTX 3090: 838.5 GB/s, the
 measured copy rate of NCCL issue 1127) beside the overhead of the table's smallest prefill attention.
+
+Quantized weights and KV are counted by size: their bytes shrink, a matrix product runs at the peak of its wider
+operand (half precision unless both are 8 bits or less), and what widening costs the kernel is not modelled, nor are
+scales. It is therefore an upper bound on what weight-only or KV-only quantization gives.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ class KVCacheSpec:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    dtype_bytes: int
+    dtype_bytes: float
+    """Bytes of an element; below 1 where quantized KV is packed. The scales of quantized KV are not counted."""
     block_size: int
     """Tokens per block."""
     layout: Layout
@@ -32,7 +33,7 @@ class KVCacheSpec:
     @property
     def layer_token_bytes(self) -> int:
         """K and V of one token in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
+        return round(2 * self.num_kv_heads * self.head_dim * self.dtype_bytes)
 
     @property
     def token_bytes(self) -> int:

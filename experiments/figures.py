@@ -5,9 +5,9 @@
     python -m experiments.figures batch_sweep --results results/runs --output DIR       from runs of your own
     python -m experiments.figures --list
 
-A figure is <name>.pdf and .png, .csv of what it draws, .json with run ids, hashes and claims; equal runs give equal
-bytes. Runs that are half-written, foreign, of another schema or changed are listed and left out. A figure of runs that
-are not in the reference set says so on its face.
+A figure is <name>.pdf and .png, .csv of what it draws, .json with run ids, hashes and claims; report.html has all that
+the command made. Equal runs give equal bytes. Runs that are half-written, foreign, of another schema or changed are
+listed and left out. A figure of runs that are not in the reference set says so on its face.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from uvm_kv.analysis.load import load_runs
 from uvm_kv.analysis.study import STUDIES
+from uvm_kv.analysis.study.page import write_page
 from uvm_kv.analysis.study.publish import Published, publish, read_index, read_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in options.names if name not in STUDIES]:
         print(f"error: {unknown[0]}: no such figure; there are {', '.join(STUDIES)}", file=sys.stderr)
         return 2
-    fine = True
+    fine, made = True, []
     for name in options.names or STUDIES:
         try:
             where = (options.results, options.output, options.reference)
@@ -53,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             fine = False
             continue
+        made.append(published)
         tell(published)
+    if made:
+        print(f"report: {write_page(made, options.output)}")
     return 0 if fine else 1
 
 

@@ -76,7 +76,7 @@ def test_figures_from_the_reference_are_the_same_to_the_byte_from_run_to_run(dra
     assert content["origins"] == ["simulated"] and len(content["runs"]) == 6
     again = draw(reference, out="again")[1]
     names = sorted(path.name for path in first.iterdir())
-    assert names == [f"batch_sweep{suffix}" for suffix in (".csv", ".json", ".pdf", ".png")]
+    assert names == [*(f"batch_sweep{suffix}" for suffix in (".csv", ".json", ".pdf", ".png")), "report.html"]
     assert [(first / n).read_bytes() for n in names] == [(again / n).read_bytes() for n in names]
     assert hashlib.sha256((first / "batch_sweep.csv").read_bytes()).hexdigest() == content["csv_sha256"]
 

@@ -42,6 +42,11 @@ class Record:
     verified: bool
     """Whether the manifest holds that hash; False where it holds none, as of runs of older versions."""
 
+    @property
+    def experiment(self) -> str:
+        """The folder that the run, or its packed set, lies in."""
+        return self.place.parent.name
+
 
 @dataclass(frozen=True)
 class LeftOut:

@@ -20,7 +20,12 @@ class Drawn:
     table: pd.DataFrame
     """Exactly what is drawn, or the table itself."""
     claims: list[str] = field(default_factory=list)
-    """Sentences for a paper, each computed from the table; they say where they end to hold."""
+    """Sentences for a paper, each computed from the table; they say where they end to hold. The first is the headline:
+    what a reader takes away who reads nothing else."""
+
+    @property
+    def headline(self) -> str | None:
+        return self.claims[0] if self.claims else None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from uvm_kv.analysis.load import GROUP, points
-from uvm_kv.analysis.study.base import Drawn, Study
+from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import PAGE_IN, STYLES, look
-from uvm_kv.analysis.verdict import BASELINES, verdicts, with_gains
+from uvm_kv.analysis.verdict import BASELINES, Best, Verdict, verdicts, with_gains
 
 PANELS = {
     "throughput": ("output tokens/s", 1.0),
@@ -61,7 +61,28 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         ncols=4,
     )
     drawn = table[[c for c in COLUMNS if c in table]].sort_values(["model", "workload", "label", "offered_batch"])
-    return Drawn(figure, drawn.reset_index(drop=True), [v.line() for v in verdicts(table)])
+    found = verdicts(table)
+    return Drawn(figure, drawn.reset_index(drop=True), [*_headline(table, found), *(v.line() for v in found)])
+
+
+def _headline(table: pd.DataFrame, found: Sequence[Verdict]) -> list[str]:
+    """One sentence over all comparisons; none where a side is absent from one of them."""
+    known = [(v, v.challenger, v.gain) for v in found if v.challenger is not None and v.gain is not None]
+    if len(known) < len(found) or not found:
+        return []
+    raised = [(v, c, gain) for v, c, gain in known if gain > v.noise]
+    where = f"On a {table['origin'].iloc[0]} {table['title'].iloc[0].rpartition(' ')[2]}"
+
+    def each(items: Sequence[tuple[Verdict, Best, float]]) -> str:
+        return ", ".join(f"{v.title.partition(', on a ')[0]}: {percent(gain)} ({c.mechanism})" for v, c, gain in items)
+
+    if not raised:
+        return [f"{where}, CPU-backed KV raised the best throughput of none of {len(found)} workloads: {each(known)}."]
+    equal = [v for v, _, _ in raised if v.gain_equal_tpot is not None and v.gain_equal_tpot > v.noise]
+    return [
+        f"{where}, CPU-backed KV raised the best throughput of {len(raised)} of {len(found)} workloads over the best "
+        f"that the card does alone ({each(known)}); at equal p99 TPOT it did so in {len(equal)} of them."
+    ]
 
 
 def _batch_axis(axis: Any, batches: pd.Series[float]) -> None:

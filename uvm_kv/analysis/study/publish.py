@@ -38,14 +38,18 @@ class Source:
 class Published:
     study: Study
     drawn: Drawn
+    records: list[Record]
     origins: list[str]
-    num_runs: int
     unknown: list[str]
     """Ids of runs that are not of the reference set, or not as they are there."""
     missing: list[str]
     """Points of the reference set that have no run here."""
     left_out: list[LeftOut]
     files: list[Path]
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.records)
 
 
 def read_source(study: Study, results: Path, *, allow_mixed: bool = False, origin: str | None = None) -> Source:
@@ -140,7 +144,7 @@ def publish(
     }
     files.append(out / f"{study.name}.json")
     files[-1].write_text(json.dumps(content, indent=1) + "\n")
-    return Published(study, drawn, origins, len(runs), unknown, missing, source.left_out, files)
+    return Published(study, drawn, source.records, origins, unknown, missing, source.left_out, files)
 
 
 def _footer(origins: Sequence[str], num_runs: int, unknown: Sequence[str], missing: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.figures import REFERENCE, ROOT
+from experiments.study_points import write_roofline
 from uvm_kv.analysis.study import STUDIES
 from uvm_kv.analysis.study.publish import INDEX, read_index
 from uvm_kv.telemetry.failures import failed_runs
@@ -36,7 +37,7 @@ METRICS = (
     *("output_tokens_per_s", "output_tokens_per_s_whole_run", "ttft_s.p50", "tpot_s.p99", "running_batch_mean"),
     *("h2d_bytes", "d2h_bytes", "gpu_fault_groups", "preemptions", "energy_j_per_output_token", "total_ms"),
 )
-COMPUTED: dict[str, Callable[[Path], None]] = {}
+COMPUTED: dict[str, Callable[[Path], None]] = {"roofline": write_roofline}
 """Experiments whose points are computed, not run: each writes its packed set into a folder."""
 MAX_LINES = 5
 

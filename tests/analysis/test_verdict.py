@@ -160,3 +160,22 @@ def test_gains_are_over_the_best_baseline_point() -> None:
     balanced = rows[rows["mechanism"] == "pinned_balanced"].iloc[0]
     assert balanced["gain"] == pytest.approx(-0.5)
     assert balanced["gain_same_admission"] == balanced["gain_over_resident"] == pytest.approx(60 / 105 - 1)
+
+
+def measured(rows: list[tuple[str, int, float, float]], repeats: list[float]) -> pd.DataFrame:
+    """The same points, each measured with its throughput times every one of `repeats`."""
+    runs = table(rows).assign(origin="measured")
+    return pd.concat([runs.assign(output_tokens_per_s=runs["output_tokens_per_s"] * r) for r in repeats])
+
+
+def test_measured_runs_are_judged_by_their_repeats() -> None:
+    rows = [*BASE, ("pinned_balanced", 16, 115.0, 0.02)]
+    (quiet,) = verdicts(points(measured(rows, [0.999, 1.0, 1.001, 1.0, 1.0])))
+    assert quiet.measured is not None and quiet.measured.word == "HIGHER" and ": yes, CPU-backed KV" in quiet.line()
+    (noisy,) = verdicts(points(measured(rows, [0.8, 0.9, 1.0, 1.1, 1.2])))
+    assert noisy.measured is not None and noisy.measured.word == "AMBIGUOUS"
+    assert ": AMBIGUOUS, CPU-backed KV moved the best throughput by +9.5% (95 % interval -" in noisy.line()
+    (single,) = verdicts(points(measured(rows, [1.0])))
+    assert "AMBIGUOUS" in single.line() and "needs 3 repeats on both sides" in single.line()
+    (simulated,) = verdicts(points(table(rows)))
+    assert simulated.measured is None and ": yes, CPU-backed KV" in simulated.line()

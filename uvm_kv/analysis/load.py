@@ -63,6 +63,7 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     says that it is one. Nothing else is put together. Throughput is the steady one, or the whole run's where a run has
     no steady window. Runs on the CPU say nothing about memory kinds and are left out. `throughput_low` and
     `throughput_high` bound it (`median_interval`) and `throughput_std` is the spread over repeats; NaN for one run.
+    `throughputs` are the repeats themselves.
     """
     usable = runs[~runs["memory_emulated"].astype(bool)].copy()
     if usable.empty:
@@ -84,6 +85,7 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     table["throughput_low"] = [interval.low for interval in intervals]
     table["throughput_high"] = [interval.high for interval in intervals]
     table["throughput_std"] = grouped["throughput"].std()
+    table["throughputs"] = grouped["throughput"].apply(tuple)
     table["num_runs"] = grouped.size()
     shared = ("model", "workload", "origin", "mechanism", "engine", "admission", "memory", "placement", "prompt_tokens")
     for name in shared:

@@ -70,7 +70,7 @@ def write_report(
     found = verdicts(table)
     best = {part["title"].iloc[0]: format_points(_best_points(part)) for _, part in table.groupby(GROUP, sort=True)}
     figure = save_figure(sweep_figure(table), out / "figure")
-    table.to_csv(out / "points.csv", index=False)
+    table.drop(columns="throughputs").to_csv(out / "points.csv", index=False)
     memory, missing = _memory(runs), gaps(failed)
     warnings = [f"left out: {it}" for it in left_out] + _warnings(runs)
     page = out / "report.html"

@@ -7,11 +7,14 @@ mechanism's own admission stands beside it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
 from uvm_kv.analysis.load import GROUP, OUR_ENGINE
+from uvm_kv.analysis.statistics import MIN_REPEATS, Ratio, compare
 
 BASELINES = ("device_resident", "device_recompute")
 SAME_ADMISSION = {"worst_case": "device_resident", "optimistic": "device_recompute"}
@@ -42,7 +45,7 @@ class Verdict:
     loses_from: dict[str, int | None]
     """Per CPU-backed mechanism: the batch from which on it is below the baseline at every batch tried."""
     noise: float
-    """Gains up to this size, as a fraction, are no difference."""
+    """Gains up to this size, as a fraction, are no difference; of measured runs see `measured`."""
     challenger_is_idle: bool
     """Whether the challenger's best point moved no KV over the link: it only filled device blocks."""
     equal_tpot: Best | None
@@ -51,6 +54,8 @@ class Verdict:
     same_batch: Best | None
     """The CPU-backed point with the largest gain over the baseline at its own batch."""
     gain_same_batch: float | None
+    measured: Ratio | None = None
+    """Of measured runs: challenger over baseline with what their repeats allow to say; None of simulated ones."""
 
     def line(self) -> str:
         """One line for people; it begins with `Verdict:`."""
@@ -59,7 +64,9 @@ class Verdict:
             absent = "device_resident or device_recompute" if self.baseline is None else "CPU-backed mechanism"
             return f"{head} none, because no {absent} is among the results."
         base, best = self.baseline, self.challenger
-        if self.gain > self.noise:
+        if self.measured is not None and self.measured.word == "AMBIGUOUS":
+            answer = f"AMBIGUOUS, CPU-backed KV moved the best throughput by {self.gain:+.1%}{_interval(self.measured)}"
+        elif self.gain > self.noise:
             answer = f"yes, CPU-backed KV raised the best throughput by {self.gain:+.1%}"
         elif self.gain < -self.noise:
             answer = f"no, CPU-backed KV did not raise the best throughput ({self.gain:+.1%})"
@@ -87,6 +94,12 @@ class Verdict:
             f"at equal p99 TPOT (at most {base.tpot_p99_s * 1e3:.1f} ms) {self.gain_equal_tpot:+.1%}, "
             f"by {equal.mechanism} at batch {equal.batch}."
         )
+
+
+def _interval(ratio: Ratio) -> str:
+    if math.isnan(ratio.low):
+        return f", which needs {MIN_REPEATS} repeats on both sides to be told from noise"
+    return f" (95 % interval {ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
 
 
 def is_cpu_backed(points: pd.DataFrame) -> pd.Series[bool]:
@@ -143,13 +156,13 @@ def _verdict(part: pd.DataFrame) -> Verdict:
     baseline, challenger = _best(base_points), _best(backed)
     by_batch, noise = baseline_by_batch(part), _noise(part)
     loses = {str(label): _loses_from(rows, by_batch, noise) for label, rows in backed.groupby("label", sort=True)}
-    gain = same = equal_gain = equal = most = most_gain = None
+    gain = same = equal_gain = equal = most = most_gain = measured = None
     idle = False
     if baseline is not None and challenger is not None:
         gain = challenger.throughput / baseline.throughput - 1
-        point = backed[(backed["label"] == challenger.mechanism) & (backed["offered_batch"] == challenger.batch)].iloc[
-            0
-        ]
+        point, base = _row(backed, challenger), _row(base_points, baseline)
+        if point["origin"] == "measured":
+            measured = compare(point["throughputs"], base["throughputs"], INDIFFERENT)
         idle = bool(point["h2d_bytes"] == 0 and point["d2h_bytes"] == 0)
         own = _best(part[part["mechanism"] == SAME_ADMISSION[point["admission"]]])
         same = None if own is None else challenger.throughput / own.throughput - 1
@@ -172,7 +185,12 @@ def _verdict(part: pd.DataFrame) -> Verdict:
         gain_equal_tpot=equal_gain,
         same_batch=most,
         gain_same_batch=most_gain,
+        measured=measured,
     )
+
+
+def _row(points: pd.DataFrame, best: Best) -> pd.Series[Any]:
+    return points[(points["label"] == best.mechanism) & (points["offered_batch"] == best.batch)].iloc[0]
 
 
 def with_gains(points: pd.DataFrame) -> pd.DataFrame:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.jobs import composed, job, resolved, run
 from uvm_kv.config.build import build_roofline, identity
+from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
 from uvm_kv.config.resolve import resolve
+from uvm_kv.config.schema import UvmReplaySchema
 
 SMALL = ("memory.device_kv_bytes=1073741824", "workload.prompt_tokens=100", "workload.output_tokens=100")
 """LLaMA-7B: 128 blocks of 8 MiB on the device; 13 of them a request."""
@@ -130,6 +133,8 @@ def test_bits_of_the_dtype_are_the_default(tmp_path: Path) -> None:
     assert (identity(plain)["weight_bits"], identity(plain)["kv_bits"]) == (16, 16)
     setting, _ = job(tmp_path, "kv_bits=8", "model.weight_bits=4").resolved.comparison()
     assert (setting["kv_bits"], setting["model.weight_bits"]) == (8, 4)
+    setting, _ = plain.resolved.comparison()
+    assert (setting["kv_bits"], setting["model.weight_bits"]) == (16, 16)
 
 
 def test_a_job_of_narrow_kv_runs_in_every_kind_of_memory(tmp_path: Path) -> None:
@@ -142,3 +147,42 @@ def test_a_job_of_narrow_kv_runs_in_every_kind_of_memory(tmp_path: Path) -> None
             summary = run(tmp_path, *SMALL[1:], *given, "batch_size=20", "workload.start=steady")
             moved[bits] = summary["h2d_bytes"]
         assert 0 < moved[8] <= 0.55 * moved[16], mechanism
+
+
+LINKS = ("own", "pcie3", "pcie4", "pcie5", "nvlink_c2c")
+
+
+def test_a_named_link_replaces_the_cards_own() -> None:
+    """The RTX 3090's own is PCIe 4.0, a card of PCIe 5.0 can be put on 3.0, and a rate can still be given by hand."""
+    rates = [resolved(f"link={link}").profile.link.h2d_gb_per_s for link in LINKS]
+    assert rates == [25.0, 11.5, 25.0, 56.0, 375.0]
+    assert resolved("link=pcie4").determining() == resolved().determining()
+    assert resolved("link=pcie3", "hardware=h100").profile.link.zero_copy_share == (1.0, 0.72, 0.66)
+    assert resolved("link=pcie3", "hardware.link.h2d_gb_per_s=9").profile.link.h2d_gb_per_s == 9
+
+
+@pytest.mark.parametrize("link", LINKS[1:])
+def test_every_number_of_a_named_link_has_a_source_of_its_own(link: str) -> None:
+    tree = OmegaConf.load(CONF_DIR / "link" / f"{link}.yaml")
+    assert {f"link.{name}" for name in tree.link} == set(tree.sources)
+    profile = resolved(f"link={link}", "hardware=h200").profile
+    assert all(profile.sources[name] == text for name, text in tree.sources.items())
+
+
+def test_a_faster_link_gains_more(tmp_path: Path) -> None:
+    gains = []
+    for link in LINKS[1:]:
+        given = ("mechanism=pinned_prefetch_ahead", "memory.device_kv_bytes=1073741824", "workload.start=steady")
+        summary = run(tmp_path, *given, f"link={link}", "working_set_ratio=2", "max_steps=20")
+        gains.append(summary["output_tokens_per_s"])
+        assert summary["link_h2d_gb_per_s"] == resolved(f"link={link}").profile.link.h2d_gb_per_s
+    assert gains == sorted(gains)
+    assert gains[-1] > 2 * gains[0]
+
+
+def test_link_names_are_checked() -> None:
+    check_overrides(parse_overrides(["link=pcie3,pcie4"]))
+    with pytest.raises(ValueError, match=r"link 'pcie6' is unknown; did you mean pcie"):
+        check_overrides(parse_overrides(["link=pcie6"]))
+    with pytest.raises(ValueError, match="key 'link' is unknown"):
+        check_overrides(parse_overrides(["link=pcie3"]), UvmReplaySchema())

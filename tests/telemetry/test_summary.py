@@ -61,3 +61,35 @@ def test_what_was_not_observed_is_none_not_zero() -> None:
 def test_energy_is_active_while_computing_waiting_while_stalled_idle_between() -> None:
     power = PowerModel(idle_w=10, active_w=300, waiting_w=100)
     assert energy_j(power, duration_s=10, busy_s=6, stall_s=2) == 300 * 4 + 100 * 2 + 10 * 4
+
+
+def test_end_to_end_latency_and_the_same_over_the_length_of_the_output() -> None:
+    """Arrival at 1 s, last token at 5 s, 5 tokens; the request that is not measured is left out."""
+    result = summarize(FOUR_STEPS, TWO_REQUESTS, power=None, complete=True)
+    assert set(result["e2e_s"].values()) == {4.0}
+    assert result["normalized_latency_s"] == dict.fromkeys(("mean", "p50", "p90", "p99"), 0.8)
+
+
+def test_normalized_latency_is_the_mean_of_ratios_not_the_ratio_of_means() -> None:
+    two = requests([(0, 8, 2, 0, 0, S, 4 * S, 0, True), (1, 8, 8, 0, 0, S, 8 * S, 0, True)])
+    result = summarize(FOUR_STEPS, two, power=None, complete=True)
+    assert result["normalized_latency_s"]["mean"] == (4 / 2 + 8 / 8) / 2
+    assert result["e2e_s"]["mean"] == 6.0
+
+
+def test_a_steady_start_prefills_nothing_and_has_no_latency_from_arrival() -> None:
+    result = summarize(FOUR_STEPS, TWO_REQUESTS, power=None, complete=True, steady_until_ns=5 * S)
+    for name in ("ttft_s", "e2e_s", "normalized_latency_s"):
+        assert set(result[name].values()) == {None}
+    assert result["tpot_s"]["mean"] is not None
+
+
+def test_energy_per_token_with_and_without_idle_power() -> None:
+    """4 s of computing and 1 s of waiting in 5 s: 15 tokens."""
+    result = summarize(FOUR_STEPS, TWO_REQUESTS, power=PowerModel(10, 300, 100), complete=True)
+    assert result["energy_j_per_output_token"] == pytest.approx((4 * 300 + 100) / 15)
+    assert result["energy_j_per_output_token_above_idle"] == pytest.approx((4 * 290 + 90) / 15)
+    assert (result["power_w"], result["idle_power_w"]) == (pytest.approx(1300 / 5), 10)
+    blind = summarize(FOUR_STEPS, TWO_REQUESTS, power=None, complete=True)
+    for name in ("energy_j_per_output_token", "energy_j_per_output_token_above_idle", "power_w", "idle_power_w"):
+        assert blind[name] is None

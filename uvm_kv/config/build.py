@@ -428,6 +428,7 @@ def identity(job: Job) -> dict[str, Any]:
         "runner": config.runner,
         "engine": config.engine,
         "hardware": _hardware(config),
+        "link_h2d_gb_per_s": config.hardware.link.h2d_gb_per_s if config.runner == "sim" else None,
         "model": job.resolved.model.name,
         "weights": None if job.resolved.serving is None else config.model.weights,
         "mechanism": config.mechanism,

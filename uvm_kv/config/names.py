@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from uvm_kv.config.schema import ConfigSchema, HardwareSchema, LengthsSchema, OperatorSchema, WorkloadSchema
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+NOT_A_KEY = ("experiment", "link")
+"""Groups of the main config whose options fill in keys of others."""
 
 
 def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
@@ -90,6 +92,7 @@ def check_overrides(overrides: Iterable[Override], config: Any = None) -> None:
     `config` is an instance of the schema of a command of its own; without it, the main config's.
     """
     overrides = list(overrides)
+    keyless = NOT_A_KEY if config is None else ()
     if config is None:
         config = ConfigSchema(workload=WorkloadSchema(lengths=LengthsSchema()))
     if hasattr(config, "hardware"):
@@ -97,9 +100,7 @@ def check_overrides(overrides: Iterable[Override], config: Any = None) -> None:
     schema = OmegaConf.structured(config)
     keys = _keys(schema)
     own = _own_options(overrides)
-    options = {
-        name: values + own.get(name, []) for name, values in groups().items() if name in keys or name == "experiment"
-    }
+    options = {name: values + own.get(name, []) for name, values in groups().items() if name in keys or name in keyless}
     for override in overrides:
         key = override.key_or_group
         if key.startswith("hydra") or override.is_force_add():

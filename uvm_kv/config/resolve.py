@@ -147,6 +147,8 @@ class Resolved:
         """(setting, variant): what two runs must share to be points of one comparison, and what tells points of one
         mechanism and batch size apart, both by dotted path. Repeats differ in neither."""
         flat = _flatten(self.determining())
+        # Always there: where a key is missing nothing differs.
+        flat |= {"model.weight_bits": self.precision.weight_bits, "kv_bits": self.precision.kv_bits}
         for path in ("batch_size", "seed", "mechanism"):
             del flat[path]
         # Sized by the batch unless given.

@@ -32,13 +32,15 @@ def summarize(
 
     Throughput is taken over the steady window, from the first completion to the last admission; batch and KV means
     over the same window where there is one, weighted by time. Latencies are those of measured requests only: TTFT
-    from arrival to first token, TPOT the mean gap between an output's tokens.
+    from arrival to first token, TPOT the mean gap between an output's tokens, end to end from arrival to last token,
+    and normalized that over the output's length (Orca's and vLLM's).
 
     A run that starts in its steady state (until `steady_until_ns`) is steady from its first step on, may be stopped at
-    any time, and has no TTFT, since nothing is prefilled.
+    any time, and has neither TTFT nor end-to-end latency, since nothing is prefilled.
 
     Energy of a simulated run (`power`) is that of the whole run; of a measured one (`meter`) that of the steady window,
-    as throughput is. Per output token it is divided by the tokens of the same time.
+    as throughput is. Per output token it is divided by the tokens of the same time; above idle, without what the card
+    takes in that time when it rests.
     """
     warnings = []
     if not complete and steady_until_ns is None:
@@ -68,10 +70,19 @@ def summarize(
     energy = None
     if power is not None and stall_s is not None:
         energy = energy_j(power, duration_s=duration_ns / NS_PER_S, busy_s=busy_s, stall_s=stall_s)
+    idle_power_w = None if power is None else power.idle_w
     num_tokens = int(tokens.sum())
-    paid_tokens = num_tokens
-    if meter is not None and window is not None:
-        energy, paid_tokens = meter.energy_j(*window), int(tokens[inside].sum())
+    paid_tokens, paid_ns = num_tokens, duration_ns
+    if meter is not None:
+        idle_power_w = meter.idle_power_w
+        if window is not None:
+            energy, paid_tokens = meter.energy_j(*window), int(tokens[inside].sum())
+            paid_ns = window[1] - window[0]
+    above_idle = None
+    if energy is not None and idle_power_w is not None:
+        above_idle = energy - idle_power_w * paid_ns / NS_PER_S
+    from_arrival = measured if steady_until_ns is None else []
+    e2e_s = _e2e(requests, from_arrival)
     last = len(end) - 1
     preemptions = {kind: steps[f"preemptions_{kind}"][last] if last >= 0 else 0 for kind in ("recompute", "swap")}
     return {
@@ -85,8 +96,10 @@ def summarize(
         "steady_window_s": None if window is None else [t / NS_PER_S for t in window],
         "output_tokens_per_s": steady,
         "output_tokens_per_s_whole_run": num_tokens * NS_PER_S / duration_ns if duration_ns else None,
-        "ttft_s": _distribution(_ttft(requests, measured if steady_until_ns is None else [])),
+        "ttft_s": _distribution(_ttft(requests, from_arrival)),
         "tpot_s": _distribution(_tpot(requests, measured)),
+        "e2e_s": _distribution(e2e_s),
+        "normalized_latency_s": _distribution(e2e_s / _ints(requests, "output_tokens")[from_arrival]),
         "kv_bytes_mean": {name: _mean(_ints(steps, f"kv_{name}_bytes"), weights) for name in KVUsage._fields},
         "h2d_bytes": _sum_of(totals, "h2d_"),
         "d2h_bytes": _sum_of(totals, "d2h_"),
@@ -97,8 +110,10 @@ def summarize(
         "preemptions_by_kind": preemptions,
         "stall_s": stall_s,
         "energy_j": energy,
-        "energy_j_per_output_token": energy / paid_tokens if energy is not None and paid_tokens else None,
-        "idle_power_w": None if meter is None else meter.idle_power_w,
+        "energy_j_per_output_token": _per(energy, paid_tokens),
+        "energy_j_per_output_token_above_idle": _per(above_idle, paid_tokens),
+        "power_w": None if energy is None or not paid_ns else energy * NS_PER_S / paid_ns,
+        "idle_power_w": idle_power_w,
         "warnings": warnings,
     }
 
@@ -133,6 +148,15 @@ def _steady_window(requests: Table) -> tuple[int, int] | None:
 def _ttft(requests: Table, rows: list[int]) -> NDArray[np.float64]:
     arrival, first = requests["arrival_ns"], requests["first_token_ns"]
     return np.array([(first[i] or 0) - (arrival[i] or 0) for i in rows]) / NS_PER_S
+
+
+def _e2e(requests: Table, rows: list[int]) -> NDArray[np.float64]:
+    arrival, finish = requests["arrival_ns"], requests["finish_ns"]
+    return np.array([(finish[i] or 0) - (arrival[i] or 0) for i in rows]) / NS_PER_S
+
+
+def _per(quantity: float | None, number: int) -> float | None:
+    return quantity / number if quantity is not None and number else None
 
 
 def _tpot(requests: Table, rows: list[int]) -> NDArray[np.float64]:

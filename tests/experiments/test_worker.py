@@ -144,7 +144,7 @@ def test_torchs_own_errors_are_known() -> None:
     assert reach_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) is Reach.WORKER
     assert reach_of(torch.AcceleratorError("CUDA error: an illegal memory access")) is Reach.MECHANISM
     assert reach_of(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling")) is Reach.MECHANISM
-    assert reach_of(RuntimeError("request 3: its logits are NaN")) is Reach.JOB
+    assert reach_of(ValueError("request 3: its logits are NaN")) is Reach.JOB
 
 
 def test_the_extensions_own_errors_are_known() -> None:

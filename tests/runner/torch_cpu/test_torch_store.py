@@ -356,7 +356,7 @@ def test_a_wrong_plan_shows(wrong: str, folder: Path, reference: Reference) -> N
         assert_same_tokens(reference, served.requests)
 
     with pytest.raises(
-        (AssertionError, RuntimeError, IndexError), match=r"sequences differ|logits are NaN|out of bounds"
+        (AssertionError, ValueError, IndexError), match=r"sequences differ|logits are NaN|out of bounds"
     ):
         serve_wrongly()
     assert all(runner.num_changed > 0 for runner in runners), "the plan is as it was"
@@ -369,7 +369,7 @@ def test_nan_logits_end_the_run(folder: Path) -> None:
         ops = [op._replace(blocks=tuple(19 for _ in op.blocks)) if op.targets else op for op in plan.ops]
         return plan._replace(ops=tuple(ops))
 
-    with pytest.raises(RuntimeError, match=r"request \d+: its logits are NaN; its KV was read from"):
+    with pytest.raises(ValueError, match=r"request \d+: its logits are NaN; its KV was read from"):
         serve_tampered(folder, "pinned_swap", lambda plan: from_nowhere(plan) if plan.step > 0 else plan)
 
 
@@ -418,5 +418,5 @@ def test_a_store_that_forgets_a_step_shows(
         served, _ = serve_tampered(folder, "managed_demand_capped", lambda plan: plan)
         assert_same_tokens(reference, served.requests)
         return
-    with pytest.raises(RuntimeError, match="logits are NaN"):
+    with pytest.raises(ValueError, match="logits are NaN"):
         serve_tampered(folder, "managed_demand_capped", lambda plan: plan)

@@ -1,4 +1,4 @@
-"""TorchRunner: carries plans out with a real Hugging Face model on the CPU, on wall-clock time."""
+"""TorchRunner: carries plans out with a real Hugging Face model on the CPU or a GPU, on wall-clock time."""
 
 from __future__ import annotations
 
@@ -246,9 +246,11 @@ class TorchRunner(ModelRunner):
         is_bad = logits.gather(1, best[:, None]).isnan().flatten()
         tokens, bad = torch.stack((best, is_bad.long())).tolist()  # The one time that the host waits for the device.
         if any(bad):
-            raise RuntimeError(
-                f"request {request_ids[bad.index(1)]}: its logits are NaN; its KV was read from where "
-                f"there is none, or {self._model.dtype} is too narrow for this model"
+            narrow = self._model.dtype is torch.float16
+            raise ValueError(
+                f"request {request_ids[bad.index(1)]}: its logits are NaN; its KV was read from where there is none (a "
+                f"bug in uvm-kv), or the model's weights hold NaN"
+                + (", or it exceeds the range of float16: try dtype=bfloat16" if narrow else "")
             )
         if self._sampling.temperature == 0:
             return list(tokens)

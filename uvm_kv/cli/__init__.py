@@ -25,10 +25,19 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FIELD=VALUE",
         help="only runs with that summary field; repeatable",
     )
+    advise = commands.add_parser("advise", help="would CPU-backed KV help this card, model and workload? simulated")
+    advise.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="hardware=rtx3090 model=llama_7b workload=fixed ..."
+    )
+    advise.add_argument("--json", action="store_true", help="one JSON object (docs/advise.md) instead of lines")
     report = commands.add_parser("report", help="verdict, tables, figure and HTML page of the runs below a folder")
     report.add_argument("folder", type=Path, help="results/runs/<experiment>, or any folder of run directories")
     report.add_argument("--out", type=Path, help="where to write (default: FOLDER/report)")
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command == "advise" and not any(word.startswith("-") for word in rest):
+        arguments.overrides += rest  # What stands behind an option.
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         # Imported by need: pandas and matplotlib take a second that --help need not wait for.
         if arguments.command == "doctor":
@@ -42,11 +51,17 @@ def main(argv: list[str] | None = None) -> int:
                 list_runs(arguments.folder, arguments.where)
             else:
                 show_run(arguments.folder, arguments.id)
+        elif arguments.command == "advise":
+            from uvm_kv.cli.advise import print_advice
+
+            print_advice(arguments.overrides, as_json=arguments.json)
         else:
             _report(arguments.folder, arguments.out or arguments.folder / "report")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

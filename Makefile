@@ -51,7 +51,7 @@ $(BIN)/python:
 
 .venv/.installed-dev: .venv/.installed-torch
 	@echo "Installing what tests and lint need into .venv ..."
-	$(INSTALL) $(call extra,dev)
+	$(INSTALL) $(call extra,dev) $(call extra,dashboard)
 	@touch $@
 
 demo: .venv/.installed $(if $(HAS_GPU),$(EXTENSION))

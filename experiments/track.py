@@ -1,44 +1,108 @@
-"""Mirror finished runs to wandb, after they have run."""
+"""Finished runs to wandb: at the end of a sweep with tracking=wandb, and by `python -m experiments.publish`."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
 from experiments.progress import Event
-from uvm_kv.telemetry.store import read_json, read_table
-from uvm_kv.telemetry.wandb_sink import is_mirrored, mirror
+from uvm_kv.telemetry.records import Record, read_directories
+from uvm_kv.telemetry.store import read_table
+from uvm_kv.telemetry.wandb_sink import (
+    OFFLINE,
+    ONLINE,
+    Address,
+    Content,
+    address_of,
+    content_of,
+    is_sent,
+    send,
+    server_problem,
+    title_of,
+)
+
+
+@dataclass
+class Outcome:
+    num_sent: int = 0
+    num_there: int = 0
+    """Sent before."""
+    problems: list[str] = field(default_factory=list)
+    """A line each."""
 
 
 def mirror_all(events: list[Event]) -> None:
-    """Every finished run that asked for it and is not mirrored yet; problems are warnings."""
-    pending = [
-        (Path(e.directory), e.tracking)
-        for e in events
-        if e.status != "failed" and e.directory is not None and e.tracking is not None
-    ]
-    pending = [(d, t) for d, t in pending if not is_mirrored(d)]
+    """Every finished run that asked for it and is not there yet; problems are warnings."""
+    wanted: dict[tuple[str, str], list[Path]] = {}
+    for event in events:
+        if event.status != "failed" and event.directory is not None and event.tracking is not None:
+            key = event.tracking["project"], event.tracking["mode"]
+            wanted.setdefault(key, []).append(Path(event.directory))
+    for (project, mode), directories in wanted.items():
+        records, left_out = read_directories(directories)
+        outcome = send_runs(records, project, mode)
+        for problem in [*map(str, left_out), *outcome.problems]:
+            print(f"warning: {problem}", file=sys.stderr)
+
+
+def usable_mode(mode: str) -> tuple[str, str | None]:
+    """`mode`, or offline and why where no server can be reached: mirrors are then written and wait."""
+    problem = server_problem() if mode == ONLINE else None
+    if problem is None:
+        return mode, None
+    return OFFLINE, f"nothing is sent now: {problem}; mirrors are written, python -m experiments.publish sends them"
+
+
+def send_runs(records: Sequence[Record], project: str, mode: str) -> Outcome:
+    """Each run that is not there yet. One that fails costs only itself."""
+    outcome = Outcome()
+    pending = []
+    for record in records:
+        if is_sent(address := address_of(record, project), mode):
+            outcome.num_there += 1
+        else:
+            pending.append((record, address))
     if not pending:
-        return
+        return outcome
+    try:
+        mode, problem = usable_mode(mode)
+    except ImportError as error:
+        outcome.problems.append(f"tracking=wandb failed: {error}; pip install wandb")
+        return outcome
+    outcome.problems += [] if problem is None else [problem]
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for record, address in progress.track(pending, description="wandb"):
+            with tempfile.TemporaryDirectory() as folder:
+                failure = _send_run(record, address, mode, Path(folder))
+            if failure is not None:
+                outcome.problems.append(failure)
+            elif problem is None:
+                outcome.num_sent += 1
+    return outcome
+
+
+def _send_run(record: Record, address: Address, mode: str, folder: Path) -> str | None:
+    try:
+        content = _content(record, folder)
+    except (ValueError, OSError, ImportError) as error:
+        return f"tracking=wandb failed for {record.id}: {error}"
+    return send(address, content, mode)
+
+
+def _content(record: Record, folder: Path) -> Content:
+    """With the run's figure, drawn into `folder`."""
+    if not record.place.is_dir():
+        return content_of(record, None, None)
     from uvm_kv.analysis.figures import run_figure
     from uvm_kv.analysis.style import save_figure
 
-    console = Console(stderr=True)
-    with (
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        for directory, tracking in progress.track(pending, description="wandb"):
-            summary = read_json(directory / "summary.json")
-            title = f"{summary['mechanism']}, batch {summary['offered_batch']}, {summary['model']}, {summary['origin']}"
-            picture, _ = save_figure(run_figure(read_table(directory, "steps"), title), Path(folder) / directory.name)
-            config = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
-            assert isinstance(config, dict)
-            problem = mirror(directory, config={str(k): v for k, v in config.items()}, figure=picture, **tracking)
-            if problem is not None:
-                print(f"warning: {problem}", file=sys.stderr)
+    steps = read_table(record.place, "steps")
+    picture, _ = save_figure(run_figure(steps, title_of(record.summary)), folder / "figure")
+    return content_of(record, steps, picture)

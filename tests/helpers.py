@@ -23,7 +23,7 @@ from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
 from uvm_kv.sched.scheduler import Scheduler, SchedulerConfig
 from uvm_kv.telemetry.recorder import Recorder
-from uvm_kv.types import Hints, Layout, MemoryKind, Phase, Reach
+from uvm_kv.types import Allocation, Hints, Layout, MemoryKind, Phase, Reach
 from uvm_kv.workload.source import OpenLoop, RequestSource
 
 REPOSITORY = Path(__file__).parent.parent
@@ -87,14 +87,12 @@ def make_scheduler(
     admission: Admission = "worst_case",
     preemption: Preemption = "none",
     batching: Batching | None = None,
-    contiguous: bool = False,
-    reserve_tokens: int | None = None,
+    allocation: Allocation = Allocation.PAGED,
+    max_model_len: int = 0,
     watermark: float = 0.0,
 ) -> Scheduler:
-    """`reserve_tokens` makes it reserve_max, `contiguous` alone on_demand."""
-    whole = reserve_tokens is not None
-    kv = KVCacheManager(context.spec, context.capacity, contiguous=contiguous or whole, whole_claim=whole)
-    config = SchedulerConfig(max_num_batched_tokens, admission, preemption, watermark, reserve_tokens)
+    kv = KVCacheManager(context.spec, context.capacity, allocation)
+    config = SchedulerConfig(max_num_batched_tokens, admission, preemption, watermark, max_model_len)
     policy = build_policy(placement, context)
     scheduler = Scheduler(config, batching or ContinuousBatching(batch_size), kv, policy)
     built_schedulers.append(scheduler)

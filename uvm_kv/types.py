@@ -56,6 +56,41 @@ class Reach(StrEnum):
     BOTH = "both"
 
 
+class Allocation(StrEnum):
+    """How sequences get their KV memory.
+
+    paged: any block, as tokens come. on_demand: one run of blocks that grows as tokens come, and moves where it cannot.
+    reserve_max: one run for the longest request, first fit (FasterTransformer). orca_*: one chunk of a buddy allocator,
+    for the longest request (max), for prompt plus output (oracle), or for prompt plus output with the output rounded up
+    to a power of two, 25 to 32 (pow2): the three Orcas of Kwon et al., "Efficient Memory Management for Large Language
+    Model Serving with PagedAttention", SOSP 2023, section 6.1.
+    """
+
+    PAGED = "paged"
+    ON_DEMAND = "on_demand"
+    RESERVE_MAX = "reserve_max"
+    ORCA_MAX = "orca_max"
+    ORCA_POW2 = "orca_pow2"
+    ORCA_ORACLE = "orca_oracle"
+
+    @property
+    def is_buddy(self) -> bool:
+        return self in (Allocation.ORCA_MAX, Allocation.ORCA_POW2, Allocation.ORCA_ORACLE)
+
+    @property
+    def grows(self) -> bool:
+        """Whether memory is taken as tokens come, and not at once for the whole request."""
+        return self in (Allocation.PAGED, Allocation.ON_DEMAND)
+
+    def claim_tokens(self, prompt_tokens: int, output_tokens: int, max_model_len: int) -> int:
+        """Tokens that worst-case admission claims for a request; a scheme that does not grow takes them at once."""
+        if self in (Allocation.RESERVE_MAX, Allocation.ORCA_MAX):
+            return max_model_len
+        if self is Allocation.ORCA_POW2:
+            return min(max_model_len, prompt_tokens + (1 << (output_tokens - 1).bit_length()))
+        return prompt_tokens + output_tokens
+
+
 @dataclass(frozen=True)
 class Hints:
     """cudaMemAdvise on the managed KV slab (design, section 3)."""

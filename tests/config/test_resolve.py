@@ -99,6 +99,12 @@ def test_good_overrides_pass_the_name_check() -> None:
         (["scheduler.max_num_batched_tokens=8"], "is below batch_size=16"),
         (["mechanism=pinned_zero_copy", "allocation=reserve_max"], "needs placement=resident"),
         (["mechanism=device_resident", "allocation=on_demand"], r"needs .*optimistic.*mechanism=device_recompute"),
+        (["mechanism=device_recompute", "allocation=orca_pow2"], r"needs .*worst_case.*mechanism=device_resident"),
+        (["mechanism=pinned_swap", "allocation=orca_oracle"], r"needs .*worst_case.*mechanism=device_resident"),
+        (["mechanism=pinned_zero_copy", "allocation=orca_max"], "needs placement=resident"),
+        (["mechanism=managed_demand", "allocation=orca_max"], "needs placement=resident"),
+        (["allocation=orca"], "allocation 'orca' is unknown; .*allowed: .*orca_max.*"),
+        (["workload.start=steady", "allocation=orca_max"], "needs allocation=paged, given is allocation=orca_max"),
         (["workload=trace"], "workload=trace needs a trace file: workload.path=FILE"),
         (["workload=trace", "workload.path=/no/such.csv"], "/no/such.csv: that is not a file"),
         (["workload.arrival=trace"], "arrival=trace needs workload=trace"),
@@ -155,6 +161,10 @@ def test_runner_cpu_names_the_extra_it_needs(monkeypatch: pytest.MonkeyPatch) ->
     ("overrides", "said"),
     [
         (["memory.device_kv_bytes=1000000"], "KV budget holds 0 blocks"),
+        (
+            ["memory.device_kv_bytes=1000000000", "allocation=orca_max", "max_model_len=1900"],
+            "the largest chunk of the KV budget holds 64 blocks .* tokens needs 119 ",
+        ),
         (["memory.device_kv_bytes=500000000"], "longest request of 1024 tokens needs 64"),
         (["workload=azure_conv", "workload.too_long=error"], "use workload.too_long=drop"),
     ],

@@ -154,6 +154,7 @@ def test_a_full_disk_is_said_and_nothing_half_written_stays(tmp_path: Path) -> N
 SWEEPS = {
     "batch_sweep": "model=llama_7b batch_size=8,32",
     "demo": "batch_size=8,32",
+    "allocation": "workload.num_requests=20",
     "gpu_sweep_llama_7b": "batch_size=20 runner=sim hardware=h100",
     "gpu_sweep_llama3_8b": "batch_size=40 runner=sim hardware=h100",
 }

@@ -1,27 +1,30 @@
-"""BlockPool: all or nothing, reference counts, and the two allocation disciplines."""
+"""BlockPool: all or nothing, and the three allocation disciplines."""
 
 from __future__ import annotations
 
 import pytest
 
-from uvm_kv.kvcache.block_pool import MAX_REFERENCES, BlockPool
-from uvm_kv.types import Tier
+from uvm_kv.kvcache.block_pool import BlockPool
+from uvm_kv.types import Allocation, Tier
 
 DEVICE, HOST = Tier.DEVICE, Tier.HOST
+ON_DEMAND, BUDDY = Allocation.ON_DEMAND, Allocation.ORCA_ORACLE
 
 
 def fragmented_pool() -> BlockPool:
     """Ten contiguous device blocks with free runs of 1, 3 and 2:  .##...##.."""
-    pool = BlockPool(10, 0, contiguous=True)
+    pool = BlockPool(10, 0, ON_DEMAND)
     assert pool.allocate(DEVICE, 10) == list(range(10))
     pool.free([0, 3, 4, 5, 8, 9])
     return pool
 
 
-@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("allocation", [Allocation.PAGED, ON_DEMAND])
 @pytest.mark.parametrize(("tier", "ids"), [(DEVICE, range(4)), (HOST, range(4, 7))])
-def test_a_tier_is_allocated_from_its_own_ids_and_all_or_nothing(contiguous: bool, tier: Tier, ids: range) -> None:
-    pool = BlockPool(4, 3, contiguous=contiguous)
+def test_a_tier_is_allocated_from_its_own_ids_and_all_or_nothing(
+    allocation: Allocation, tier: Tier, ids: range
+) -> None:
+    pool = BlockPool(4, 3, allocation)
     assert pool.allocate(tier, len(ids) + 1) is None
     assert pool.num_free(tier) == len(ids)
     blocks = pool.allocate(tier, len(ids))
@@ -45,33 +48,14 @@ def test_paged_blocks_are_reused_last_in_first_out() -> None:
     assert pool.allocate(DEVICE, 5) == second + first
 
 
-@pytest.mark.parametrize("contiguous", [False, True])
-def test_a_shared_block_is_free_only_after_its_last_reference(contiguous: bool) -> None:
-    pool = BlockPool(2, 0, contiguous=contiguous)
+@pytest.mark.parametrize("allocation", [Allocation.PAGED, ON_DEMAND, BUDDY])
+def test_a_double_free_is_a_bug(allocation: Allocation) -> None:
+    pool = BlockPool(2, 0, allocation)
     blocks = pool.allocate(DEVICE, 1)
     assert blocks is not None
-    pool.share(blocks)
     pool.free(blocks)
-    assert (pool.references(blocks[0]), pool.num_free(DEVICE)) == (1, 1)
-    pool.free(blocks)
-    assert (pool.references(blocks[0]), pool.num_free(DEVICE)) == (0, 2)
-    pool.check_integrity()
-
-
-def test_double_free_and_sharing_of_what_is_free_are_bugs() -> None:
-    pool = BlockPool(2, 0)
-    blocks = pool.allocate(DEVICE, 1)
-    assert blocks is not None
-    for _ in range(MAX_REFERENCES - 1):
-        pool.share(blocks)
-    with pytest.raises(AssertionError, match="cannot be shared"):
-        pool.share(blocks)
-    for _ in range(MAX_REFERENCES):
-        pool.free(blocks)
     with pytest.raises(AssertionError, match="freed twice"):
         pool.free(blocks)
-    with pytest.raises(AssertionError, match="cannot be shared"):
-        pool.share(blocks)
 
 
 def test_contiguous_allocation_is_the_first_run_that_fits() -> None:
@@ -96,7 +80,7 @@ def test_contiguous_extension_lies_right_behind(last: int, num_blocks: int, expe
 
 
 def test_a_contiguous_device_run_does_not_extend_into_the_host_tier() -> None:
-    pool = BlockPool(2, 2, contiguous=True)
+    pool = BlockPool(2, 2, ON_DEMAND)
     blocks = pool.allocate(DEVICE, 2)
     assert blocks is not None
     assert pool.extend(blocks, 1) is None
@@ -116,6 +100,6 @@ def test_a_negative_size_is_refused() -> None:
 
 def test_the_integrity_check_sees_a_leak() -> None:
     pool = BlockPool(2, 0)
-    pool._references[0] = 1
+    pool._taken[0] = 1
     with pytest.raises(AssertionError, match="disagree"):
         pool.check_integrity()

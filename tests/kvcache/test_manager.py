@@ -7,25 +7,24 @@ from collections.abc import Callable
 import pytest
 
 from tests.helpers import make_spec
-from uvm_kv.kvcache.manager import KVCacheManager, KVCapacity, KVUsage
-from uvm_kv.types import Tier
+from uvm_kv.kvcache.manager import KVCacheManager, KVCapacity, KVUsage, largest_table
+from uvm_kv.types import Allocation, Tier
 
 DEVICE, HOST = Tier.DEVICE, Tier.HOST
+PAGED, ON_DEMAND, RESERVE_MAX = Allocation.PAGED, Allocation.ON_DEMAND, Allocation.RESERVE_MAX
+ORCA = Allocation.ORCA_ORACLE
 BLOCK = make_spec().block_bytes
 TOKEN = make_spec().token_bytes
 
 
-def make_manager(
-    num_device: int, num_host: int = 0, *, contiguous: bool = False, whole_claim: bool = False
-) -> KVCacheManager:
-    capacity = KVCapacity(num_device, num_host)
-    return KVCacheManager(make_spec(), capacity, contiguous=contiguous, whole_claim=whole_claim)
+def make_manager(num_device: int, num_host: int = 0, allocation: Allocation = PAGED) -> KVCacheManager:
+    return KVCacheManager(make_spec(), KVCapacity(num_device, num_host), allocation)
 
 
 def state(kv: KVCacheManager) -> tuple[object, ...]:
     kv.check_integrity()
     free = tuple(kv.pool.num_free(tier) for tier in Tier)
-    return free, kv.available(DEVICE), kv.available(HOST), kv.host_blocks, kv.usage(0)
+    return free, kv.available(DEVICE), kv.available(HOST), kv.host_blocks, kv.usage(0, 0)
 
 
 def test_open_claims_the_worst_case_and_takes_only_what_the_prompt_needs() -> None:
@@ -88,7 +87,7 @@ def refused_relocation(kv: KVCacheManager) -> object:
 @pytest.mark.parametrize("attempt", [refused_open, refused_run, refused_growth, refused_relocation])
 def test_what_cannot_be_had_leaves_a_contiguous_cache_untouched(attempt: Callable[[KVCacheManager], object]) -> None:
     """11.3.. where the first table claims two blocks more: neither two behind it nor a run of four are free."""
-    kv = make_manager(6, contiguous=True)
+    kv = make_manager(6, allocation=ON_DEMAND)
     for request_id, num_blocks in ((1, 2), (2, 1), (3, 1), (4, 2)):
         assert kv.open(request_id, num_blocks, 0, num_blocks * 4) is not None
     kv.release(2)
@@ -155,52 +154,73 @@ def test_a_swapped_sequence_can_be_released() -> None:
 
 def test_relocation_moves_a_contiguous_table_to_a_longer_run() -> None:
     """12..... : the first table cannot grow in place, and moves behind the second."""
-    kv = make_manager(7, contiguous=True)
+    kv = make_manager(7, allocation=ON_DEMAND)
     kv.open(1, 1, 0, num_tokens=4)
     kv.open(2, 1, 0, num_tokens=4)
     kv.claim(1, 2, 0)
     assert kv.grow(1, 12) is None
     assert kv.relocate(1, 12) == ([0], [2, 3, 4])
     assert kv.blocks(1) == [2, 3, 4]
-    assert kv.pool.references(0) == 0
+    assert kv.pool.is_free(0)
     kv.check_integrity()
 
 
 @pytest.mark.parametrize(
-    ("contiguous", "whole_claim", "claim", "expected"),
+    ("allocation", "claim", "future", "expected"),
     [
+        pytest.param(PAGED, 2, 2, KVUsage(2 * BLOCK, 2 * BLOCK, 5 * TOKEN, 3 * TOKEN, 0, 2 * TOKEN), id="paged"),
         pytest.param(
-            False, False, 2, KVUsage(2 * BLOCK, 2 * BLOCK, 5 * TOKEN, 3 * TOKEN, 0), id="paged: the last block's slack"
+            ON_DEMAND, 2, 2, KVUsage(2 * BLOCK, 2 * BLOCK, 5 * TOKEN, 3 * TOKEN, 0, 2 * TOKEN), id="on_demand"
         ),
-        pytest.param(True, False, 2, KVUsage(2 * BLOCK, 2 * BLOCK, 5 * TOKEN, 3 * TOKEN, 0), id="on_demand: the same"),
         pytest.param(
-            True,
-            True,
-            8,
-            KVUsage(8 * BLOCK, 8 * BLOCK, 5 * TOKEN, 27 * TOKEN, 0),
-            id="reserve_max: the longest request",
+            RESERVE_MAX, 7, 12, KVUsage(7 * BLOCK, 7 * BLOCK, 5 * TOKEN, 23 * TOKEN, 2 * BLOCK, 12 * TOKEN), id="max"
+        ),
+        pytest.param(
+            ORCA, 5, 12, KVUsage(5 * BLOCK, 5 * BLOCK, 5 * TOKEN, 15 * TOKEN, 3 * BLOCK, 12 * TOKEN), id="a chunk of 8"
         ),
     ],
 )
-def test_bytes_reserved_used_and_lost_inside(
-    contiguous: bool, whole_claim: bool, claim: int, expected: KVUsage
-) -> None:
+def test_bytes_reserved_used_and_lost(allocation: Allocation, claim: int, future: int, expected: KVUsage) -> None:
     """One sequence of 5 tokens in blocks of 4: reserved = used + lost inside, in each allocation scheme."""
-    kv = make_manager(16, contiguous=contiguous, whole_claim=whole_claim)
+    kv = make_manager(16, allocation=allocation)
     kv.open(1, claim, 0, num_tokens=5)
     assert kv.num_slots(1) == claim * 4
-    usage = kv.usage(5)
+    usage = kv.usage(5, future)
     assert usage == expected
     assert usage.reserved == usage.used + usage.lost_inside
+    kv.check_integrity()
 
 
-@pytest.mark.parametrize(("contiguous", "lost"), [(True, 2), (False, 0)])
-def test_only_a_fragmented_contiguous_cache_loses_bytes_outside(contiguous: bool, lost: int) -> None:
+@pytest.mark.parametrize(("allocation", "lost"), [(ON_DEMAND, 2), (PAGED, 0)])
+def test_only_a_fragmented_contiguous_cache_loses_bytes_outside(allocation: Allocation, lost: int) -> None:
     """Requests of 2, 1, 3 and 2 blocks; when the one of 1 block ends, a request of 2 cannot use the hole."""
-    kv = make_manager(9, contiguous=contiguous)
+    kv = make_manager(9, allocation=allocation)
     for request_id, num_blocks in enumerate((2, 1, 3, 2)):
         kv.open(request_id, num_blocks, 0, num_blocks * 4)
-    assert kv.usage(32).lost_outside == (BLOCK if contiguous else 0)
+    assert kv.usage(32, 0).lost_outside == (0 if allocation is PAGED else BLOCK)
     kv.release(1)
-    assert kv.usage(28).lost_outside == lost * BLOCK
+    assert kv.usage(28, 0).lost_outside == lost * BLOCK
     kv.check_integrity()
+
+
+def test_a_chunk_that_cannot_be_had_leaves_the_cache_untouched() -> None:
+    """Eleven blocks are chunks of 8, 2 and 1: two requests of 3 blocks take a chunk of 4 each, and 3 blocks are left,
+    none of which lie in a chunk of 4."""
+    kv = make_manager(11, allocation=ORCA)
+    assert kv.open(1, 3, 0, num_tokens=1) == [0, 1, 2]
+    assert kv.open(2, 3, 0, num_tokens=1) == [4, 5, 6]
+    before = state(kv)
+    assert kv.open(3, 3, 0, num_tokens=1) is None
+    assert state(kv) == before
+    assert kv.open(3, 2, 0, num_tokens=1) == [8, 9]
+    kv.release(1)
+    kv.release(2)
+    assert kv.open(4, 8, 0, num_tokens=1) == list(range(8))  # Buddies are one again.
+    kv.check_integrity()
+
+
+def test_the_largest_table_of_a_buddy_allocator_is_its_largest_chunk() -> None:
+    assert largest_table(KVCapacity(11, 0), PAGED) == (11, 0)
+    assert largest_table(KVCapacity(11, 0), RESERVE_MAX) == (11, 0)
+    assert largest_table(KVCapacity(11, 0), ORCA) == (8, 0)
+    assert largest_table(KVCapacity(16, 1), ORCA) == (16, 1)

@@ -19,7 +19,7 @@ from tests.helpers import (
 )
 from uvm_kv.kvcache.ops import MemoryOp, OpKind
 from uvm_kv.sched.request import Request, Status
-from uvm_kv.types import Phase, Tier
+from uvm_kv.types import Allocation, Phase, Tier
 
 SCHEMES = [("worst_case", "none"), ("optimistic", "recompute"), ("optimistic", "swap")]
 
@@ -178,7 +178,7 @@ def test_swapped_sequences_come_back_before_anybody_is_admitted() -> None:
 def test_on_demand_growth_relocates_and_preempts() -> None:
     """Contiguous tables that grow: a run that is blocked moves on the device, and where it cannot, the latest goes."""
     context = make_context(12)
-    scheduler = make_scheduler(context, admission="optimistic", preemption="recompute", contiguous=True)
+    scheduler = make_scheduler(context, admission="optimistic", preemption="recompute", allocation=Allocation.ON_DEMAND)
     requests = make_requests([(4, 9), (3, 10), (5, 14), (4, 6), (9, 4), (2, 20)])
     plans = plans_of(drive(scheduler, ScriptedRunner(context), requests))
     assert_served(requests)
@@ -192,7 +192,7 @@ def test_a_lone_contiguous_sequence_that_reaches_the_end_of_the_pool_starts_over
     """Scenario: the first sequence ends, the second lies behind it and grows to the last block. It can neither grow
     nor move, so it is recomputed at the front; it is alone, so the step after that must run it."""
     context = make_context(10)
-    scheduler = make_scheduler(context, admission="optimistic", preemption="recompute", contiguous=True)
+    scheduler = make_scheduler(context, admission="optimistic", preemption="recompute", allocation=Allocation.ON_DEMAND)
     requests = make_requests([(16, 1), (4, 30)])
     drive(scheduler, ScriptedRunner(context), requests)
     assert_served(requests)
@@ -201,7 +201,10 @@ def test_a_lone_contiguous_sequence_that_reaches_the_end_of_the_pool_starts_over
 
 def test_reserve_max_takes_one_run_of_the_longest_request_at_once() -> None:
     context = make_context(11)
-    scheduler, runner = make_scheduler(context, reserve_tokens=20), ScriptedRunner(context)
+    scheduler, runner = (
+        make_scheduler(context, allocation=Allocation.RESERVE_MAX, max_model_len=20),
+        ScriptedRunner(context),
+    )
     requests = make_requests([(4, 4), (6, 10), (3, 3)])
     submit(scheduler, runner, *requests)
     plan = step(scheduler, runner)
@@ -214,19 +217,23 @@ def test_reserve_max_takes_one_run_of_the_longest_request_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_host", "placement", "reserve_tokens", "lengths"),
+    ("num_host", "placement", "allocation", "max_model_len", "lengths"),
     [
-        pytest.param(0, "resident", None, (16, 17), id="prompt plus output"),
-        pytest.param(8, "resident", None, (32, 1), id="a host tier that only serves swap"),
-        pytest.param(8, "static_split", None, (40, 25), id="both tiers"),
-        pytest.param(0, "resident", 40, (4, 4), id="the reservation"),
-        pytest.param(0, "resident", 16, (16, 4), id="longer than the reservation"),
+        pytest.param(0, "resident", "paged", 0, (16, 17), id="prompt plus output"),
+        pytest.param(8, "resident", "paged", 0, (32, 1), id="a host tier that only serves swap"),
+        pytest.param(8, "static_split", "paged", 0, (40, 25), id="both tiers"),
+        pytest.param(0, "resident", "reserve_max", 40, (4, 4), id="the reservation"),
+        pytest.param(0, "resident", "reserve_max", 16, (16, 4), id="longer than the reservation"),
+        pytest.param(0, "resident", "orca_pow2", 16, (12, 5), id="longer than what is cut to the model's context"),
+        pytest.param(0, "resident", "orca_pow2", 64, (16, 17), id="rounded up, over the budget"),
     ],
 )
 def test_a_request_that_can_never_fit_is_refused(
-    num_host: int, placement: str, reserve_tokens: int | None, lengths: tuple[int, int]
+    num_host: int, placement: str, allocation: str, max_model_len: int, lengths: tuple[int, int]
 ) -> None:
-    scheduler = make_scheduler(make_context(8, num_host), placement=placement, reserve_tokens=reserve_tokens)
+    context = make_context(8, num_host)
+    options = {"allocation": Allocation(allocation), "max_model_len": max_model_len}
+    scheduler = make_scheduler(context, placement=placement, **options)
     with pytest.raises(ValueError, match="request 7"):
         scheduler.add(make_request(7, *lengths))
     assert not scheduler.has_work()

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.helpers import ScriptedRunner, make_context, make_request, make_scheduler
 from uvm_kv.sched.plan import StepOutput, StepPlan
 from uvm_kv.sched.request import Request, Status
-from uvm_kv.types import Tier
+from uvm_kv.types import Allocation, Tier
 
 NUM_DEVICE = 7
 LONGEST = NUM_DEVICE * 4
@@ -25,8 +25,11 @@ SCHEMES: dict[str, tuple[int, dict[str, Any]]] = {
     "paged, swap, small host": (3, OPTIMISTIC | {"preemption": "swap"}),
     "split over two tiers": (5, {"placement": "static_split"}),
     "split, recompute": (3, OPTIMISTIC | {"placement": "static_split", "preemption": "recompute"}),
-    "on_demand": (0, OPTIMISTIC | {"preemption": "recompute", "contiguous": True}),
-    "reserve_max": (0, {"reserve_tokens": 12}),
+    "on_demand": (0, OPTIMISTIC | {"preemption": "recompute", "allocation": Allocation.ON_DEMAND}),
+    "reserve_max": (0, {"allocation": Allocation.RESERVE_MAX, "max_model_len": 12}),
+    "orca_max": (0, {"allocation": Allocation.ORCA_MAX, "max_model_len": 12}),
+    "orca_pow2": (0, {"allocation": Allocation.ORCA_POW2, "max_model_len": 16}),
+    "orca_oracle": (0, {"allocation": Allocation.ORCA_ORACLE, "max_model_len": 16}),
 }
 
 
@@ -36,7 +39,7 @@ class Walk(RuleBasedStateMachine):
     def __init__(self, num_host: int, options: dict[str, Any]) -> None:
         super().__init__()
         context = make_context(NUM_DEVICE, num_host)
-        self.longest = min(LONGEST, options.get("reserve_tokens", LONGEST))
+        self.longest = min(LONGEST, options.get("max_model_len", LONGEST))
         self.scheduler = make_scheduler(context, batch_size=4, max_num_batched_tokens=9, **options)
         self.runner = ScriptedRunner(context)
         self.requests: list[Request] = []

@@ -24,7 +24,7 @@ from uvm_kv.config.workload import Workload, build_workload
 from uvm_kv.engine import Engine
 from uvm_kv.hw.overlap import ceiling
 from uvm_kv.hw.roofline import Roofline
-from uvm_kv.kvcache.manager import KVCacheManager
+from uvm_kv.kvcache.manager import KVCacheManager, largest_table
 from uvm_kv.placement.base import PlacementContext, PlacementPolicy, empty_view
 from uvm_kv.placement.registry import build_policy
 from uvm_kv.runner.base import ModelRunner
@@ -39,7 +39,7 @@ from uvm_kv.telemetry.provenance import manifest
 from uvm_kv.telemetry.recorder import Recorder
 from uvm_kv.telemetry.store import is_complete, read_plans, run_id, write_run
 from uvm_kv.telemetry.summary import SCHEMA_VERSION, summarize
-from uvm_kv.types import DTYPE_BYTES, NS_PER_S, Hints, MemoryKind, Reach, ceil_div
+from uvm_kv.types import DTYPE_BYTES, NS_PER_S, Allocation, Hints, MemoryKind, Reach, ceil_div
 from uvm_kv.workload.lengths import Lengths, mean_lengths
 from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, WithTokens, all_at_once, poisson
 from uvm_kv.workload.steady import continued, nearest_to_mean, plan_without_runner, steady_start
@@ -167,8 +167,7 @@ def build_placement(resolved: Resolved, roofline: Roofline) -> PlacementPolicy:
 
 def build_scheduler(resolved: Resolved, policy: PlacementPolicy) -> Scheduler:
     config, options = resolved.config, resolved.config.scheduler
-    whole = config.allocation == "reserve_max"
-    kv = KVCacheManager(resolved.spec, resolved.capacity, contiguous=resolved.contiguous, whole_claim=whole)
+    kv = KVCacheManager(resolved.spec, resolved.capacity, Allocation(config.allocation))
     batching: Batching
     match options.name:
         case "static":
@@ -183,7 +182,7 @@ def build_scheduler(resolved: Resolved, policy: PlacementPolicy) -> Scheduler:
             options.admission,  # type: ignore[arg-type]
             options.preemption,  # type: ignore[arg-type]
             options.watermark,
-            resolved.max_model_len if whole else None,
+            resolved.max_model_len,
         ),
         batching,
         kv,
@@ -232,16 +231,17 @@ def build_runner(
 
 def check_requests_fit(resolved: Resolved, lengths: list[Lengths]) -> None:
     """ValueError if the longest request does not fit the KV budget."""
-    longest = max(sum(pair) for pair in lengths)
-    tokens = resolved.max_model_len if resolved.config.allocation == "reserve_max" else longest
+    allocation = Allocation(resolved.config.allocation)
+    tokens = max(allocation.claim_tokens(*pair, resolved.max_model_len) for pair in lengths)
     needed = resolved.spec.num_blocks(tokens)
     policy = build_placement(resolved, build_roofline(resolved))
-    device, host = resolved.capacity
+    device, host = capacity = largest_table(resolved.capacity, allocation)
     have = device + host if policy.uses_host else device
-    if needed > have or policy.place(empty_view(resolved.capacity), needed, admitting=True) is None:
+    if needed > have or policy.place(empty_view(capacity), needed, admitting=True) is None:
         block = resolved.spec.block_bytes
+        holder = "largest chunk of the KV budget" if allocation.is_buddy else "KV budget"
         raise ValueError(
-            f"the KV budget holds {have} blocks ({have * block / 1e9:.2f} GB), the longest request of {tokens} tokens "
+            f"the {holder} holds {have} blocks ({have * block / 1e9:.2f} GB), the longest request of {tokens} tokens "
             f"needs {needed} ({needed * block / 1e9:.2f} GB); raise memory.device_kv_bytes"
             + (
                 " or memory.host_kv_bytes"
@@ -441,6 +441,7 @@ def identity(job: Job) -> dict[str, Any]:
         "preemption": config.scheduler.preemption,
         "workload": config.workload.name,
         "arrival": config.workload.arrival,
+        "request_rate": config.workload.request_rate,
         "start": config.workload.start,
         "prompt_tokens": config.workload.prompt_tokens,
         "output_tokens": config.workload.output_tokens,

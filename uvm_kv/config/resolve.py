@@ -35,7 +35,7 @@ from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.placement.registry import POLICIES, check_served
 from uvm_kv.telemetry.summary import SCHEMA_VERSION
-from uvm_kv.types import CHUNK_BYTES, DTYPE_BYTES, GIB, Layout, MemoryKind, Reach
+from uvm_kv.types import CHUNK_BYTES, DTYPE_BYTES, GIB, Allocation, Layout, MemoryKind, Reach
 
 DEFAULT_HOST_KV_BYTES = 64 * GIB
 CHOICES = {
@@ -43,7 +43,7 @@ CHOICES = {
     "peer.cache": ("dynamic", "static"),
     "runner": ("sim", "cpu", "cuda", "replay"),
     "layout": ("auto", *Layout),
-    "allocation": ("paged", "reserve_max", "on_demand"),
+    "allocation": tuple(Allocation),
     "dtype": ("auto", *DTYPE_BYTES),
     "memory.kind": tuple(MemoryKind),
     "placement.name": tuple(POLICIES),
@@ -105,7 +105,6 @@ class Resolved:
     memory_account: list[tuple[str, int]]
     """Where the memory goes, in bytes: the table that is printed."""
     max_model_len: int
-    contiguous: bool
     serving: Serving | None
     """What a real model serves; None on the simulator."""
 
@@ -230,10 +229,7 @@ def resolve(composed: DictConfig) -> Resolved:
         capacity = capacity_of(config, spec)
     if memory is MemoryKind.MANAGED and not config.driver.concurrent_managed_access:
         _check_without_concurrent_access(config)
-    contiguous = config.allocation != "paged"
-    return Resolved(
-        config, profile, model, precision, memory, spec, capacity, account, max_model_len, contiguous, serving
-    )
+    return Resolved(config, profile, model, precision, memory, spec, capacity, account, max_model_len, serving)
 
 
 def _precision(config: ConfigSchema, *, served: bool) -> Precision:
@@ -525,7 +521,7 @@ def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
             f"allocation={config.allocation} keeps a sequence in one piece and needs placement=resident, given is "
             f"placement={config.placement.name}; other placements need allocation=paged"
         )
-    needed = ("worst_case", "none") if config.allocation == "reserve_max" else ("optimistic", "recompute")
+    needed = ("optimistic", "recompute") if Allocation(config.allocation).grows else ("worst_case", "none")
     if (scheduler.admission, scheduler.preemption) != needed:
         raise ValueError(
             f"allocation={config.allocation} needs scheduler.admission={needed[0]} and preemption={needed[1]} "

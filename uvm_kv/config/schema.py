@@ -11,6 +11,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from uvm_kv.types import Allocation
+
 
 @dataclass
 class GpuSchema:
@@ -276,7 +278,14 @@ def _host_tier(kind: str, num_bytes: int) -> int:
     return 0 if kind == "device" else num_bytes
 
 
-OmegaConf.register_new_resolver("host_tier", _host_tier, replace=True)  # Here, since workers import this and no more.
+def _if_growing(allocation: str, growing: str, otherwise: str) -> str:
+    """${if_growing:${allocation},A,B}: what the schemes of a sweep need that take memory as tokens come, or at once."""
+    return growing if allocation in [a for a in Allocation if a.grows] else otherwise
+
+
+# Here, since workers import this and no more.
+OmegaConf.register_new_resolver("host_tier", _host_tier, replace=True)
+OmegaConf.register_new_resolver("if_growing", _if_growing, replace=True)
 
 
 def register() -> None:

@@ -1,68 +1,85 @@
-"""BlockPool: KV block ids of two tiers, with reference counts.
+"""BlockPool: KV block ids of two tiers, and which of them are taken.
 
-Invariants, checked by `check_integrity`: a block is free exactly if its reference count is 0; device ids are [0, D)
-and host ids [D, D + H); an allocation is all or nothing ("cannot" is None and leaves the pool as it was).
+Device ids are [0, D) and host ids [D, D + H). An allocation is all or nothing ("cannot" is None and leaves the pool as
+it was).
 
-Two disciplines. Paged: any free block, from a free list per tier, last in first out, so that the touched part of the
-slab stays small. Contiguous: every allocation is one run of ids, first fit, found in the reference counts themselves.
+paged: any free block, from a free list per tier, last in first out, so that the touched part of the slab stays small.
+first fit: every allocation is one run of ids, the first that is long enough.
+buddy: every allocation is the beginning of a chunk of 2^k blocks, aligned to its size: the smallest free one that fits,
+    split in halves as often as possible. The rest of the chunk is lost until it is freed. Since a free chunk is joined
+    with its free buddy at once, the free chunks follow from which blocks are taken, and are not kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterator, Sequence
 
-from uvm_kv.types import Tier
+from uvm_kv.types import Allocation, Tier
 
-MAX_REFERENCES = 255
-_ZERO_OR_ONE = bytes([0] + [1] * 255)
+
+def chunk_size(num_blocks: int) -> int:
+    """Blocks of the smallest chunk of a buddy allocator that holds `num_blocks` >= 1."""
+    return 1 << (num_blocks - 1).bit_length()
 
 
 class BlockPool:
-    def __init__(self, num_device_blocks: int, num_host_blocks: int, *, contiguous: bool = False) -> None:
+    def __init__(self, num_device_blocks: int, num_host_blocks: int, allocation: Allocation = Allocation.PAGED) -> None:
         if num_device_blocks < 0 or num_host_blocks < 0:
             raise ValueError(
                 f"a pool of {num_device_blocks} device and {num_host_blocks} host blocks; neither may be < 0"
             )
         self.num_device_blocks = num_device_blocks
         self.num_host_blocks = num_host_blocks
-        self.contiguous = contiguous
-        self._references = bytearray(num_device_blocks + num_host_blocks)
+        self.contiguous = allocation is not Allocation.PAGED
+        self._is_buddy = allocation.is_buddy
+        total = num_device_blocks + num_host_blocks
+        self._range = {Tier.DEVICE: range(num_device_blocks), Tier.HOST: range(num_device_blocks, total)}
+        self._taken = bytearray(total)
         self._free: dict[Tier, list[int]] = {
-            tier: [] if contiguous else list(reversed(self._range(tier))) for tier in Tier
+            tier: [] if self.contiguous else list(reversed(self._range[tier])) for tier in Tier
         }
-
-    def _range(self, tier: Tier) -> range:
-        total = self.num_device_blocks + self.num_host_blocks
-        return range(self.num_device_blocks) if tier is Tier.DEVICE else range(self.num_device_blocks, total)
+        self._num_rest = dict.fromkeys(Tier, 0)
+        """Blocks of taken chunks that nobody asked for."""
 
     def tier_of(self, block: int) -> Tier:
         return Tier.DEVICE if block < self.num_device_blocks else Tier.HOST
 
     def num_free(self, tier: Tier) -> int:
+        """Blocks that no allocation holds."""
         if self.contiguous:
-            span = self._range(tier)
-            return self._references.count(0, span.start, span.stop)
+            span = self._range[tier]
+            return self._taken.count(0, span.start, span.stop) + self._num_rest[tier]
         return len(self._free[tier])
 
     def num_unusable(self, tier: Tier, num_blocks: int) -> int:
         """Free blocks that no allocation of `num_blocks` could use (external fragmentation); 0 when paged."""
         if not self.contiguous or num_blocks < 1:
             return 0
-        span = self._range(tier)
-        runs = self._references[span.start : span.stop].translate(_ZERO_OR_ONE).split(b"\x01")
-        return sum(len(run) % num_blocks for run in runs)
+        if self._is_buddy:
+            size = chunk_size(num_blocks)
+            return self._num_rest[tier] + sum(free for free, _ in self._free_chunks(tier) if free < size)
+        span = self._range[tier]
+        return sum(len(run) % num_blocks for run in self._taken[span.start : span.stop].split(b"\x01"))
 
     def allocate(self, tier: Tier, num_blocks: int) -> list[int] | None:
+        if self._is_buddy:
+            size = chunk_size(num_blocks)
+            chunk = min((chunk for chunk in self._free_chunks(tier) if chunk[0] >= size), default=None)
+            if chunk is None:
+                return None
+            self._num_rest[tier] += size - num_blocks
+            return self._take_run(chunk[1], size)[:num_blocks]
         if self.contiguous:
-            span = self._range(tier)
-            start = self._references.find(bytes(num_blocks), span.start, span.stop) if num_blocks else span.start
+            span = self._range[tier]
+            start = self._taken.find(bytes(num_blocks), span.start, span.stop)
             return None if start < 0 else self._take_run(start, num_blocks)
         free = self._free[tier]
         if num_blocks > len(free):
             return None
         blocks = [free.pop() for _ in range(num_blocks)]
         for block in blocks:
-            self._references[block] = 1
+            self._taken[block] = 1
         return blocks
 
     def extend(self, blocks: Sequence[int], num_blocks: int) -> list[int] | None:
@@ -70,38 +87,46 @@ class BlockPool:
         tier = self.tier_of(blocks[-1])
         if not self.contiguous:
             return self.allocate(tier, num_blocks)
+        assert not self._is_buddy, "a chunk does not grow"
         start, stop = blocks[-1] + 1, blocks[-1] + 1 + num_blocks
-        if stop > self._range(tier).stop or any(self._references[start:stop]):
+        if stop > self._range[tier].stop or any(self._taken[start:stop]):
             return None
         return self._take_run(start, num_blocks)
 
     def _take_run(self, start: int, num_blocks: int) -> list[int]:
-        self._references[start : start + num_blocks] = b"\x01" * num_blocks
+        self._taken[start : start + num_blocks] = b"\x01" * num_blocks
         return list(range(start, start + num_blocks))
 
-    def share(self, blocks: Iterable[int]) -> None:
-        """One more reference to each block, all of which must be in use."""
-        for block in blocks:
-            assert 0 < self._references[block] < MAX_REFERENCES, f"block {block} cannot be shared"
-            self._references[block] += 1
+    def _free_chunks(self, tier: Tier) -> Iterator[tuple[int, int]]:
+        """(size, first block) of the buddy allocator's free chunks, in order of blocks."""
+        span = self._range[tier]
+        for run in re.finditer(b"\x00+", self._taken[span.start : span.stop]):
+            start, stop = run.span()
+            while start < stop:
+                size = 1 << (stop - start).bit_length() - 1
+                size = min(size, start & -start or size)  # Aligned, counted from the first block of the tier.
+                yield size, span.start + start
+                start += size
 
     def free(self, blocks: Sequence[int]) -> None:
-        """One reference less to each block; those without any become free."""
-        references, device = self._references, self.num_device_blocks
-        device_free, host_free = self._free[Tier.DEVICE], self._free[Tier.HOST]
-        for block in reversed(blocks):
-            count = references[block]
-            assert count, f"block {block} is freed twice"
-            references[block] = count - 1
-            if count == 1 and not self.contiguous:
-                (device_free if block < device else host_free).append(block)
+        """Make them free: any that are taken; of a buddy allocator, one whole allocation."""
+        for block in blocks:
+            assert self._taken[block], f"block {block} is freed twice"
+            self._taken[block] = 0
+        if self._is_buddy and blocks:
+            rest = chunk_size(len(blocks)) - len(blocks)
+            self._taken[blocks[-1] + 1 : blocks[-1] + 1 + rest] = bytes(rest)
+            self._num_rest[self.tier_of(blocks[0])] -= rest
+        if not self.contiguous:
+            for block in reversed(blocks):
+                self._free[self.tier_of(block)].append(block)
 
-    def references(self, block: int) -> int:
-        return self._references[block]
+    def is_free(self, block: int) -> bool:
+        return not self._taken[block]
 
     def check_integrity(self) -> None:
         for tier, free in self._free.items():
             ids = set(free)
             assert len(ids) == len(free), f"{tier}: a block is in the free list twice"
-            unused = {block for block in self._range(tier) if self._references[block] == 0}
-            assert self.contiguous or ids == unused, f"{tier}: free list and reference counts disagree"
+            unused = {block for block in self._range[tier] if self.is_free(block)}
+            assert self.contiguous or ids == unused, f"{tier}: free list and taken blocks disagree"

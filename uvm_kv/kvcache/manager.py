@@ -18,12 +18,19 @@ from typing import NamedTuple
 
 from uvm_kv.kvcache.block_pool import BlockPool
 from uvm_kv.kvcache.spec import KVCacheSpec
-from uvm_kv.types import Tier
+from uvm_kv.types import Allocation, Tier
 
 
 class KVCapacity(NamedTuple):
     num_device_blocks: int
     num_host_blocks: int
+
+
+def largest_table(capacity: KVCapacity, allocation: Allocation) -> KVCapacity:
+    """The most blocks that one table can have: all there are, or those of a buddy allocator's largest chunk."""
+    if not allocation.is_buddy:
+        return capacity
+    return KVCapacity(*(1 << num_blocks.bit_length() >> 1 for num_blocks in capacity))
 
 
 class BlockTable:
@@ -39,8 +46,9 @@ class BlockTable:
 class KVUsage(NamedTuple):
     """Bytes of KV memory.
 
-    reserved is what the allocation scheme has taken for sequences: used + lost_inside. claimed is what admission holds
-    for them beyond that too; lost_outside is free but too scattered to be allocated.
+    reserved is what the allocation scheme has taken for sequences: used + lost_inside. Of lost_inside, future will hold
+    tokens before its sequence ends; the rest never will. claimed is what admission holds for sequences beyond that too;
+    lost_outside is free but of no use to a request like the newest: too scattered, or the rest of a buddy's chunk.
     """
 
     claimed: int
@@ -48,17 +56,15 @@ class KVUsage(NamedTuple):
     used: int
     lost_inside: int
     lost_outside: int
+    future: int
 
 
 class KVCacheManager:
-    def __init__(
-        self, spec: KVCacheSpec, capacity: KVCapacity, *, contiguous: bool = False, whole_claim: bool = False
-    ) -> None:
-        """`contiguous`: a table is one run of blocks. `whole_claim`: take the claim at once (reserve_max)."""
+    def __init__(self, spec: KVCacheSpec, capacity: KVCapacity, allocation: Allocation = Allocation.PAGED) -> None:
         self.spec = spec
         self.capacity = capacity
-        self.pool = BlockPool(*capacity, contiguous=contiguous)
-        self._whole_claim = whole_claim
+        self.allocation = allocation
+        self.pool = BlockPool(*capacity, allocation)
         self._tables: dict[int, BlockTable] = {}
         self._swapped: dict[int, BlockTable] = {}
         self._claimed = {Tier.DEVICE: 0, Tier.HOST: 0}
@@ -108,10 +114,12 @@ class KVCacheManager:
     def claim(self, request_id: int, num_device: int, num_host: int) -> None:
         assert num_device <= self.available(Tier.DEVICE) and num_host <= self.available(Tier.HOST)
         table = self._tables[request_id]
-        table.device_claim += num_device
-        table.host_claim += num_host
-        self._claimed[Tier.DEVICE] += num_device
-        self._claimed[Tier.HOST] += num_host
+        self._set_claim(table, table.device_claim + num_device, table.host_claim + num_host)
+
+    def _set_claim(self, table: BlockTable, num_device: int, num_host: int) -> None:
+        self._claimed[Tier.DEVICE] += num_device - table.device_claim
+        self._claimed[Tier.HOST] += num_host - table.host_claim
+        table.device_claim, table.host_claim = num_device, num_host
 
     def num_unclaimed(self, request_id: int, num_tokens: int) -> int:
         """Blocks that a table of `num_tokens` tokens needs beyond its claim."""
@@ -121,21 +129,20 @@ class KVCacheManager:
     def grow(self, request_id: int, num_tokens: int) -> list[int] | None:
         """Take claimed blocks until `num_tokens` tokens fit; the new blocks. None where no run of blocks is free."""
         table = self._tables[request_id]
-        target = table.device_claim + table.host_claim if self._whole_claim else self.spec.num_blocks(num_tokens)
+        whole = table.device_claim + table.host_claim
+        target = self.spec.num_blocks(num_tokens) if self.allocation.grows else whole
         missing = target - len(table.blocks)
         if missing <= 0:
             return []
         new: list[int] | None
-        if self.pool.contiguous:
-            tier = Tier.HOST if table.host_claim else Tier.DEVICE
-            new = self.pool.extend(table.blocks, missing) if table.blocks else self.pool.allocate(tier, missing)
-            if new is None:
-                return None
-        elif table.host_claim:
+        if table.host_claim:
+            assert not self.pool.contiguous, "a table in one piece lies on the device"
             new = self._take_from_both(table, target)
         else:
-            new = self.pool.allocate(Tier.DEVICE, missing)
-            assert new is not None, "a claimed block is missing"
+            new = self.pool.extend(table.blocks, missing) if table.blocks else self.pool.allocate(Tier.DEVICE, missing)
+            if new is None:
+                assert self.pool.contiguous, "a claimed block is missing"
+                return None
         table.blocks += new
         num_host = sum(block >= self.capacity.num_device_blocks for block in new) if table.host_claim else 0
         table.num_device += len(new) - num_host
@@ -162,15 +169,15 @@ class KVCacheManager:
 
         The claim must already cover `num_tokens`.
         """
-        table = self._tables[request_id]
-        old = table.blocks
-        new = self.pool.allocate(self.pool.tier_of(old[0]), self.spec.num_blocks(num_tokens))
+        return self._move(self._tables[request_id], Tier.DEVICE, self.spec.num_blocks(num_tokens))
+
+    def _move(self, table: BlockTable, tier: Tier, num_blocks: int) -> tuple[list[int], list[int]] | None:
+        """Give a table `num_blocks` other blocks of one tier: (old blocks, new blocks), None without room."""
+        old, new = table.blocks, self.pool.allocate(tier, num_blocks)
         if new is None:
             return None
         self.pool.free(old)
-        table.blocks = new
-        table.num_device = len(new) if self.pool.tier_of(new[0]) is Tier.DEVICE else 0
-        self._host_blocks = None
+        table.blocks, table.num_device = new, num_blocks if tier is Tier.DEVICE else 0
         return old, list(new)
 
     def release(self, request_id: int) -> list[int]:
@@ -180,8 +187,7 @@ class KVCacheManager:
             table = self._swapped.pop(request_id)
         elif table.num_device < len(table.blocks):
             self._host_blocks = None
-        self._claimed[Tier.DEVICE] -= table.device_claim
-        self._claimed[Tier.HOST] -= table.host_claim
+        self._set_claim(table, 0, 0)
         self.pool.free(table.blocks)
         return table.blocks
 
@@ -190,45 +196,34 @@ class KVCacheManager:
         table = self._tables[request_id]
         num_blocks = len(table.blocks)
         assert table.num_device == num_blocks, "swap moves tables that lie on the device"
-        if num_blocks > self.available(Tier.HOST):
-            return None
-        host = self.pool.allocate(Tier.HOST, num_blocks)
-        if host is None:
-            return None
-        old = table.blocks
-        self.pool.free(old)
-        self._claimed[Tier.DEVICE] -= table.device_claim
-        self._claimed[Tier.HOST] += num_blocks
-        table.blocks, table.num_device, table.device_claim, table.host_claim = host, 0, 0, num_blocks
-        self._swapped[request_id] = self._tables.pop(request_id)
-        return old, host
+        moved = self._move(table, Tier.HOST, num_blocks) if num_blocks <= self.available(Tier.HOST) else None
+        if moved is not None:
+            self._set_claim(table, 0, num_blocks)
+            self._swapped[request_id] = self._tables.pop(request_id)
+        return moved
 
     def swap_in(self, request_id: int, device_claim: int) -> tuple[list[int], list[int]] | None:
         """Bring a swapped table back: (host blocks, device blocks), None without room."""
         table = self._swapped[request_id]
         num_blocks = len(table.blocks)
-        if max(device_claim, num_blocks) > self.available(Tier.DEVICE):
-            return None
-        device = self.pool.allocate(Tier.DEVICE, num_blocks)
-        if device is None:
-            return None
-        old = table.blocks
-        self.pool.free(old)
-        self._claimed[Tier.HOST] -= table.host_claim
-        self._claimed[Tier.DEVICE] += device_claim
-        table.blocks, table.num_device, table.device_claim, table.host_claim = device, num_blocks, device_claim, 0
-        self._tables[request_id] = self._swapped.pop(request_id)
-        return old, list(device)
+        fits = max(device_claim, num_blocks) <= self.available(Tier.DEVICE)
+        moved = self._move(table, Tier.DEVICE, num_blocks) if fits else None
+        if moved is not None:
+            self._set_claim(table, device_claim, 0)
+            self._tables[request_id] = self._swapped.pop(request_id)
+        return moved
 
-    def usage(self, num_tokens: int) -> KVUsage:
-        """`num_tokens`: tokens that hold KV, over all sequences that have a table or are swapped out."""
+    def usage(self, num_tokens: int, num_future_tokens: int) -> KVUsage:
+        """`num_tokens` hold KV, over all sequences that have a table or are swapped out; `num_future_tokens` more will,
+        in slots of theirs."""
         block_bytes = self.spec.block_bytes
         claimed = (self._claimed[Tier.DEVICE] + self._claimed[Tier.HOST]) * block_bytes
         free = self.pool.num_free(Tier.DEVICE) + self.pool.num_free(Tier.HOST)
         reserved = (sum(self.capacity) - free) * block_bytes
         used = num_tokens * self.spec.token_bytes
         outside = sum(self.pool.num_unusable(tier, self._last_request) for tier in Tier)
-        return KVUsage(claimed, reserved, used, reserved - used, outside * block_bytes)
+        future = num_future_tokens * self.spec.token_bytes
+        return KVUsage(claimed, reserved, used, reserved - used, outside * block_bytes, future)
 
     def check_integrity(self) -> None:
         """Every block of every table is held once, counted, and in the tier that the table says."""
@@ -240,13 +235,10 @@ class KVCacheManager:
         for table in tables:
             assert sum(b < device for b in table.blocks) == table.num_device <= table.device_claim
             assert len(table.blocks) <= table.device_claim + table.host_claim
-            assert all(self.pool.references(b) >= 1 for b in table.blocks), "a held block counts as free"
-        in_use = sum(1 for b in range(sum(self.capacity)) if self.pool.references(b))
+            assert not any(self.pool.is_free(b) for b in table.blocks), "a held block counts as free"
+        in_use = sum(self.capacity) - sum(self.pool.num_free(tier) for tier in Tier)
         assert in_use == len(blocks), "a block is in use by nobody"
-        for tier, claims in (
-            (Tier.DEVICE, sum(t.device_claim for t in tables)),
-            (Tier.HOST, sum(t.host_claim for t in tables)),
-        ):
-            assert self._claimed[tier] == claims and self.available(tier) >= 0
+        claims = {Tier.DEVICE: sum(t.device_claim for t in tables), Tier.HOST: sum(t.host_claim for t in tables)}
+        assert self._claimed == claims and min(self.available(tier) for tier in Tier) >= 0
         expected = [b for t in self._tables.values() for b in t.blocks if b >= device]
         assert list(self.host_blocks) == expected, "the list of host blocks is stale"

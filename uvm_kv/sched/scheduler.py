@@ -18,7 +18,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from uvm_kv.kvcache.manager import KVCacheManager
+from uvm_kv.kvcache.manager import KVCacheManager, largest_table
 from uvm_kv.kvcache.ops import MemoryOp, OpKind
 from uvm_kv.placement.base import PlacementPolicy, PlacementView, Share, empty_view
 from uvm_kv.sched.batching import Batching
@@ -36,8 +36,8 @@ class SchedulerConfig:
     preemption: Literal["none", "recompute", "swap"]
     watermark: float = 0.01
     """Share of the device blocks that optimistic admission leaves free, so that growth does not preempt at once."""
-    reserve_tokens: int | None = None
-    """Tokens that every request claims whatever its length (reserve_max); None: prompt plus output."""
+    max_model_len: int = 0
+    """Tokens that a request may have at most: what some allocation schemes claim for each."""
 
 
 class Scheduler:
@@ -69,13 +69,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request; ValueError if it could not even run alone."""
-        capacity, reserved = self.kv.capacity, self.config.reserve_tokens
-        if reserved is not None and request.max_tokens > reserved:
+        capacity, claim = self.kv.capacity, self._claim_tokens(request)
+        if request.max_tokens > claim:
             raise ValueError(
-                f"request {request.id} of {request.max_tokens} tokens is longer than the {reserved} reserved a request"
+                f"request {request.id} of {request.max_tokens} tokens is longer than the {claim} reserved a request"
             )
-        blocks = self.kv.spec.num_blocks(reserved or request.max_tokens)
-        if self._policy.place(empty_view(capacity), blocks, admitting=True) is None:
+        blocks = self.kv.spec.num_blocks(claim)
+        if self._policy.place(empty_view(largest_table(capacity, self.kv.allocation)), blocks, admitting=True) is None:
             raise ValueError(
                 f"request {request.id} needs {blocks} KV blocks ({request.prompt_tokens} prompt + "
                 f"{request.output_tokens} output tokens); the budget of {capacity.num_device_blocks} device and "
@@ -83,6 +83,10 @@ class Scheduler:
                 f"host tier"
             )
         self.waiting.append(request)
+
+    def _claim_tokens(self, request: Request) -> int:
+        """Under worst-case admission."""
+        return self.kv.allocation.claim_tokens(request.prompt_tokens, request.output_tokens, self.config.max_model_len)
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request wherever it is; False if it is not here."""
@@ -111,8 +115,8 @@ class Scheduler:
         """The next step, or None if nothing can run now. `more_to_come`: further requests will arrive."""
         budget = self.config.max_num_batched_tokens
         scheduled: list[ScheduledSequence] = []
-        in_flight: list[Request] = []
         ops: list[MemoryOp] = []
+        self._in_flight = []
         running, before = self.running, self.num_recomputed + self.num_swapped_out
         index = 0
         while index < len(running):
@@ -130,20 +134,19 @@ class Scheduler:
                 new_blocks = grown
             phase = DECODE if remaining == 1 and context >= request.prompt_tokens else PREFILL
             scheduled.append(ScheduledSequence(request.id, phase, num_new, context, new_blocks))
-            in_flight.append(request)
+            self._in_flight.append(request)
             budget -= num_new
             index += 1
         # A lone sequence that preempted itself (a contiguous one that must start anew) may come back at once.
         if not running or self.num_recomputed + self.num_swapped_out == before:
-            budget = self._resume(budget, scheduled, in_flight, ops)
+            budget = self._resume(budget, scheduled, ops)
             if self.waiting and not self.swapped:
-                self._admit(budget, now_ns, more_to_come, scheduled, in_flight)
+                self._admit(budget, now_ns, more_to_come, scheduled)
         if not scheduled:
             assert not ops, "memory is moved for a step that nobody takes"
             return None
         moves = self._policy.plan(self._view())
         dropped, self._dropped = tuple(self._dropped), []
-        self._in_flight = in_flight
         self._step += 1
         return StepPlan(self._step - 1, tuple(scheduled), (*ops, *moves) if ops else moves, dropped)
 
@@ -229,13 +232,7 @@ class Scheduler:
         self.kv.release(request.id)
         request.num_computed = request.num_slots = 0
 
-    def _resume(
-        self,
-        budget: int,
-        scheduled: list[ScheduledSequence],
-        in_flight: list[Request],
-        ops: list[MemoryOp],
-    ) -> int:
+    def _resume(self, budget: int, scheduled: list[ScheduledSequence], ops: list[MemoryOp]) -> int:
         """Bring swapped sequences back, oldest first; the token budget that is left."""
         kv = self.kv
         while self.swapped and budget:
@@ -256,18 +253,11 @@ class Scheduler:
             self.num_context_tokens += context
             grown = kv.grow(request.id, context + num_new)
             assert grown is not None, "a claimed block is missing"
-            self._start(request, num_new, tuple(kv.blocks(request.id)), scheduled, in_flight)
+            self._start(request, num_new, tuple(kv.blocks(request.id)), scheduled)
             budget -= num_new
         return budget
 
-    def _admit(
-        self,
-        budget: int,
-        now_ns: int,
-        more_to_come: bool,
-        scheduled: list[ScheduledSequence],
-        in_flight: list[Request],
-    ) -> None:
+    def _admit(self, budget: int, now_ns: int, more_to_come: bool, scheduled: list[ScheduledSequence]) -> None:
         config, waiting = self.config, self.waiting
         admissible = self._batching.num_admissible(
             now_ns=now_ns,
@@ -280,8 +270,8 @@ class Scheduler:
         self._owed = 0
         while waiting and admissible > 0 and budget:
             request = waiting[0]
-            claim_tokens = request.max_tokens if config.admission == "worst_case" else request.num_tokens
-            claim = self.kv.spec.num_blocks(config.reserve_tokens or claim_tokens)
+            worst_case = config.admission == "worst_case"
+            claim = self.kv.spec.num_blocks(self._claim_tokens(request) if worst_case else request.num_tokens)
             share = self._policy.place(self._view(), claim, admitting=True)
             if share is None or not self._leaves_watermark(share.device):
                 return
@@ -297,19 +287,14 @@ class Scheduler:
             if request.admitted_ns is None:
                 request.admitted_ns = now_ns
             self.num_context_tokens += context
-            self._start(request, num_new, tuple(blocks), scheduled, in_flight)
+            self._start(request, num_new, tuple(blocks), scheduled)
             budget -= num_new
             admissible -= 1
         if waiting and not budget:
             self._owed = admissible
 
     def _start(
-        self,
-        request: Request,
-        num_new: int,
-        blocks: tuple[int, ...],
-        scheduled: list[ScheduledSequence],
-        in_flight: list[Request],
+        self, request: Request, num_new: int, blocks: tuple[int, ...], scheduled: list[ScheduledSequence]
     ) -> None:
         context = request.num_computed
         request.status = Status.RUNNING
@@ -318,7 +303,7 @@ class Scheduler:
         ends = num_new == 1 == request.num_tokens - context
         phase = DECODE if ends and context >= (request.num_filled_tokens or request.prompt_tokens) else PREFILL
         scheduled.append(ScheduledSequence(request.id, phase, num_new, context, blocks))
-        in_flight.append(request)
+        self._in_flight.append(request)
 
     def update(self, plan: StepPlan, output: StepOutput) -> list[Request]:
         """Book the step's tokens; the requests that it finished."""

@@ -77,6 +77,8 @@ class Recorder:
     def step(self, plan: StepPlan, output: StepOutput, scheduler: Scheduler) -> None:
         """Book a step, after the scheduler's update: `num_running` is who was scheduled, not who is left."""
         kv, counters = scheduler.kv, output.counters
+        # The last token of an output is never computed.
+        future = sum(min(r.num_slots, r.max_tokens - 1) - r.num_computed for r in scheduler.running)
         if None in counters:
             counters = MemoryCounters(*(_NOT_OBSERVED if c is None else c for c in counters))
         self._steps.extend(
@@ -90,7 +92,7 @@ class Recorder:
                 scheduler.num_sampled,
                 kv.claimed(Tier.DEVICE),
                 kv.claimed(Tier.HOST),
-                *kv.usage(scheduler.num_context_tokens + scheduler.num_swapped_tokens),
+                *kv.usage(scheduler.num_context_tokens + scheduler.num_swapped_tokens, future),
                 scheduler.num_recomputed,
                 scheduler.num_swapped_out,
                 *counters,

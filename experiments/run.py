@@ -90,7 +90,7 @@ def preflight(arguments: list[str]) -> Request:
     overrides = parse_overrides([a for a in arguments if not a.startswith("-")])
     check_overrides(overrides)
     by_key = {o.key_or_group: o for o in overrides}
-    if "batch_size" in by_key and "working_set_ratio" in by_key:
+    if "batch_size" in by_key and "working_set_ratio" in by_key and by_key["working_set_ratio"].value() is not None:
         raise ValueError("batch_size and working_set_ratio each say how many clients there are; drop one of the two")
     experiment = file = None
     if "experiment" in by_key:

@@ -124,8 +124,11 @@ def check_overrides(overrides: Iterable[Override], config: Any = None) -> None:
 
 
 def with_implied(arguments: list[str]) -> list[str]:
-    """prompts=FILE means workload=prompts, and is for a real model. Given before Hydra composes."""
+    """prompts=FILE means workload=prompts, and is for a real model; batch_size takes the place of an experiment's
+    working_set_ratio. Given before Hydra composes."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
+    if {"batch_size", "experiment"} <= set(given) and "working_set_ratio" not in given:
+        arguments = [*arguments, "working_set_ratio=null"]
     if given.get("prompts", "null") == "null":
         return arguments
     if given.get("runner") == "sim":

@@ -42,8 +42,10 @@ def _here(c: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def compose(folder: Path, results: Path, *overrides: str) -> Any:
     model = ("runner=cuda", "model=hf", f"model.path={folder}", f"results_dir={results}", "max_model_len=64")
     # 200 MiB, so that the chunks of every layer fit; a small emulated card all the same.
-    sizes = (f"memory.device_kv_bytes={64 * MIB}",)
-    return jobs.composed(*model, *sizes, *SMALL, "scheduler.max_num_batched_tokens=64", *overrides)
+    sizes = [f"memory.device_kv_bytes={64 * MIB}"]
+    if not any(o.startswith("engine=") for o in overrides):  # A peer has a scheduler of its own.
+        sizes.append("scheduler.max_num_batched_tokens=64")
+    return jobs.composed(*model, *sizes, *SMALL, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +130,32 @@ def test_energy_is_the_cards_own_over_the_steady_window(
     assert nvml.num_open == 0
 
 
+@pytest.mark.parametrize("engine", ["hf_generate", "hf_continuous"])
+@pytest.mark.parametrize("arrival", ["closed_loop", "all_at_once"])
+def test_a_peers_energy_is_taken_as_ours(
+    engine: str, arrival: str, folder: Path, tmp_path: Path, c: Any, nvml: _Nvml
+) -> None:
+    """Over the steady window, and over the whole run where one batch has none."""
+    more = ("workload.num_requests=12",) if arrival == "closed_loop" else ("workload.num_requests=3",)
+    config = compose(folder, tmp_path, f"engine={engine}", f"workload.arrival={arrival}", *more)
+    (job,) = jobs_of(resolve(config), "test")
+    summary = run_job(job, argv=["test"], load=models.load_served)
+    window = summary["steady_window_s"] or (0, summary["duration_s"])
+    assert (summary["steady_window_s"] is None) == (arrival == "all_at_once")
+    assert summary["energy_j"] == pytest.approx(100 * (window[1] - window[0]), rel=0.1, abs=0.02)
+    assert summary["energy_j_per_output_token"] > 0
+    assert summary["idle_power_w"] == pytest.approx(100, rel=0.1)
+    assert set(nvml.asked) == {c.pci_bus_id(0)}
+    assert nvml.num_open == 0
+
+
 def test_without_a_counter_there_is_no_energy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     (job,) = jobs_of(resolve(compose(folder, tmp_path, "mechanism=device_resident")), "test")
     summary = run_job(job, argv=["test"], load=models.load_served)
+    assert summary["energy_j"] is summary["energy_j_per_output_token"] is summary["idle_power_w"] is None
+    (peer,) = jobs_of(resolve(compose(folder, tmp_path, "engine=hf_generate")), "test")
+    summary = run_job(peer, argv=["test"], load=models.load_served)
     assert summary["energy_j"] is summary["energy_j_per_output_token"] is summary["idle_power_w"] is None
 
 
@@ -159,6 +183,7 @@ def test_planned_evictions_are_never_shown_as_the_drivers(folder: Path, tmp_path
     (job,) = jobs_of(resolve(config), "test")
     summary = run_job(job, argv=["test"], load=models.load_served)
     assert summary["eviction"] == "planned"
+    assert json.loads((job.directory / "manifest.json").read_text())["eviction"] == "planned"
 
 
 def test_capacity_is_what_whole_chunks_hold(folder: Path, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     row("preemptions", summary["preemptions"], "d", "")
     row("stall", summary["stall_s"], ".2f", f"s of {summary['duration_s']:.2f} s")
     row("energy", summary["energy_j_per_output_token"], ".2f", "J per output token")
+    row("idle power", summary["idle_power_w"], ".1f", "W")
     if summary["closed_form_ceiling"] is not None:
         row("closed-form ceiling of the gain", summary["closed_form_ceiling"], "+.1%", "")
     console.print(title, style="italic", soft_wrap=True)

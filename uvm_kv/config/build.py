@@ -363,6 +363,7 @@ def run_job(
         measured["warnings"].append(
             f"{total} requests for {config.batch_size} clients; {REQUESTS_PER_CLIENT} a client give a steady window"
         )
+    eviction = "planned" if config.placement.name == "demand_capped" else None
     summary = {
         **identity(job),
         **measured,
@@ -372,7 +373,7 @@ def run_job(
         "device_kv_bytes": resolved.capacity.num_device_blocks * resolved.spec.block_bytes,
         "host_kv_bytes": resolved.capacity.num_host_blocks * resolved.spec.block_bytes,
         "memory_emulated": config.runner == "cpu",
-        "eviction": "planned" if config.placement.name == "demand_capped" else None,
+        "eviction": eviction,
         "chunk_loss_bytes": resolved.spec.chunk_loss_bytes(sum(resolved.capacity))
         if resolved.memory == "managed" and simulated
         else None,
@@ -390,6 +391,7 @@ def run_job(
             repeat=job.repeat,
             started=started,
             duration_s=time.perf_counter() - clock,
+            eviction=eviction,
         ),
         steps=steps,
         requests=requests,

@@ -19,12 +19,14 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from uvm_kv.config.build import REQUESTS_PER_CLIENT, Job, build_source, identity, workload_of
+from uvm_kv.config.cuda import energy_meter
 from uvm_kv.config.models import load_served
 from uvm_kv.config.peers import CONTINUOUS, cache_of, page_size
 from uvm_kv.config.resolve import Resolved
 from uvm_kv.config.serving import outputs
 from uvm_kv.kvcache.manager import KVUsage
 from uvm_kv.sched.request import Request
+from uvm_kv.telemetry.energy import EnergyMeter
 from uvm_kv.telemetry.provenance import manifest
 from uvm_kv.telemetry.recorder import STEP_COLUMNS, Recorder, Table
 from uvm_kv.telemetry.store import write_run
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from uvm_kv.runner.torch.peers import Continuous, Generate
 
 OnStep = Callable[[int, int, int], None]
+LOOK_EVERY_S = 0.1
+"""A peer with a thread of its own is asked so often whether a request has ended, and the energy is read if it is due."""
 
 
 @dataclass
@@ -70,8 +74,10 @@ def run_peer_job(
     total, serving = len(workload.lengths), resolved.serving
     assert serving is not None
     serve = _serve_continuous if config.engine == CONTINUOUS else _serve_batches
-    with own_attention(load(resolved)) as model:
-        served = serve(job, model, workload.lengths, on_step or (lambda *_: None))
+    with energy_meter(config) as found, own_attention(load(resolved)) as model:
+        meter = found or EnergyMeter(lambda: None)
+        meter.rest()
+        served = serve(job, model, workload.lengths, on_step or (lambda *_: None), meter)
     requests = served.recorder.requests()
     if served.tokens:
         unknown: list[int | None] = [None] * len(requests["request_id"])
@@ -88,7 +94,7 @@ def run_peer_job(
         served.warnings.append(
             f"{total} requests for {config.batch_size} clients; {REQUESTS_PER_CLIENT} a client give a steady window"
         )
-    measured = _measured(served, requests)
+    measured = _measured(served, requests, meter)
     on_cpu = config.runner == "cpu"
     summary = {
         **identity(job),
@@ -149,7 +155,7 @@ def _said(settings: dict[str, Any], *, device: int | None, host: int | None, war
 # ---- generate: one static batch after another
 
 
-def _serve_batches(job: Job, model: Any, lengths: list[Lengths], on_step: OnStep) -> Served:
+def _serve_batches(job: Job, model: Any, lengths: list[Lengths], on_step: OnStep, meter: EnergyMeter) -> Served:
     from uvm_kv.runner.torch.peers import WARM_UP_TOKENS, Generate, peak_bytes, reset_peak
 
     config, serving = job.resolved.config, job.resolved.serving
@@ -159,7 +165,7 @@ def _serve_batches(job: Job, model: Any, lengths: list[Lengths], on_step: OnStep
     settings = {"call": "generate", "cache": cache, "attention": model.config._attn_implementation}
     peer.warm_up(_first_requests(job, lengths))
     reset_peak(model)
-    largest = _serve_in_order(peer, job, lengths, served, on_step)
+    largest = _serve_in_order(peer, job, lengths, served, on_step, meter)
     token_bytes, budget = job.resolved.spec.token_bytes, config.memory.device_kv_bytes
     settings["kv_bytes_of_largest_batch"] = largest * token_bytes
     settings["peak_memory_bytes"] = peak_bytes(model)
@@ -176,23 +182,26 @@ def _serve_batches(job: Job, model: Any, lengths: list[Lengths], on_step: OnStep
     return served
 
 
-def _serve_in_order(peer: Generate, job: Job, lengths: list[Lengths], served: Served, on_step: OnStep) -> int:
+def _serve_in_order(
+    peer: Generate, job: Job, lengths: list[Lengths], served: Served, on_step: OnStep, meter: EnergyMeter
+) -> int:
     """Batches of `batch_size` in the order of arrival, the last one smaller. The most tokens that one held KV of,
     padding included."""
     source, waiting, largest = _arrivals(job, lengths), list[Request](), 0
     size, total, deadline = job.resolved.config.batch_size, len(lengths), _deadline_ns(job)
     start = time.perf_counter_ns()
+    meter.start(lambda: time.perf_counter_ns() - start)
     while True:
         now = time.perf_counter_ns() - start
         waiting += source.arrivals(now)
-        if not waiting and not source.more_to_come():
-            return largest
-        if now >= deadline:  # In the middle of a batch, perhaps, of which no request has ended.
-            served.stopped_by = "seconds"
+        over = not waiting and not source.more_to_come()
+        if over or now >= deadline:  # In the middle of a batch, perhaps, of which no request has ended.
+            served.stopped_by = "done" if over else "seconds"
+            meter.stop()
             return largest
         assert waiting, "a batch was served and its clients sent nothing"
         batch, waiting = waiting[:size], waiting[size:]
-        times = peer.serve(batch, start + deadline)
+        times = peer.serve(batch, start + deadline, meter.step)
         ended = [t - start for t in times]
         _book_batch(served, batch, now, ended, num_waiting=len(waiting))
         rows = max(len(r.prompt_ids or ()) for r in batch) + len(ended) - 1
@@ -233,7 +242,7 @@ def _book_batch(served: Served, batch: list[Request], begun: int, ended: list[in
 # ---- continuous batching
 
 
-def _serve_continuous(job: Job, model: Any, lengths: list[Lengths], on_step: OnStep) -> Served:
+def _serve_continuous(job: Job, model: Any, lengths: list[Lengths], on_step: OnStep, meter: EnergyMeter) -> Served:
     from uvm_kv.runner.torch.peers import WARM_UP_TOKENS, Continuous, ContinuousOptions, peak_bytes, reset_peak
 
     config, serving, served = job.resolved.config, job.resolved.serving, Served()
@@ -266,7 +275,7 @@ def _serve_continuous(job: Job, model: Any, lengths: list[Lengths], on_step: OnS
         peer.warm_up(_first_requests(job, lengths)[0], job.resolved.model.vocab_size)
         settings = {"call": "generate_batch", **peer.settings()}
         reset_peak(model)
-        _serve_as_they_come(peer, job, lengths, served, on_step)
+        _serve_as_they_come(peer, job, lengths, served, on_step, meter)
         settings["peak_memory_bytes"] = peak_bytes(model)
     finally:
         peer.close()
@@ -279,10 +288,13 @@ def _serve_continuous(job: Job, model: Any, lengths: list[Lengths], on_step: OnS
     return served
 
 
-def _serve_as_they_come(peer: Continuous, job: Job, lengths: list[Lengths], served: Served, on_step: OnStep) -> None:
+def _serve_as_they_come(
+    peer: Continuous, job: Job, lengths: list[Lengths], served: Served, on_step: OnStep, meter: EnergyMeter
+) -> None:
     source, total, deadline = _arrivals(job, lengths), len(lengths), _deadline_ns(job)
     under_way = 0
     start = time.perf_counter_ns()
+    meter.start(lambda: time.perf_counter_ns() - start)
 
     def book(request: Request, times: list[int]) -> None:
         served.tokens.append((request, [t - start for t in times]))
@@ -293,8 +305,10 @@ def _serve_as_they_come(peer: Continuous, job: Job, lengths: list[Lengths], serv
 
     while True:
         now = time.perf_counter_ns() - start
+        meter.step()
         if now >= deadline:
             served.stopped_by = "seconds"
+            meter.stop()
             for request, times in peer.interrupt():
                 book(request, times)
                 if request.finish_ns is not None:
@@ -305,8 +319,9 @@ def _serve_as_they_come(peer: Continuous, job: Job, lengths: list[Lengths], serv
             under_way += 1
         if not under_way:
             assert not source.more_to_come(), "all requests were served and their clients sent nothing"
+            meter.stop()
             return
-        ended = peer.finished(min(1.0, (deadline - now) / NS_PER_S))
+        ended = peer.finished(min(LOOK_EVERY_S, (deadline - now) / NS_PER_S))
         if ended is None:
             continue
         under_way -= 1
@@ -321,7 +336,7 @@ def _serve_as_they_come(peer: Continuous, job: Job, lengths: list[Lengths], serv
 # ---- the summary's numbers
 
 
-def _measured(served: Served, requests: Table) -> dict[str, Any]:
+def _measured(served: Served, requests: Table, meter: EnergyMeter) -> dict[str, Any]:
     """As of ours; where a peer does not tell its steps, its tokens' times stand in for them."""
     steps = served.steps if served.steps["step"] else _from_tokens(served.tokens)
     zeros: list[int | None] = [0] * len(steps["step"])  # They are not told, and taken out again below.
@@ -330,6 +345,7 @@ def _measured(served: Served, requests: Table) -> dict[str, Any]:
         requests,
         power=None,
         complete=served.stopped_by == "done",
+        meter=meter,
     )
     measured["kv_bytes_mean"] = dict.fromkeys(KVUsage._fields)
     if not served.steps["step"]:

@@ -75,9 +75,11 @@ def manifest(
     repeat: int,
     started: str,
     duration_s: float,
+    eviction: str | None = None,
 ) -> dict[str, Any]:
     """`memory_emulated`: both tiers were CPU memory, whatever the memory kind. `weights` of a real model: file or
     random. `argv`: the command that was typed. `started`: local time in ISO 8601. `duration_s`: wall clock of the run.
+    `eviction`: planned, where a policy plays a small card on a large one: never the driver's.
     """
     return {
         **git_state(),
@@ -86,6 +88,7 @@ def manifest(
         "gpu": gpu(),
         "memory_emulated": memory_emulated,
         "weights": weights,
+        "eviction": eviction,
         "seed": seed,
         "repeat": repeat,
         "argv": argv,

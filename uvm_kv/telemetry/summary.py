@@ -39,8 +39,8 @@ def summarize(
     any time, and has neither TTFT nor end-to-end latency, since nothing is prefilled.
 
     Energy of a simulated run (`power`) is that of the whole run; of a measured one (`meter`) that of the steady window,
-    as throughput is. Per output token it is divided by the tokens of the same time; above idle, without what the card
-    takes in that time when it rests.
+    or of the whole run where there is none, as throughput is. Per output token it is divided by the tokens of the same
+    time; above idle, without what the card takes in that time when it rests.
     """
     warnings = []
     if not complete and steady_until_ns is None:
@@ -75,9 +75,9 @@ def summarize(
     paid_tokens, paid_ns = num_tokens, duration_ns
     if meter is not None:
         idle_power_w = meter.idle_power_w
-        if window is not None:
-            energy, paid_tokens = meter.energy_j(*window), int(tokens[inside].sum())
-            paid_ns = window[1] - window[0]
+        begin_ns, end_ns = window or (int(start[0]) if len(start) else 0, duration_ns)
+        energy, paid_ns = meter.energy_j(begin_ns, end_ns), end_ns - begin_ns
+        paid_tokens = num_tokens if window is None else int(tokens[inside].sum())
     above_idle = None
     if energy is not None and idle_power_w is not None:
         above_idle = energy - idle_power_w * paid_ns / NS_PER_S

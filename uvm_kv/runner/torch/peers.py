@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,10 @@ class _Watch:
     The device is waited for: `generate` itself does so right after, to learn whether any row goes on.
     """
 
-    def __init__(self, limits: Sequence[int], device: torch.device, deadline_ns: float) -> None:
+    def __init__(
+        self, limits: Sequence[int], device: torch.device, deadline_ns: float, on_token: Callable[[], None]
+    ) -> None:
+        self._on_token = on_token
         self._limits = torch.tensor(limits, device=device)
         self._device = device
         self._deadline_ns = deadline_ns
@@ -69,6 +72,7 @@ class _Watch:
             torch.cuda.synchronize(self._device)
         now_ns = time.perf_counter_ns()
         self.times_ns.append(now_ns)
+        self._on_token()
         if now_ns >= self._deadline_ns:
             return torch.ones_like(self._limits, dtype=torch.bool)
         return self._limits <= len(self.times_ns)
@@ -87,9 +91,15 @@ class Generate:
         """A batch of the same shapes, cut after a few tokens: a static cache is compiled for its shapes."""
         self._run(requests, [min(r.output_tokens, WARM_UP_TOKENS) for r in requests])
 
-    def serve(self, requests: Sequence[Request], deadline_ns: float = float("inf")) -> list[int]:
-        """One batch, padded on the left, until its last row ends or the deadline; when each of its tokens was there."""
-        ids, times_ns = self._run(requests, [r.output_tokens for r in requests], deadline_ns)
+    def serve(
+        self,
+        requests: Sequence[Request],
+        deadline_ns: float = float("inf"),
+        on_token: Callable[[], None] = lambda: None,
+    ) -> list[int]:
+        """One batch, padded on the left, until its last row ends or the deadline; when each of its tokens was there.
+        `on_token` is called with each of them, between two steps."""
+        ids, times_ns = self._run(requests, [r.output_tokens for r in requests], deadline_ns, on_token)
         for request, row in zip(requests, ids, strict=True):
             length = min(request.output_tokens, len(row))
             ends = [i + 1 for i, token in enumerate(row[:length]) if token in self._stop_tokens]
@@ -102,13 +112,17 @@ class Generate:
         return times_ns
 
     def _run(
-        self, requests: Sequence[Request], limits: list[int], deadline_ns: float = float("inf")
+        self,
+        requests: Sequence[Request],
+        limits: list[int],
+        deadline_ns: float = float("inf"),
+        on_token: Callable[[], None] = lambda: None,
     ) -> tuple[list[list[int]], list[int]]:
         prompts = [r.prompt_ids or () for r in requests]
         longest, device = max(map(len, prompts)), self._model.device
         ids = torch.tensor([[PAD] * (longest - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        watch = _Watch(limits, device, deadline_ns)
+        watch = _Watch(limits, device, deadline_ns, on_token)
         with quiet():
             out = self._model.generate(
                 ids,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from uvm_kv.analysis.study import batch_sweep, roofline
+from uvm_kv.analysis.study import allocation, batch_sweep, roofline
 from uvm_kv.analysis.study.base import Drawn, Study
 
-STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in (batch_sweep, roofline)}
+STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in (batch_sweep, allocation, roofline)}
 """In the order of the report."""
 
 __all__ = ["STUDIES", "Drawn", "Study"]

@@ -108,6 +108,8 @@ def send_report(
             content = _report_content(home, records, left_out, study_files, Path(folder), sha256)
         except (ValueError, OSError) as error:
             return Outcome(problems=[f"the report of {home}: {error}"])
+        except KeyError as error:
+            return Outcome(problems=[f"the report of {home}: a summary.json has no {error}"])
         failure = send(address, content, mode)
     return Outcome(num_sent=1) if failure is None else Outcome(problems=[failure])
 

@@ -83,6 +83,9 @@ def send_runs(records: Sequence[Record], project: str, mode: str) -> Outcome:
                 failure = _send_run(record, address, mode, Path(folder))
             if failure is not None:
                 outcome.problems.append(failure)
+                mode, gone = usable_mode(mode)  # A server that is gone is not waited for again.
+                outcome.problems += [] if gone is None else [gone]
+                problem = problem or gone
             elif problem is None:
                 outcome.num_sent += 1
     return outcome
@@ -93,6 +96,8 @@ def _send_run(record: Record, address: Address, mode: str, folder: Path) -> str 
         content = _content(record, folder)
     except (ValueError, OSError, ImportError) as error:
         return f"tracking=wandb failed for {record.id}: {error}"
+    except KeyError as error:
+        return f"tracking=wandb failed for {record.id}: its summary.json has no {error}"
     return send(address, content, mode)
 
 

@@ -179,20 +179,14 @@ def test_online_a_server_gets_everything_once_and_a_refusal_costs_only_its_run(t
         assert len(server.finished) == 3
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        ({}, "no login"),
-        ({"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}, "cannot be reached"),
-    ],
-)
-def test_online_without_a_server_mirrors_are_written_and_wait(tmp_path: Path, more: dict[str, str], said: str) -> None:
+def test_online_without_a_server_mirrors_are_written_and_wait(tmp_path: Path) -> None:
     ids = finished(tmp_path, 2)
-    done = command(str(tmp_path), "--mode", "online", env=environment(tmp_path, **more))
+    env = environment(tmp_path, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY=KEY)
+    done = command(str(tmp_path), "--mode", "online", env=env)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "nothing is sent now" in line
-    assert said in line
+    assert "cannot be reached" in line
     assert set(ids) < set(mirrors(tmp_path / "test"))
 
 
@@ -204,6 +198,22 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path), "--mode", "sideways"])
     assert stop.value.code == 2
+
+
+def test_a_summary_that_lacks_a_field_costs_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lacking, good = finished(tmp_path, 2, 3)
+    directory = tmp_path / "test" / lacking
+    summary = json.loads((directory / "summary.json").read_text())
+    del summary["offered_batch"]
+    (directory / "summary.json").write_text(json.dumps(summary))
+    manifest = json.loads((directory / "manifest.json").read_text())
+    del manifest["summary_sha256"]  # As of an older version.
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    assert main([str(tmp_path), *NO_FIGURES]) == 1
+    err = capsys.readouterr().err
+    assert f"failed for {lacking}: its summary.json has no 'offered_batch'" in err
+    assert "Traceback" not in err
+    assert good in mirrors(tmp_path / "test")
 
 
 def test_without_wandb_it_says_so(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_without_a_server_it_says_so_in_a_line_and_ends_well(tmp_path: Path, mor
     assert line.startswith("no dashboard was saved: ")
     assert said in line
     assert not (tmp_path / "results").exists()
+
+
+def test_a_server_that_never_answers_is_not_waited_for(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = command(tmp_path, WANDB_BASE_URL=url, WANDB_API_KEY=KEY)
+    assert done.returncode == 0
+    (line,) = done.stdout.splitlines()
+    assert "cannot be reached" in line
 
 
 def test_it_is_saved_and_written_over(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class Request:
         self.num_filled_tokens = self.num_computed = num_filled_tokens
         self.num_tokens = prompt_tokens
         self.num_slots = 0
-        """Tokens that fit in its blocks; 0 while it has none."""
+        """Tokens that its blocks will hold by its end, of which the last is never computed; 0 while it has none."""
         self.num_preemptions = 0
         self.admitted_ns: int | None = None
         self.first_token_ns: int | None = None

@@ -185,7 +185,7 @@ class Scheduler:
                 if new is None:
                     new = self._relocate(request, num_tokens, ops)
                 if new is not None:
-                    request.num_slots = kv.num_slots(request.id)
+                    request.num_slots = min(kv.num_slots(request.id), request.max_tokens - 1)
                     return tuple(new)
             victim = self.running[-1]
             self._preempt(victim, ops)
@@ -298,7 +298,7 @@ class Scheduler:
     ) -> None:
         context = request.num_computed
         request.status = Status.RUNNING
-        request.num_slots = self.kv.num_slots(request.id)
+        request.num_slots = min(self.kv.num_slots(request.id), request.max_tokens - 1)
         self.running.append(request)
         ends = num_new == 1 == request.num_tokens - context
         phase = DECODE if ends and context >= (request.num_filled_tokens or request.prompt_tokens) else PREFILL
@@ -354,4 +354,4 @@ class Scheduler:
         assert self.num_context_tokens == sum(r.num_computed for r in self.running)
         assert self.num_swapped_tokens == sum(r.num_computed for r in self.swapped)
         for request in self.running:
-            assert request.num_computed <= request.num_slots == self.kv.num_slots(request.id)
+            assert request.num_computed <= request.num_slots <= self.kv.num_slots(request.id)

@@ -77,8 +77,7 @@ class Recorder:
     def step(self, plan: StepPlan, output: StepOutput, scheduler: Scheduler) -> None:
         """Book a step, after the scheduler's update: `num_running` is who was scheduled, not who is left."""
         kv, counters = scheduler.kv, output.counters
-        # The last token of an output is never computed.
-        future = sum(min(r.num_slots, r.max_tokens - 1) - r.num_computed for r in scheduler.running)
+        future = sum(r.num_slots for r in scheduler.running) - scheduler.num_context_tokens
         if None in counters:
             counters = MemoryCounters(*(_NOT_OBSERVED if c is None else c for c in counters))
         self._steps.extend(

@@ -149,7 +149,8 @@ def _claims(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     claims = [
         f"On a {runs['origin'].iloc[0]} {runs['hardware'].iloc[0]} serving {runs['model'].iloc[0]} with lengths of "
         f"{runs['workload'].iloc[0]}, token states take {listed} % of KV memory (published in brackets): "
-        f"{len(within)} of {len(known)} within {TOLERANCE:g} points, the largest difference {off.max():.1f} ({off.idxmax()}), {'in' if same_order else 'not in'} the same order."
+        f"{len(within)} of {len(known)} within {TOLERANCE:g} points, the largest difference "
+        f"{off.max():.1f} ({off.idxmax()}), {'in' if same_order else 'not in'} the same order."
     ]
     if far := [a for a in known if a not in within]:
         claims.append(f"Not within {TOLERANCE:g} points: {', '.join(f'{a} by {off[a]:.1f}' for a in far)}.")

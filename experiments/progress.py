@@ -1,9 +1,15 @@
-"""Progress of a sweep: jobs append one line each to a shared file, the parent shows and collects them."""
+"""Progress of a sweep: its workers write lines into a folder of the sweep's, the parent shows and collects them.
+
+<folder>/command.json                   what was typed, and where
+<folder>/<pid>@<machine>.jsonl          events; a file a process, as lines of two machines in one would mix
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import sys
 import tempfile
 import threading
@@ -12,11 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-ENVIRONMENT = "UVM_KV_SWEEP_LOG"
+from uvm_kv.telemetry.store import machine, remove_abandoned, temporary_path
+
+ENVIRONMENT = "UVM_KV_SWEEP"
+"""Names the folder to whoever works for the sweep. Hydra sets it in workers on other machines (hydra.job.env_set)."""
 POLL_S = 0.2
 PLAIN_EVERY_S = 10.0
 
@@ -33,48 +43,89 @@ class Event:
     """Label of the job whose error this is; this one was not tried."""
     tracking: dict[str, str] | None = None
     """Project and mode, where the run is to be mirrored to wandb."""
+    overrides: list[str] | None = None
+    """Of a run that has started: Hydra's, by which its launcher knows the job."""
+    identity: dict[str, Any] | None = None
+    """Of a run that has started: what a record of its failure begins with."""
 
 
 def report_event(event: Event) -> None:
-    """Called in a job: one line, appended in one write so that jobs do not mix theirs."""
-    path = os.environ.get(ENVIRONMENT)
-    if path is not None:
-        with Path(path).open("a") as log:
+    """Called in a job, and by the parent of a job that can say no more: one line, appended in one write."""
+    folder = os.environ.get(ENVIRONMENT)
+    if folder is not None:
+        with (Path(folder) / f"{os.getpid()}@{machine()}.jsonl").open("a") as log:
             log.write(json.dumps(asdict(event)) + "\n")
 
 
-class SweepLog:
-    """The parent's end: how every run ended so far, and how many are running."""
+@dataclass(frozen=True)
+class Command:
+    """What was typed, and in which folder."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    argv: list[str]
+    folder: str
+
+
+def read_command() -> Command:
+    """Of the sweep that this process works for; ValueError where its folder is not to be seen from here."""
+    file = Path(os.environ[ENVIRONMENT]) / "command.json"
+    try:
+        return Command(**json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{file.parent} is not there on {platform.node()}: the sweep has ended, or results_dir is not on a file "
+            f"system that all machines share under this path"
+        ) from None
+
+
+class SweepLog:
+    """The parent's end: how every run ended so far, and which are running."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.events: list[Event] = []
-        self.num_running = 0
+        """How runs ended."""
+        self.running: dict[str, Event] = {}
+        """By run directory."""
         self.current = ""
         """What one worker process is at."""
+        self._read: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def poll(self) -> None:
-        said = [Event(**json.loads(line)) for line in self._path.read_text().splitlines()]
-        self.events = [event for event in said if event.status != "started"]
-        # What failed before it had a directory, or was not tried, never started.
-        ended = sum(
-            e.status in ("done", "failed") and e.directory is not None and e.not_tried_after is None
-            for e in self.events
-        )
-        self.num_running = len(said) - len(self.events) - ended
+        with self._lock:
+            # An NFS client looks anew at a folder that it has changed itself.
+            (self.folder / "read").touch()
+            for file in sorted(self.folder.glob("*.jsonl")):
+                with file.open("rb") as log:
+                    log.seek(self._read.get(file, 0))
+                    lines = log.read()
+                whole = lines[: lines.rfind(b"\n") + 1]
+                self._read[file] = self._read.get(file, 0) + len(whole)
+                for line in whole.splitlines():
+                    self._take(Event(**json.loads(line)))
+
+    def _take(self, event: Event) -> None:
+        if event.status == "started":
+            self.running[str(event.directory)] = event
+        else:
+            self.events.append(event)
+            self.running.pop(str(event.directory), None)
 
     def count(self, status: str) -> int:
         return sum(e.status == status for e in self.events)
 
 
 @contextmanager
-def sweep_log(num_jobs: int, name: str) -> Iterator[SweepLog]:
-    """Show progress on stderr while a sweep runs: a bar on a terminal, a line now and then elsewhere."""
-    with tempfile.TemporaryDirectory(prefix="uvm-kv-") as folder:
-        path = Path(folder) / "events.jsonl"
-        path.touch()
-        os.environ[ENVIRONMENT] = str(path)
-        log, stop = SweepLog(path), threading.Event()
+def sweep_log(num_jobs: int, name: str, argv: list[str], shared: Path | None = None) -> Iterator[SweepLog]:
+    """Show progress on stderr while a sweep runs: a bar on a terminal, a line now and then elsewhere.
+
+    `shared`: a folder that workers on other machines see; without one they are all on this machine.
+    """
+    with _folder(shared) as folder:
+        command = Command(argv, str(Path.cwd()))
+        (folder / "command.json").write_text(json.dumps(asdict(command)))
+        os.environ[ENVIRONMENT] = str(folder)
+        log, stop = SweepLog(folder), threading.Event()
         thread = threading.Thread(target=_show, args=(log, num_jobs, name, stop), daemon=True)
         thread.start()
         try:
@@ -84,6 +135,21 @@ def sweep_log(num_jobs: int, name: str) -> Iterator[SweepLog]:
             thread.join()
             log.poll()
             del os.environ[ENVIRONMENT]
+
+
+@contextmanager
+def _folder(shared: Path | None) -> Iterator[Path]:
+    if shared is None:
+        with tempfile.TemporaryDirectory(prefix="uvm-kv-") as name:
+            yield Path(name)
+        return
+    folder = temporary_path(shared.absolute() / "sweep")
+    remove_abandoned(folder.with_name("sweep"))
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _show(log: SweepLog, num_jobs: int, name: str, stop: threading.Event) -> None:
@@ -122,6 +188,6 @@ def _show(log: SweepLog, num_jobs: int, name: str, stop: threading.Event) -> Non
 
 def _counts(log: SweepLog) -> str:
     counts = [(log.count(s), s) for s in ("done", "skipped", "failed")]
-    counts.insert(1, (log.num_running, "running"))
+    counts.insert(1, (len(log.running), "running"))
     text = ", ".join(f"{count} {what}" for count, what in counts if what == "done" or count)
     return f"{text} ({log.current})" if log.current else text

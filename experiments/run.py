@@ -5,32 +5,33 @@
     python -m experiments.run -m experiment=batch_sweep --dry-run      (its jobs, and about how long they take)
 
 A sweep that was stopped goes on where it was: what is complete is skipped. A job that fails does not stop the others.
-With runner=cuda, or hydra/launcher=basic, Hydra only collects the jobs; then one worker process at a time runs them,
-mechanism by mechanism (`uvm_kv.config.worker`).
+Hydra's launchers run the jobs: hydra/launcher=joblib (the default), submitit_slurm, submitit_local or ray
+(`experiments.launchers`). With runner=cuda, or hydra/launcher=basic, Hydra only collects the jobs; then one worker
+process at a time runs them, mechanism by mechanism (`uvm_kv.config.worker`).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import signal
+import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from experiments import launchers
 from experiments.listing import list_jobs
-from experiments.progress import Event, SweepLog, report_event, sweep_log
+from experiments.progress import ENVIRONMENT, Event, SweepLog, read_command, report_event, sweep_log
 from experiments.track import mirror_all
 from uvm_kv.config.build import Job, identity, is_done, jobs_of, run_job
 from uvm_kv.config.card import ask_card
@@ -38,15 +39,12 @@ from uvm_kv.config.names import CONF_DIR, check_overrides, mark_given, parse_ove
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
-from uvm_kv.config.worker import OneWorker, OnStep, explain, in_order, mechanism
+from uvm_kv.config.worker import OneWorker, OnStep, end_with_parent, explain, in_order, mechanism
 from uvm_kv.telemetry.failures import clear_failure, failed_runs, write_failure
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.records import read_directories
-from uvm_kv.telemetry.store import completed_runs, read_json, read_outputs
+from uvm_kv.telemetry.store import completed_runs, is_complete, read_json, read_outputs
 
-ARGV = "UVM_KV_ARGV"
-"""Carries the command that was typed into the worker processes."""
-MAIN_PID = "UVM_KV_MAIN_PID"
 SWEEP_FLAGS = {"-m", "--multirun"}
 DRY_RUN = "--dry-run"
 SHOWING_FLAGS = {
@@ -54,6 +52,8 @@ SHOWING_FLAGS = {
     *("-sc", "--shell-completion"),
 }
 EXPERIMENT_WITHOUT_FILE = "adhoc"
+DEFAULT_LAUNCHER = "joblib"
+"""As in conf/config.yaml."""
 SHOW_EVERY_STEPS = 200
 
 
@@ -79,10 +79,20 @@ class NamedJob:
     job: Job
     name: str
     tracking: dict[str, str] | None
+    overrides: list[str]
 
 
-_collected: list[NamedJob] | None = None
-"""Where `_task` leaves its jobs for one worker process; None: it runs them itself."""
+@dataclass
+class Parent:
+    """What the process knows in which the command was typed."""
+
+    sweep: bool
+    collected: list[NamedJob] | None
+    """Where Hydra's jobs are left for one worker process; None: they run as Hydra launches them."""
+
+
+_parent: Parent | None = None
+"""None in a worker, wherever it is: Hydra's launchers start it anew."""
 
 
 def preflight(arguments: list[str]) -> Request:
@@ -117,6 +127,7 @@ def preflight(arguments: list[str]) -> Request:
             f"runner=cuda with {f'hydra/launcher={launcher}' if launcher else tuned[0]}: one process at a time owns "
             f"the GPU, so that jobs run one after another; drop it"
         )
+    launchers.check(launcher or DEFAULT_LAUNCHER, tuned)
     _check_writable(folder)
     return Request(experiment or EXPERIMENT_WITHOUT_FILE, folder, num_jobs, list(by_key.values()), on_gpu, launcher)
 
@@ -148,14 +159,20 @@ def _label(composed: DictConfig) -> str:
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")  # type: ignore[untyped-decorator]
 def _task(composed: DictConfig) -> None:
-    """One job of Hydra's, in this process or in a worker. Failures are reported, never raised: see `main`."""
+    """One job of Hydra's, in this process or in a worker. Hydra pickles this function with all that it names, and so
+    it names one thing."""
+    run_hydra_job(composed)
+
+
+def run_hydra_job(composed: DictConfig) -> None:
+    """Failures of the job are reported, never raised. ValueError in a worker that the sweep cannot be worked for."""
+    if _parent is None:
+        _join_sweep()
     label = _label(composed)
-    if os.getpid() != int(os.environ[MAIN_PID]):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent hears Ctrl-C and ends its workers.
+    given = list(HydraConfig.get().overrides.task)
     try:
         experiment = HydraConfig.get().runtime.choices.get("experiment") or EXPERIMENT_WITHOUT_FILE
-        given = HydraConfig.get().overrides.task
-        mark_given(composed.hardware.sources, parse_overrides(list(given)))
+        mark_given(composed.hardware.sources, parse_overrides(given))
         composed = with_recorded_config(composed, given)
         jobs = jobs_of(resolve(composed), experiment)
     except Exception as error:
@@ -166,22 +183,35 @@ def _task(composed: DictConfig) -> None:
         tracking = None
         if job.resolved.config.tracking.name == "wandb":
             tracking = {"project": job.resolved.config.tracking.project, "mode": job.resolved.config.tracking.mode}
-        named = NamedJob(job, name, tracking)
-        if _collected is not None:
-            _collected.append(named)
+        named = NamedJob(job, name, tracking, given)
+        if _parent is not None and _parent.collected is not None:
+            _parent.collected.append(named)
         elif _begin(named):
-            _run_here(named, alone=not _in_sweep())
+            _run_here(named, alone=_parent is not None and not _parent.sweep)
 
 
-def _in_sweep() -> bool:
-    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+def _join_sweep() -> None:
+    """Be where the command was typed, as its paths may be relative, and end when the launcher's process here does."""
+    end_with_parent()
+    command = read_command()
+    try:
+        os.chdir(command.folder)
+    except OSError as error:
+        raise ValueError(
+            f"{command.folder}, where the sweep was started, cannot be entered on {platform.node()} "
+            f"({error.strerror}); start it in a folder that all machines share under one path"
+        ) from None
 
 
 def _begin(named: NamedJob) -> bool:
     """False for a run that is complete already."""
-    done = is_done(named.job)
-    report_event(Event("skipped" if done else "started", named.name, str(named.job.directory), tracking=named.tracking))
-    return not done
+    directory = str(named.job.directory)
+    if is_done(named.job):
+        report_event(Event("skipped", named.name, directory, tracking=named.tracking))
+        return False
+    started = Event("started", named.name, directory, overrides=named.overrides, identity=identity(named.job))
+    report_event(started)
+    return True
 
 
 def _done(named: NamedJob) -> None:
@@ -202,8 +232,7 @@ def _failed(named: NamedJob, error: str, *, not_tried_after: str | None = None) 
 
 
 def _argv() -> list[str]:
-    argv: list[str] = json.loads(os.environ[ARGV])
-    return argv
+    return read_command().argv
 
 
 def _run_here(named: NamedJob, *, alone: bool) -> None:
@@ -333,8 +362,9 @@ def main() -> int:
     flags = [a for a in sys.argv[1:] if a.startswith("-")]
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
     register()
-    os.environ[MAIN_PID] = str(os.getpid())
+    global _parent
     sweep = bool(SWEEP_FLAGS & set(flags))
+    _parent = Parent(sweep, None)
     shows = any(flag.partition("=")[0] in SHOWING_FLAGS for flag in flags)
     if shows:
         _task()  # Hydra shows something and ends: --help, --cfg job, --info, --shell-completion ...
@@ -357,22 +387,26 @@ def main() -> int:
     if not sweep and request.num_jobs > 1:
         print(f"error: {request.num_jobs} jobs are asked for; a sweep needs -m", file=sys.stderr)
         return 2
-    os.environ[ARGV] = json.dumps(["python", "-m", "experiments.run", *arguments])
-    global _collected
-    if request.on_gpu or (sweep and request.launcher == "basic"):
-        _collected = []
+    launcher = request.launcher or (launchers.BASIC if request.on_gpu else DEFAULT_LAUNCHER)
+    if request.on_gpu or (sweep and launcher == launchers.BASIC):
+        _parent.collected = []
     if request.on_gpu:
         sys.argv += ["hydra/launcher=basic"] if request.launcher is None else []
+    argv = ["python", "-m", "experiments.run", *arguments]
+    shared = request.results_dir if sweep and launcher in launchers.PAST_ONE_MACHINE else None
     try:
         if request.on_gpu:
             _say_what_is_free()
-        with sweep_log(request.num_jobs, request.experiment if sweep else "") as log:
+        with sweep_log(request.num_jobs, request.experiment if sweep else "", argv, shared) as log:
+            if sweep and launcher != launchers.BASIC:
+                launchers.use(launcher, partial(_lose, log))
+                sys.argv.append(f"++hydra.job.env_set.{ENVIRONMENT}={_quoted(str(log.folder))}")
+            if shared is not None:  # Workers elsewhere may start in another folder.
+                sys.argv.append(f"hydra.sweep.dir={_quoted(str(shared.absolute()))}")
             _task()
-            if _collected is not None:
-                _run_in_worker(_collected, log, sweep=sweep)
+            if _parent.collected is not None:
+                _run_in_worker(_parent.collected, log, sweep=sweep)
     except KeyboardInterrupt:
-        if _collected is None:
-            _stop_workers()
         folder = request.results_dir / request.experiment
         print(
             f"\ninterrupted: {len(completed_runs(folder))} finished runs stay in {folder}; the same command goes on "
@@ -380,12 +414,45 @@ def main() -> int:
             file=sys.stderr,
         )
         return 130
+    for problem in launchers.problems:
+        print(f"error: hydra/launcher={launcher} cannot go on: {problem}", file=sys.stderr)
     try:
         mirror_all(log.events)
-        return _print_outcome(request, log.events, sweep=sweep)
+        status = _print_outcome(request, log.events, sweep=sweep)
     except OSError as error:
         print(f"error: the report cannot be written: {explain(error)}", file=sys.stderr)
         return 1
+    return 1 if launchers.problems else status
+
+
+def _quoted(value: str) -> str:
+    """As Hydra's grammar of overrides reads it back."""
+    return "'" + value.replace("'", "\\'") + "'"
+
+
+def _lose(log: SweepLog, overrides: Sequence[str], why: str) -> None:
+    """Record the end of a job that cannot say it itself."""
+    log.poll()
+    running = [event for event in log.running.values() if event.overrides == list(overrides)]
+    for event in running:
+        assert event.directory is not None
+        assert event.identity is not None
+        directory = Path(event.directory)
+        if is_complete(directory):
+            clear_failure(directory)
+            report_event(Event("done", event.label, event.directory, tracking=event.tracking))
+            continue
+        write_failure(
+            directory,
+            identity=event.identity,
+            error=why,
+            tried=True,
+            argv=_argv(),
+            git_sha=git_state()["git_sha"],
+        )
+        report_event(Event("failed", event.label, event.directory, why))
+    if not running:  # It ended before it began.
+        report_event(Event("failed", " ".join(overrides), error=why))
 
 
 def _say_what_is_free() -> None:
@@ -402,12 +469,8 @@ def _say_what_is_free() -> None:
     )
 
 
-def _stop_workers() -> None:
-    from joblib.externals.loky import get_reusable_executor
-
-    executor: Any = get_reusable_executor()
-    executor.shutdown(wait=False, kill_workers=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    # By its name: workers import the module, and get of it what is in the file, not what is in this process.
+    from experiments.run import main as named_main
+
+    sys.exit(named_main())

@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path: Path, monkeypa
 
 def test_what_a_killed_process_left_is_not_a_run_and_is_cleared(tmp_path: Path) -> None:
     one = job(tmp_path, *SMALL)
-    dead = one.directory.parent / f"{store.TEMPORARY}{one.directory.name}-999999999"
+    dead = one.directory.parent / f"{store.TEMPORARY}{one.directory.name}-999999999@{store.machine()}"
     dead.mkdir(parents=True)
     (dead / "summary.json").write_text("{}")
     assert not is_done(one)

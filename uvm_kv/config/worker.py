@@ -152,7 +152,7 @@ def _out_of_memory(error: BaseException) -> str:
     return f"out of {what} ({text}); {LOWER} {setting} or batch_size"
 
 
-def _death(exit_code: int | None) -> str:
+def death(exit_code: int | None) -> str:
     if exit_code is None or exit_code >= 0:
         return f"the worker process ended by itself, with status {exit_code}"
     try:
@@ -188,11 +188,16 @@ class RealJobs:
             raise
 
 
+def end_with_parent() -> None:
+    """Where the system can, which is Linux: whatever happens to the process that started this one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve(pipe: connection.Connection, parent_pid: int, make_task: Callable[[], Task]) -> None:
     """Run what comes over the pipe until it is closed. Whatever happens to the parent, this process ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent hears Ctrl-C and ends its worker.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() != parent_pid:
         return
     task = make_task()
@@ -258,7 +263,7 @@ class Worker:
                     on_step(*said)
         except (EOFError, OSError):  # The other end is gone.
             self._process.join(PATIENCE_S)
-            return Outcome(error=_death(self._process.exitcode), reach=Reach.MECHANISM)
+            return Outcome(error=death(self._process.exitcode), reach=Reach.MECHANISM)
         return said
 
     def _stop(self, limit_s: float | None, steps: int) -> Outcome:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from uvm_kv.telemetry.store import is_complete, read_json
+from uvm_kv.telemetry.store import is_complete, read_json, temporary_path
 
 SUFFIX = ".failed.json"
 
@@ -32,7 +31,7 @@ def write_failure(
     time = datetime.now().astimezone().isoformat(timespec="seconds")
     record = {**identity, "error": error, "tried": tried, "failed": time, "argv": argv, "git_sha": git_sha}
     file = _file(directory)
-    temporary = file.with_name(f".tmp-{file.name}-{os.getpid()}")
+    temporary = temporary_path(file)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -9,11 +9,13 @@ manifest. Without pyarrow the tables are `.jsonl.gz` of the same columns.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import os
+import platform
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
@@ -24,6 +26,7 @@ from uvm_kv.sched.plan import StepOutput, StepPlan
 from uvm_kv.telemetry.recorder import Table
 
 TEMPORARY = ".tmp-"
+"""How names of what is being written begin; they end with who writes it: -<pid>@<machine>."""
 
 
 def run_id(determining: dict[str, Any], repeat: int) -> str:
@@ -58,8 +61,8 @@ def write_run(
     another process finished the same run first."""
     parent = directory.parent
     parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory)
-    temporary = parent / f"{TEMPORARY}{directory.name}-{os.getpid()}"
+    remove_abandoned(directory)
+    temporary = temporary_path(directory)
     try:
         temporary.mkdir()
         (temporary / "config.yaml").write_text(config_yaml)
@@ -81,9 +84,10 @@ def write_run(
 
 
 def _publish(temporary: Path, directory: Path, replace: bool) -> bool:
-    if replace and directory.exists():
+    if replace:
         old = temporary.with_name(temporary.name + "-old")
-        directory.rename(old)
+        with contextlib.suppress(FileNotFoundError):  # Another process may be replacing it too.
+            directory.rename(old)
         shutil.rmtree(old, ignore_errors=True)
     try:
         temporary.rename(directory)
@@ -94,12 +98,28 @@ def _publish(temporary: Path, directory: Path, replace: bool) -> bool:
     return True
 
 
-def _remove_abandoned(directory: Path) -> None:
-    """Delete what killed processes left of this run."""
-    for path in directory.parent.glob(f"{TEMPORARY}{directory.name}-*"):
-        pid = path.name.removeprefix(f"{TEMPORARY}{directory.name}-").removesuffix("-old")
-        if not pid.isdigit() or not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+def machine() -> str:
+    """Where a pid means the same process: the host and, as containers may share its name, the process namespace."""
+    try:
+        namespace = f"-{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:  # Not on Linux.
+        namespace = ""
+    return platform.node() + namespace
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what is to become `path`."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}@{machine()}")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete what killed processes of this machine left of `path`. Others may be writing theirs, on a file system that
+    they share with it, and are not known to be alive from here."""
+    prefix = f"{TEMPORARY}{path.name}-"
+    for left in path.parent.glob(f"{prefix}*@{machine()}*"):
+        pid, _, where = left.name.removeprefix(prefix).removesuffix("-old").partition("@")
+        if where == machine() and not (pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -1,0 +1,224 @@
+"""MHA, GQA and MQA with KV of 16, 8 and 4 bits, by size: tokens that fit, running batch, throughput, and the roof.
+
+fp8 and int8 are the same bytes and the same point. Of each variant the offered batch with the best throughput is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from uvm_kv.analysis.study.base import Drawn, Study, throughput
+from uvm_kv.analysis.style import PAGE_IN, SPARE
+
+KEY = ["kv_heads", "kv_bits"]
+BITS = {16: "fp16", 8: "fp8, int8", 4: "int4"}
+PANELS = {
+    "capacity_tokens": "tokens that fit the card",
+    "running_batch_mean": "mean running batch",
+    "throughput": "output tokens/s",
+}
+_LOOKS = ((SPARE[3], "-", "o"), (SPARE[0], "-", "s"), (SPARE[2], "-", "D"), (SPARE[1], "-", "^"))
+_FILLS = {16: "full", 8: "left", 4: "none"}
+COLUMNS = (
+    *("model", "variant_name", "kv_heads", "kv_bits", "kv_bytes_per_token", "capacity_tokens", "offered_batch"),
+    *("running_batch_mean", "throughput", "tpot_s.p99", "attention_intensity", "step_intensity"),
+    *("attained_ops_per_s", "roof_ops_per_s", "is_limited_by_capacity"),
+)
+
+
+def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
+    """Three panels over the bits of KV, and the roof."""
+    del failures
+    table = _table(runs)
+    figure, axes = plt.subplots(1, 4, figsize=(PAGE_IN, 2.5))
+    variants = list(dict.fromkeys(table["variant_name"]))
+    looks = dict(zip(variants, _LOOKS, strict=False))
+    for axis, (column, label) in zip(axes, PANELS.items(), strict=False):
+        for name, (colour, line, marker) in looks.items():
+            part = table[table["variant_name"] == name]
+            axis.plot(part["kv_bits"], part[column], color=colour, linestyle=line, marker=marker)
+        axis.set_xscale("log", base=2)
+        bits = sorted(table["kv_bits"].unique(), reverse=True)
+        axis.set_xticks(bits, [BITS.get(b, f"{b} bits").replace(", ", "\n") for b in bits])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.invert_xaxis()
+        axis.set_yscale("log")
+        _thousands(axis)
+        axis.set_title(label)
+        axis.set_xlabel("KV cache")
+    axes[0].set_ylabel(str(table["model"].iloc[0]))
+    _draw_roof(axes[-1], table, looks)
+    handles = [
+        Line2D([], [], color=colour, linestyle=line, marker=marker, label=name)
+        for name, (colour, line, marker) in looks.items()
+    ]
+    handles += [
+        Line2D(
+            [], [], color="black", linestyle="", marker="o", fillstyle=_FILLS.get(b, "full"), label=BITS.get(b, str(b))
+        )
+        for b in sorted(table["kv_bits"].unique(), reverse=True)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    return Drawn(figure, table[list(COLUMNS)], _claims(table))
+
+
+def _table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a variant and width of KV. ValueError where steps cannot be told from the runs."""
+    if "kv_bits" not in runs:
+        raise ValueError("attention_variants: runs without kv_bits; run them again with this version")
+    usable = runs[runs["prompt_tokens"].notna()].copy()
+    if usable.empty:
+        raise ValueError(
+            "attention_variants: only runs with one length of prompts and outputs have a point on the roof"
+        )
+    for name in ("model", "hardware", "mechanism"):
+        if len(found := sorted(set(usable[name]))) > 1:
+            raise ValueError(f"attention_variants: runs of several {name}s ({', '.join(found)}); give those of one")
+    usable["throughput"] = throughput(usable)
+    usable["kv_bits"] = usable["kv_bits"].astype(int)
+    usable["kv_heads"] = [int(s["model.num_kv_heads"]) for s in usable["setting"]]
+    usable["variant_name"] = [_variant_name(s) for s in usable["setting"]]
+    usable["running_batch_mean"] = usable["running_batch_mean"].astype(float)
+    steps = pd.DataFrame([_step(run) for _, run in usable.iterrows()], index=usable.index)
+    usable = pd.concat([usable, steps], axis=1)
+    usable["is_limited_by_capacity"] = usable["running_batch_mean"] < 0.99 * usable["offered_batch"]
+    best = usable.sort_values(["throughput", "offered_batch"], ascending=[False, True]).drop_duplicates(KEY)
+    return best.sort_values(KEY, ascending=False).reset_index(drop=True)
+
+
+def _variant_name(setting: dict[str, Any]) -> str:
+    heads, kv_heads = setting["model.num_heads"], setting["model.num_kv_heads"]
+    if kv_heads == heads:
+        return f"MHA ({kv_heads} KV heads)"
+    return "MQA (1 KV head)" if kv_heads == 1 else f"GQA ({kv_heads} KV heads)"
+
+
+def _step(run: pd.Series[Any]) -> dict[str, float]:
+    """The mean decode step of a run: operations and bytes of its weights and of the KV of its running batch, contexts
+    in the middle of their range. As in the roofline's exact counting, without norms and activations."""
+    s, bits = run["setting"], int(run["kv_bits"])
+    hidden, layers, head = s["model.hidden_size"], s["model.num_layers"], s["model.head_dim"]
+    q, kv = s["model.num_heads"] * head, s["model.num_kv_heads"] * head
+    mlp = (3 if s["model.gated_mlp"] else 2) * hidden * s["model.intermediate_size"]
+    weights = layers * (hidden * (2 * q + 2 * kv) + mlp) + hidden * s["model.vocab_size"]
+    context = run["prompt_tokens"] + run["output_tokens"] / 2
+    batch, kv_token_bytes = run["running_batch_mean"], 2 * layers * kv * bits / 8
+    attention_ops, kv_bytes = 4.0 * layers * q * context, kv_token_bytes * context
+    step_bytes = weights * run["weight_bits"] / 8 + batch * kv_bytes
+    ops_a_token = 2.0 * weights + attention_ops
+    intensity = batch * ops_a_token / step_bytes
+    peak, hbm = s["hardware.gpu.tensor_tflop_per_s"] * 1e12, s["hardware.gpu.hbm_gb_per_s"] * 1e9
+    return {
+        "kv_bytes_per_token": kv_token_bytes,
+        "capacity_tokens": float(run["device_kv_bytes"] // kv_token_bytes),
+        "attention_intensity": attention_ops / kv_bytes,
+        "step_intensity": intensity,
+        "attained_ops_per_s": run["throughput"] * ops_a_token,
+        "roof_ops_per_s": min(peak, intensity * hbm),
+        "peak_ops_per_s": peak,
+        "hbm_bytes_per_s": hbm,
+    }
+
+
+def _thousands(axis: Any) -> None:
+    def told(value: float, _: int) -> str:
+        return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
+
+    axis.yaxis.set_major_formatter(FuncFormatter(told))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, p: told(v, p) if f"{v:e}"[0] == "3" else ""))
+
+
+def _draw_roof(axis: Any, table: pd.DataFrame, looks: dict[str, tuple[str, str, str]]) -> None:
+    peak, hbm = float(table["peak_ops_per_s"].iloc[0]), float(table["hbm_bytes_per_s"].iloc[0])
+    x = np.geomspace(0.5 * table["step_intensity"].min(), 5 * max(peak / hbm, table["step_intensity"].max()), 200)
+    axis.plot(x, np.minimum(peak, x * hbm) / 1e12, color="black", linewidth=1.2, zorder=1)
+    for _, row in table.iterrows():
+        colour, _, marker = looks[row["variant_name"]]
+        axis.plot(row["step_intensity"], row["attained_ops_per_s"] / 1e12, color=colour, marker=marker, linestyle="",
+                  fillstyle=_FILLS.get(row["kv_bits"], "full"), markersize=4.5)  # fmt: skip
+    axis.set(xscale="log", yscale="log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] == "3" else ""))
+    axis.set_title("decode step, TOP/s attained")
+    axis.set_xlabel("operations per byte")
+
+
+def _claims(table: pd.DataFrame) -> list[str]:
+    base = table.sort_values("kv_bytes_per_token", ascending=False).iloc[0]
+    title = f"{base['model']} on a {base['hardware']}"
+    claims = []
+    for _, row in table.iterrows():
+        if row["variant_name"] == base["variant_name"] and row["kv_bits"] == base["kv_bits"]:
+            continue
+        smaller = base["kv_bytes_per_token"] / row["kv_bytes_per_token"]
+        more = row["throughput"] / base["throughput"]
+        word = "all of it" if more >= 0.99 * smaller else "a part of it" if more > 1.01 else "nothing of it"
+        claims.append(
+            f"{title}: {_told(row)} takes {row['kv_bytes_per_token'] / 1024:g} KiB a token, 1/{smaller:g} of "
+            f"{_told(base)}; {row['capacity_tokens']:.0f} tokens fit instead of {base['capacity_tokens']:.0f}, "
+            f"{row['running_batch_mean']:.0f} sequences run instead of {base['running_batch_mean']:.0f}, at "
+            f"{row['throughput']:.0f} instead of {base['throughput']:.0f} tokens/s: x{more:.2f}, {word}."
+        )
+    claims.append(_where_it_ends(title, table))
+    claims.append(_roof_claim(title, table))
+    return claims
+
+
+def _told(row: pd.Series[Any]) -> str:
+    return f"{row['variant_name'].partition(' ')[0]} with {BITS.get(row['kv_bits'], row['kv_bits'])} KV"
+
+
+def _where_it_ends(title: str, table: pd.DataFrame) -> str:
+    """Whether halving the bytes still pays for the smallest KV."""
+    ordered = table.sort_values("kv_bytes_per_token")
+    last = ordered.iloc[0]
+    free = [_told(row) for _, row in table.iterrows() if not row["is_limited_by_capacity"]]
+    twice = ordered[ordered["kv_bytes_per_token"] == 2 * last["kv_bytes_per_token"]]
+    line = f"{title}: "
+    if len(twice):
+        gain = last["throughput"] / twice.iloc[0]["throughput"] - 1
+        line += f"the last halving of the KV ({_told(twice.iloc[0])} to {_told(last)}) brings {100 * gain:+.1f} %; "
+    if free:
+        return f"{line}the card's KV memory is not what limits the batch of {', '.join(free)}."
+    return f"{line}the card's KV memory limits the running batch of all variants."
+
+
+def _span(values: pd.Series[float]) -> str:
+    return f"{values.min():.3g} to {values.max():.3g}"
+
+
+def _roof_claim(title: str, table: pd.DataFrame) -> str:
+    ridge = table["peak_ops_per_s"].iloc[0] / table["hbm_bytes_per_s"].iloc[0]
+    beyond = table[table["step_intensity"] >= ridge]
+    share = table["attained_ops_per_s"] / table["roof_ops_per_s"]
+    names = ", ".join(_told(row) for _, row in beyond.iterrows())
+    side = f"{len(beyond)} of {len(table)} lie right of it ({names})" if len(beyond) else "all lie left of it"
+    return (
+        f"{title}: attention does {_span(table['attention_intensity'])} operations per byte of KV, whole decode steps "
+        f"{_span(table['step_intensity'])}; the ridge is at {ridge:.0f}, and {side}. They attain "
+        f"{100 * share.min():.0f} to {100 * share.max():.0f} % of the roof."
+    )
+
+
+STUDY = Study(
+    name="attention_variants",
+    title="Attention variants and KV precision by size",
+    question="What do fewer KV heads and fewer bits bring: how many tokens fit, how many sequences run, how fast?",
+    how_to_read=(
+        "The same model with all its KV heads (MHA), with groups that share one (GQA) and with one for all (MQA), and "
+        "with KV of 16, 8 and 4 bits; only sizes differ, quality and the cost of unpacking are not looked at. Less KV "
+        "a token lets more tokens fit, hence more sequences run at once. On the right, each one's decode step under "
+        "the card's roof: a larger batch moves it to the right, until computing bounds it and less KV brings no more."
+    ),
+    factors=("model", "kv_bits", "offered_batch"),
+    draw=draw,
+)

@@ -1,0 +1,282 @@
+"""Swap against recompute: what one preemption costs by block size and prompt length, where they cross, end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from uvm_kv.analysis.study.base import Drawn, Study, percent
+from uvm_kv.analysis.style import PAGE_IN, SPARE
+
+SWAP, RECOMPUTE = "pinned_swap", "device_recompute"
+KEY = ["prompt_tokens", "block_size"]
+WITHIN = 1.2
+"""vLLM (SOSP'23), section 7.3: recompute is never more than 20 % above swapping's latency."""
+_NUMBERS = ("duration_s", "stall_s", "preemptions", "h2d_bytes", "d2h_bytes")
+COLUMNS = (
+    *("model", "prompt_tokens", "output_tokens", "block_size", "preemptions_swap", "preemptions_recompute"),
+    *("swap_ms", "recompute_ms", "swap_call_a_piece_ms", "recompute_over_swap", "recompute_over_swap_call_a_piece"),
+    *("duration_swap_s", "duration_recompute_s", "duration_ratio"),
+)
+
+
+def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
+    """One preemption's cost at one prompt length; the ratio of the two at all; the whole run."""
+    del failures
+    table = _table(runs)
+    prompts = sorted(table["prompt_tokens"].unique())
+    figure, (cost, ratio, whole) = plt.subplots(1, 3, figsize=(PAGE_IN, 2.75))
+    with_both = table.dropna(subset=["recompute_over_swap"])
+    middle = _best_covered(with_both)
+    _draw_cost(cost, with_both[with_both["prompt_tokens"] == middle])
+    cost.set_title(f"one preemption, prompt {middle}")
+    _draw_ratio(ratio, with_both, prompts)
+    ratio.set_title("recompute over swap")
+    _draw_whole(whole, table, prompts)
+    whole.set_title("recompute over swap, whole run")
+    for axis in (cost, ratio, whole):
+        sizes = sorted(table["block_size"].unique())
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xlabel("tokens a block")
+    figure.legend(handles=_legend(prompts), loc="outside upper center", ncols=4)
+    return Drawn(figure, table[list(COLUMNS)], _claims(table))
+
+
+def _table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a prompt length and block size, both ways of preemption beside each other.
+
+    Swap costs the time that the compute stream waited for its copies. What the run with recompute takes beyond the run
+    with swap, and beyond those waits, is recompute's: the two differ in nothing else.
+    """
+    if absent := sorted({SWAP, RECOMPUTE} - set(runs["mechanism"])):
+        raise ValueError(f"preemption: no run of {' or '.join(absent)}; it compares {SWAP} with {RECOMPUTE}")
+    if len(models := sorted(set(runs["model"]))) > 1:
+        raise ValueError(f"preemption: runs of several models ({', '.join(models)}); give those of one")
+    usable = runs.dropna(subset=["prompt_tokens", *_NUMBERS]).copy()
+    usable[KEY] = usable[KEY].astype(int)
+    usable[list(_NUMBERS)] = usable[list(_NUMBERS)].astype(float)
+    usable["bytes_a_call"] = [_piece_bytes(run) for _, run in usable.iterrows()]
+    usable["call_us"] = [float(setting["hardware.link.copy_call_us"]) for setting in usable["setting"]]
+    columns = [*KEY, *_NUMBERS, "bytes_a_call", "call_us"]
+    swap = usable.loc[usable["mechanism"] == SWAP, [*columns, "model", "output_tokens"]]
+    recompute = usable.loc[usable["mechanism"] == RECOMPUTE, columns]
+    for name, part in ((SWAP, swap), (RECOMPUTE, recompute)):
+        if part.duplicated(KEY).any():
+            raise ValueError(
+                f"preemption: several runs of {name} at the same prompt_tokens and block_size; they must differ in "
+                f"nothing but these"
+            )
+    both = swap.merge(recompute, on=KEY, suffixes=("_swap", "_recompute")).sort_values(KEY).reset_index(drop=True)
+    if both.empty:
+        raise ValueError(f"preemption: {SWAP} and {RECOMPUTE} have no prompt_tokens and block_size in common")
+    each = both["preemptions_swap"].where(both["preemptions_swap"] > 0)
+    again = both["preemptions_recompute"].where(both["preemptions_recompute"] > 0)
+    both["swap_ms"] = 1e3 * both["stall_s_swap"] / each
+    both["recompute_ms"] = 1e3 * (both["duration_s_recompute"] - both["duration_s_swap"] + both["stall_s_swap"]) / again
+    calls = (both["h2d_bytes_swap"] + both["d2h_bytes_swap"]) / both["bytes_a_call_swap"] / each
+    both["swap_call_a_piece_ms"] = both["swap_ms"] + 1e-3 * calls * both["call_us_swap"]
+    both["recompute_over_swap"] = both["recompute_ms"] / both["swap_ms"]
+    both["recompute_over_swap_call_a_piece"] = both["recompute_ms"] / both["swap_call_a_piece_ms"]
+    both["duration_swap_s"], both["duration_recompute_s"] = both["duration_s_swap"], both["duration_s_recompute"]
+    both["duration_ratio"] = both["duration_recompute_s"] / both["duration_swap_s"]
+    if both["recompute_over_swap"].isna().all():
+        raise ValueError("preemption: no run preempted anything; give it less device KV or longer outputs")
+    return both
+
+
+def _piece_bytes(run: pd.Series[Any]) -> float:
+    """K, or V, of one block in one layer."""
+    setting = run["setting"]
+    values = int(run["block_size"]) * setting["model.num_kv_heads"] * setting["model.head_dim"]
+    return float(values * run["kv_bits"] / 8)
+
+
+def crossings(x: Sequence[float], ratio: Sequence[float]) -> list[float]:
+    """Where `ratio` (positive, at ascending `x`) passes through 1, between neighbours interpolated linearly in the
+    logarithms of both."""
+    log_x, log_y = np.log(np.asarray(x, float)), np.log(np.asarray(ratio, float))
+    found = []
+    for x0, x1, y0, y1 in zip(log_x, log_x[1:], log_y, log_y[1:], strict=False):
+        if (y0 < 0) != (y1 < 0):
+            found.append(float(np.exp(x0 - y0 * (x1 - x0) / (y1 - y0))))
+    return found
+
+
+def _best_covered(table: pd.DataFrame) -> int:
+    """The prompt length with most block sizes; of several the middle one."""
+    counts = table["prompt_tokens"].value_counts().sort_index()
+    full = counts[counts == counts.max()].index
+    return int(full[(len(full) - 1) // 2])
+
+
+_COSTS = {
+    "recompute_ms": ("recompute", "#000000", "-", "s"),
+    "swap_ms": ("swap, batched copies", SPARE[0], "-", "^"),
+    "swap_call_a_piece_ms": ("swap, a copy call a piece (closed form)", SPARE[0], ":", "v"),
+}
+_PROMPTS = ((SPARE[1], "o"), (SPARE[2], "P"), (SPARE[3], "X"), (SPARE[4], "D"), (SPARE[5], "*"), (SPARE[6], "h"))
+
+
+def _draw_cost(axis: Any, part: pd.DataFrame) -> None:
+    for column, (_, colour, line, marker) in _COSTS.items():
+        axis.plot(part["block_size"], part[column], color=colour, linestyle=line, marker=marker)
+    axis.set_yscale("log")
+    axis.set_ylabel("cost (ms)")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
+def _draw_ratio(axis: Any, table: pd.DataFrame, prompts: Sequence[int]) -> None:
+    """Above 1 swap is cheaper. Solid: as simulated; dotted: a call a piece; circled: where they cross."""
+    for i, prompt in enumerate(prompts):
+        part = table[table["prompt_tokens"] == prompt]
+        colour, marker = _PROMPTS[i % len(_PROMPTS)]
+        for column, line in (("recompute_over_swap", "-"), ("recompute_over_swap_call_a_piece", ":")):
+            axis.plot(part["block_size"], part[column], color=colour, linestyle=line, marker=marker)
+            for x in crossings(part["block_size"].tolist(), part[column].tolist()):
+                axis.plot(x, 1, marker="o", markersize=6, color="black", markerfacecolor="none", zorder=4)
+    axis.axhline(1, color="black", linewidth=0.7, zorder=0)
+    axis.set_yscale("log")
+    axis.set_ylabel("cost ratio (> 1: swap is cheaper)")
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "235" else ""))
+
+
+def _draw_whole(axis: Any, table: pd.DataFrame, prompts: Sequence[int]) -> None:
+    for i, prompt in enumerate(prompts):
+        part = table[table["prompt_tokens"] == prompt]
+        colour, marker = _PROMPTS[i % len(_PROMPTS)]
+        axis.plot(part["block_size"], part["duration_ratio"], color=colour, marker=marker)
+    axis.axhline(1, color="black", linewidth=0.7, zorder=0)
+    axis.axhline(WITHIN, color="black", linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
+    axis.annotate("vLLM's bound, +20 %", (0.98, WITHIN), (0, 2), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", ha="right", fontsize=6)  # fmt: skip
+    axis.set_ylabel("time to serve all, ratio")
+
+
+def _legend(prompts: Sequence[int]) -> list[Line2D]:
+    lines = [
+        Line2D([], [], color=colour, linestyle=line, marker=marker, label=name)
+        for name, colour, line, marker in _COSTS.values()
+    ]
+    lines.append(
+        Line2D([], [], linestyle="", color="black", marker="o", markerfacecolor="none", markersize=6, label="crossover")
+    )
+    for i, prompt in enumerate(prompts):
+        colour, marker = _PROMPTS[i % len(_PROMPTS)]
+        lines.append(Line2D([], [], color=colour, marker=marker, label=f"prompt {prompt}"))
+    return lines
+
+
+def _claims(table: pd.DataFrame) -> list[str]:
+    both = table.dropna(subset=["recompute_over_swap"])
+    model = table["model"].iloc[0]
+    low, high = both["recompute_over_swap"].min(), both["recompute_over_swap"].max()
+    claims = [
+        f"{model}: a preemption by recompute costs {low:.2g} to {high:.2g} times one by swap with batched copies, over "
+        f"prompts of {_range(both['prompt_tokens'])} tokens and blocks of {_range(both['block_size'])}; one of "
+        f"{_example(both)}."
+    ]
+    if len(idle := table[table["recompute_over_swap"].isna()]):
+        claims.append(
+            f"{len(idle)} of {len(table)} points preempted nothing in one of the two and say nothing of its cost."
+        )
+    for column, how in (
+        ("recompute_over_swap", "with batched copies (as simulated)"),
+        ("recompute_over_swap_call_a_piece", "with a copy call for the K and the V of each block and layer"),
+    ):
+        claims.append(_crossover(both, column, how))
+    claims.append(_small_blocks(both))
+    worst = table.sort_values("duration_ratio", kind="stable").iloc[-1]
+    where = f"prompt {worst['prompt_tokens']}, block {worst['block_size']}"
+    holds = worst["duration_ratio"] <= WITHIN
+    claims.append(
+        f"Over a whole run recompute takes at most {percent(worst['duration_ratio'] - 1)} more time than swap "
+        f"({where}): vLLM's bound of 20 % {'holds' if holds else 'does not hold'} here end to end."
+    )
+    above = both[both["recompute_over_swap_call_a_piece"] > WITHIN]
+    claims.append(
+        f"For the preemption alone, with a call a piece, recompute stays within 20 % of swapping at "
+        f"{len(both) - len(above)} of {len(both)} points"
+        + ("." if above.empty else f"; beyond it blocks are of {_range(above['block_size'])} tokens.")
+    )
+    return claims
+
+
+def _range(values: pd.Series[Any]) -> str:
+    return f"{values.min()}" if values.min() == values.max() else f"{values.min()} to {values.max()}"
+
+
+def _example(both: pd.DataFrame) -> str:
+    part = both[both["prompt_tokens"] == _best_covered(both)]
+    point = part.iloc[(len(part) - 1) // 2]
+    return (
+        f"prompt {point['prompt_tokens']} and block {point['block_size']} {point['recompute_ms']:.3g} ms against "
+        f"{point['swap_ms']:.3g} ms"
+    )
+
+
+def _crossover(both: pd.DataFrame, column: str, how: str) -> str:
+    found, without = [], []
+    for prompt, part in both.groupby("prompt_tokens", sort=True):
+        part = part.sort_values("block_size")
+        at = crossings(part["block_size"].tolist(), part[column].tolist())
+        if at:
+            cheaper = "recompute" if part[column].iloc[0] < 1 else "swap"
+            places = " and ".join(f"{x:.3g}" for x in at)
+            found.append(f"{places} tokens for prompt {prompt} (below the first {cheaper} is cheaper)")
+        else:
+            always = "swap" if part[column].min() >= 1 else "recompute"
+            without.append(f"{prompt} ({always} is cheaper at all blocks)")
+    line = f"Crossover over the block size, {how}: "
+    line += "; ".join(found) if found else "no crossover in the range"
+    if without:
+        line += f"{'; none for' if found else ', for'} prompts {', '.join(without)}"
+    return line + "."
+
+
+def _small_blocks(both: pd.DataFrame) -> str:
+    """Whether swapping is bad at small blocks, as vLLM's paper has it."""
+    sizes = sorted(both["block_size"].unique())
+    part = both[both["prompt_tokens"] == _best_covered(both)].sort_values("block_size")
+    first, last = part.iloc[0], part.iloc[-1]
+    if len(part) < 2:
+        return f"Only blocks of {sizes[0]} tokens were run: nothing can be said of small blocks."
+    batched = first["swap_ms"] > WITHIN * last["swap_ms"]
+    pieces = first["swap_call_a_piece_ms"] > WITHIN * last["swap_call_a_piece_ms"]
+    line = (
+        f"Prompt {first['prompt_tokens']}, block {first['block_size']} against block {last['block_size']}: a swap "
+        f"takes {first['swap_ms']:.3g} against {last['swap_ms']:.3g} ms with batched copies and "
+        f"{first['swap_call_a_piece_ms']:.3g} against {last['swap_call_a_piece_ms']:.3g} ms with a call a piece: "
+    )
+    if batched:
+        return line + "swapping is bad at small blocks, as in vLLM's paper."
+    if pieces:
+        return (
+            line + "swapping is bad at small blocks, as in vLLM's paper, only where each piece has a call of its own."
+        )
+    return line + "swapping is not bad at small blocks."
+
+
+STUDY = Study(
+    name="preemption",
+    title="Preemption: swap against recompute",
+    question="What does a preemption cost by swapping the KV out, or by computing it again; where do they cross?",
+    how_to_read=(
+        "When the card is full, the latest sequence is preempted: its KV goes to host memory and comes back (swap), or "
+        "is dropped and computed again (recompute). Left, the cost of one preemption. In the middle, how many times a "
+        "swap recompute costs; below the black line recompute is the cheaper one, and a circle is where they cross. "
+        "Solid lines are the simulated runs, whose copies go out in batches; dotted lines add the cost of one copy "
+        "call for the K and the V of every block and layer, as engines did that copy piece by piece. On the right, "
+        "what is left of it over a whole run, where most of the time goes into other work."
+    ),
+    factors=("model", "mechanism", "prompt_tokens", "block_size"),
+    draw=draw,
+)

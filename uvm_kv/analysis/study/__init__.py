@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from uvm_kv.analysis.study import allocation, batch_sweep, roofline
+from uvm_kv.analysis.study import (
+    allocation,
+    batch_sweep,
+    energy,
+    long_context,
+    oversubscription,
+    phase_diagram,
+    phase_diagram_link,
+    roofline,
+)
 from uvm_kv.analysis.study.base import Drawn, Study
 
-STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in (batch_sweep, allocation, roofline)}
+STUDIES: dict[str, Study] = {
+    module.STUDY.name: module.STUDY
+    for module in (
+        batch_sweep,
+        phase_diagram,
+        phase_diagram_link,
+        oversubscription,
+        allocation,
+        roofline,
+        long_context,
+        energy,
+    )
+}
 """In the order of the report."""
 
 __all__ = ["STUDIES", "Drawn", "Study"]

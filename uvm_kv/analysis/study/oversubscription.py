@@ -1,0 +1,217 @@
+"""Throughput and migrated bytes against working set over capacity, and where the cliff is.
+
+The working set of a point is the KV of all clients' full requests, over the device KV (`working_set_ratio`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+from uvm_kv.analysis.load import points
+from uvm_kv.analysis.study.base import Drawn, Study
+from uvm_kv.analysis.style import PAGE_IN, SPARE, STYLES
+from uvm_kv.analysis.verdict import BASELINES
+from uvm_kv.types import Layout
+
+LAYOUTS = {Layout.LAYER_MAJOR.value: "-", Layout.BLOCK_MAJOR.value: "--"}
+TOOLS = {"none": "", "device": "prefers device", "host": "prefers host", "by_tier": "by tier"}
+MARKERS = "XvP*^DshPX<>"
+NEAR = (0.94, 1.16)
+"""What the enlarged panel shows."""
+TICKS = (0.5, 0.75, 1, 1.5, 2, 3, 4)
+AFTER = (1.05, 2.0)
+"""Ratios at which what is lost is said: at the first point tried from there on."""
+STANDS = 0.5
+"""A throughput below this part of the best one within the capacity has fallen off the cliff."""
+LITTLE = 0.01
+
+
+def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
+    """Throughput, the same enlarged around the capacity, bytes moved a token; layouts by the dash of the line."""
+    del failures
+    table = _table(runs)
+    curves = sorted(set(table["curve"]), key=lambda name: (name not in STYLES, name))
+    look = _looks(curves)
+    figure, (whole, near, moved) = plt.subplots(1, 3, figsize=(PAGE_IN, 2.9))
+    for (curve, layout), part in table.groupby(["curve", "layout"], sort=True):
+        part = part.sort_values("working_set_ratio")
+        style = look[str(curve)] | {"linestyle": LAYOUTS.get(str(layout), ":")}
+        whole.plot(part["working_set_ratio"], part["throughput"], **style)
+        close = part[part["working_set_ratio"].between(*NEAR)]
+        near.plot(close["working_set_ratio"], close["throughput"], **style)
+        moved.plot(part["working_set_ratio"], part["moved_mb_per_token"], **style)
+    for axis in (whole, near):
+        axis.set_yscale("log")
+        axis.set_ylim(_decades(table["throughput"]))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.set_ylabel("output tokens/s")
+    moved.set_yscale("symlog", linthresh=1, linscale=0.4)
+    moved.set_ylim(bottom=0)
+    moved.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    moved.set_ylabel("MB over the link per output token")
+    for axis in (whole, moved):
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(FixedLocator(TICKS))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    near.set_xlim(NEAR)
+    for axis, title in zip((whole, near, moved), ("Throughput", "Around the capacity", "Migrated"), strict=True):
+        axis.axvline(1, color="black", linewidth=0.6, linestyle=(0, (1, 2)), zorder=0)
+        axis.set_xlabel("working set / device KV")
+        axis.set_title(title)
+    handles = [Line2D([], [], label=curve, **look[curve]) for curve in curves]
+    handles += [
+        Line2D([], [], color="black", linestyle=line, label=layout)
+        for layout, line in LAYOUTS.items()
+        if layout in set(table["layout"])
+    ]
+    where = f"{table['title'].iloc[0].partition(', on a ')[0]} tokens, {runs['hardware'].iloc[0]}"
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, title=where)
+    return Drawn(figure, table.drop(columns=["title", "group"]), claims(table))
+
+
+def _decades(values: pd.Series[float]) -> tuple[float, float]:
+    return float(values.min()) / 1.5, float(values.max()) * 1.5
+
+
+def _looks(curves: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A mechanism as everywhere; what has hints of its own, in the spare colours."""
+    found: dict[str, dict[str, Any]] = {}
+    spare = 0
+    for curve in curves:
+        if curve in STYLES:
+            colour, _, marker = STYLES[curve]
+        else:
+            colour, marker = SPARE[spare % len(SPARE)], MARKERS[spare % len(MARKERS)]
+            spare += 1
+        found[curve] = {"color": colour, "marker": marker}
+    return found
+
+
+def curve_name(run: pd.Series[Any]) -> str:
+    """The mechanism; of one whose hints are not those of its name (mechanism=custom), placement and hints."""
+    if run["mechanism"] != "custom":
+        return str(run["mechanism"])
+    said = [TOOLS.get(str(run["hints.preferred_location"]), str(run["hints.preferred_location"]))]
+    said += [name for name in ("accessed_by", "read_mostly", "discard_on_free") if bool(run[f"hints.{name}"])]
+    hints = ", ".join(text for text in said if text)
+    return f"{run['memory']} {run['placement']}, {hints or 'no hints'}"
+
+
+def _table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Medians by curve, layout and working set. ValueError where the runs are several comparisons or say no ratio."""
+    if "working_set_ratio" not in runs or runs["working_set_ratio"].isna().all():
+        raise ValueError(
+            "oversubscription: no run says its working_set_ratio: it takes a closed_loop of workload=fixed"
+        )
+    used = runs[runs["working_set_ratio"].notna()].copy()
+    used["curve"] = [curve_name(run) for _, run in used.iterrows()]
+    used["moved_mb_per_token"] = (used["h2d_bytes"] + used["d2h_bytes"]).astype(float) / used["num_output_tokens"] / 1e6
+    parts = []
+    for (curve, layout), part in used.groupby(["curve", "layout"], sort=True):
+        made = points(part)
+        if made["label"].nunique() > 1:
+            raise ValueError(f"oversubscription: {curve}, {layout}: several lines in one: {sorted(set(made['label']))}")
+        made["curve"], made["layout"] = str(curve), str(layout)
+        parts.append(made)
+    table = pd.concat(parts, ignore_index=True)
+    if table["title"].nunique() > 1:
+        several = "; ".join(sorted(set(table["title"]))[:3])
+        raise ValueError(f"oversubscription: the runs are of several comparisons ({several}); draw them one by one")
+    columns = ["title", "group", "curve", "layout", "working_set_ratio", "offered_batch", "throughput"]
+    columns += ["throughput_low", "throughput_high", "running_batch_mean", "moved_mb_per_token", "h2d_bytes"]
+    columns += ["d2h_bytes", "gpu_fault_groups", "evicted_chunks", "stall_s", "kv_bytes_mean.used", "num_runs"]
+    table["in_use_ratio"] = table["kv_bytes_mean.used"].astype(float) / table["device_kv_bytes"].astype(float)
+    table = table[[*columns, "in_use_ratio"]]
+    return table.sort_values(["curve", "layout", "working_set_ratio"]).reset_index(drop=True)
+
+
+def claims(table: pd.DataFrame) -> list[str]:
+    """Where each line falls and by how much, then layer_major against block_major."""
+    said = [
+        _cliff(f"{curve}, {layout}", part)
+        for (curve, layout), part in table.groupby(["curve", "layout"], sort=True)
+        if curve not in BASELINES
+    ]
+    for curve, part in table.groupby("curve", sort=True):
+        if set(LAYOUTS) <= set(part["layout"]) and curve not in BASELINES:
+            said.append(_layouts(str(curve), part))
+    return said
+
+
+def _cliff(name: str, part: pd.DataFrame) -> str:
+    part = part.sort_values("working_set_ratio")
+    ratio, speed = part["working_set_ratio"].to_numpy(float), part["throughput"].to_numpy(float)
+    within, beyond = ratio <= 1, ratio > 1
+    if not within.any() or not beyond.any():
+        return f"{name}: no point {'beyond' if within.any() else 'within'} the capacity, so that no cliff can be found."
+    best = speed[within].max()
+    fallen = beyond & (speed < STANDS * best)
+    losses = []
+    for after in AFTER:
+        if (later := np.flatnonzero(ratio >= after)).size:
+            losses.append(f"at {ratio[later[0]]:.3g} it is {_factor(speed[later[0]] / best)}")
+    lost = "; ".join(losses)
+    if not fallen.any():
+        text = f"{name}: no cliff up to {ratio[-1]:.3g}, where it still has {speed[-1] / best:.0%} of its best within"
+        return f"{text} the capacity ({best:.0f} tok/s); {lost}."
+    first = int(np.flatnonzero(fallen)[0])
+    used = part["in_use_ratio"].to_numpy(float)[first]
+    return (
+        f"{name}: falls under half of its best within the capacity ({best:.0f} tok/s) between {ratio[first - 1]:.3g} "
+        f"and {ratio[first]:.3g} ({used:.3g} counting KV in use), to {_factor(speed[first] / best)}; {lost}."
+    )
+
+
+def _factor(share: float) -> str:
+    if share > 1 + LITTLE:
+        return f"{share:.2f} times it"
+    return "as fast" if share > 1 - LITTLE else f"slower by a factor of {1 / share:.3g}"
+
+
+def _layouts(curve: str, part: pd.DataFrame) -> str:
+    speeds = part.pivot_table(index="working_set_ratio", columns="layout", values="throughput").dropna()
+    layer, block = speeds[Layout.LAYER_MAJOR.value], speeds[Layout.BLOCK_MAJOR.value]
+    beyond = (layer / block)[speeds.index > 1]
+    if beyond.empty:
+        return f"{curve}: the two layouts have no point beyond the capacity in common."
+    low, high = float(beyond.min()), float(beyond.max())
+    if high < 1 + LITTLE and low > 1 - LITTLE:
+        return f"{curve}: layer_major and block_major are equal within {LITTLE:.0%} everywhere beyond the capacity."
+    return (
+        f"{curve}: beyond the capacity layer_major is {float(beyond.median()):.2f} times as fast as block_major in the "
+        f"median ({low:.2f} to {high:.2f})."
+    )
+
+
+STUDY = Study(
+    name="oversubscription",
+    title="Oversubscription: throughput and migration against the working set",
+    question="What happens as the working set of the KV cache passes the card's capacity, and do hints or layout help?",
+    how_to_read=(
+        "From left to right more requests run at once; at 1 their KV just fills the card. Left of it every line is the "
+        "same. To the right of it the driver, or a placement of ours, must bring in over the link what is not on the "
+        "card. With demand paging every step scans the whole cache in order, so that each page is evicted just before "
+        "it is needed: 1 % too much moves everything, and the line falls off a cliff. Dashed: a chunk of memory holds "
+        "all layers of one block instead of many blocks of one layer."
+    ),
+    factors=(
+        "model",
+        "mechanism",
+        "memory",
+        "placement",
+        "layout",
+        "hints.preferred_location",
+        "hints.accessed_by",
+        "hints.read_mostly",
+        "offered_batch",
+    ),
+    draw=draw,
+)

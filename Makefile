@@ -51,12 +51,8 @@ $(BIN)/python:
 
 .venv/.installed-dev: .venv/.installed-torch
 	@echo "Installing what tests and lint need into .venv ..."
-<<<<<<< HEAD
-	$(INSTALL) $(call extra,dev) $(call extra,slurm) ray
+	$(INSTALL) $(call extra,dev) $(call extra,dashboard) $(call extra,slurm) ray
 	$(INSTALL) --no-deps hydra-ray-launcher  # It asks for an older cloudpickle than joblib does, and for AWS.
-=======
-	$(INSTALL) $(call extra,dev) $(call extra,dashboard)
->>>>>>> c718b4a12a87cd638703e34a15b4f7f5e44e9aad
 	@touch $@
 
 demo: .venv/.installed $(if $(HAS_GPU),$(EXTENSION))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import inf
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -10,7 +11,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from rich.console import Console
 from rich.progress import Progress
 
-from uvm_kv.config.build import Job, is_done, jobs_of, workload_of
+from uvm_kv.config.build import Job, build_roofline, is_done, jobs_of, workload_of
 from uvm_kv.config.names import CONF_DIR
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
@@ -22,10 +23,12 @@ STEP_S = 20e-6
 SEQUENCE_S = 0.6e-6
 THRASHING_STEP_S = 0.5e-3
 CPU_TOKENS_PER_S = 100.0
+GPU_JOB_S = 15.0
+"""With runner=cuda: KV memory, graphs and its share of the process and the model, which a mechanism's jobs share."""
 
 
 def estimate_s(job: Job) -> float:
-    """About how long a job takes on one core."""
+    """About how long a job takes on one core; with runner=cuda, on the card that `hardware` describes."""
     config, capacity = job.resolved.config, job.resolved.capacity
     lengths = workload_of(job).lengths
     prompt, output = mean_lengths(lengths)
@@ -37,8 +40,23 @@ def estimate_s(job: Job) -> float:
     steps = len(lengths) * output / running
     if config.max_steps is not None:
         steps = min(steps, config.max_steps)
+    if config.runner == "cuda":
+        return GPU_JOB_S + _served_s(job, steps, running)
     thrashes = config.placement.name.startswith("demand") and running * blocks > capacity.num_device_blocks
     return JOB_S + steps * (STEP_S + running * SEQUENCE_S + (THRASHING_STEP_S if thrashes else 0.0))
+
+
+def _served_s(job: Job, steps: float, running: int) -> float:
+    """Of the steps on a card, by its roofline, without what memory adds; prompts are prefilled in whole chunks."""
+    config, roofline = job.resolved.config, build_roofline(job.resolved)
+    lengths = workload_of(job).lengths
+    prompt, output = mean_lengths(lengths)
+    chunk, layers = config.scheduler.max_num_batched_tokens, job.resolved.spec.num_layers
+    decode_s = roofline.dense_s(running) + roofline.decode_attention_s(running * (prompt + output / 2))
+    seconds = steps * (layers * decode_s + roofline.head_s(running, running))
+    if config.workload.start == "cold":
+        seconds += len(lengths) * prompt / chunk * layers * roofline.dense_s(chunk)
+    return min(seconds, config.max_seconds or inf)
 
 
 def list_jobs(overrides: list[Any], experiment: str) -> int:
@@ -46,6 +64,7 @@ def list_jobs(overrides: list[Any], experiment: str) -> int:
     console = Console()
     combinations = BasicSweeper.split_arguments(overrides, None)[0]
     left = refused = complete = 0.0
+    one_by_one = any(o.key_or_group == "hydra/launcher" and o.value() == "basic" for o in overrides)
     with (
         initialize_config_dir(str(CONF_DIR), version_base="1.3"),
         Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as progress,
@@ -60,16 +79,18 @@ def list_jobs(overrides: list[Any], experiment: str) -> int:
                 console.print(f"{number:4d}  refused   {name}: {error}", markup=False, highlight=False, soft_wrap=True)
                 continue
             for job in jobs:
+                one_by_one |= job.resolved.config.runner == "cuda"  # One process owns the GPU.
                 done, seconds = is_done(job), estimate_s(job)
                 complete += done
                 left += 0.0 if done else seconds
                 state = "complete" if done else f"{seconds:6.1f} s"
                 line = f"{number:4d}  {state:8s}  {name}  -> {job.directory.name}"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-    cores = os.cpu_count() or 1
+    cores = 1 if one_by_one else os.cpu_count() or 1
+    how = "one after another" if cores == 1 else f"on {cores} cores"
     console.print(
         f"{len(combinations)} jobs, {complete:.0f} runs complete, {refused:.0f} jobs refused; about "
-        f"{left / cores:.0f} s left on {cores} cores",
+        f"{left / cores:.0f} s left {how}",
         highlight=False,
         soft_wrap=True,
     )

@@ -12,6 +12,7 @@ from uvm_kv.config.command import compose_command
 from uvm_kv.config.names import CONF_DIR, check_overrides, groups, parse_overrides
 from uvm_kv.config.resolve import CHOICES, resolve
 from uvm_kv.config.schema import UvmReplaySchema
+from uvm_kv.config.serving import free_host_bytes
 
 
 @pytest.mark.parametrize(
@@ -272,3 +273,10 @@ def test_without_concurrent_access_managed_memory_that_fits_never_faults(tmp_pat
     axes = ("memory=managed", "placement=demand", "memory.host_kv_bytes=0", "max_steps=50")
     assert run(tmp_path, *axes)["gpu_fault_groups"] > 0
     assert run(tmp_path, *axes, "driver.concurrent_managed_access=false")["gpu_fault_groups"] == 0
+
+
+def test_free_host_memory_counts_what_is_cached(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       65536 kB\nMemFree:         1024 kB\nMemAvailable:   32768 kB\n")
+    assert free_host_bytes(meminfo) == 32 * 1024**2
+    assert free_host_bytes(tmp_path / "none") > 0

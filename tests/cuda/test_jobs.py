@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import Any
 
 import pytest
 
-from experiments import profile
+from experiments import listing, profile
 from tests import jobs
 from tests.runner.torch_cpu.models import load_model, save_model, torch
 from uvm_kv.config import cuda, models
 from uvm_kv.config.build import build_runner, jobs_of, run_job
+from uvm_kv.config.models import load_served as load_for_good
+from uvm_kv.config.names import parse_overrides
 from uvm_kv.config.resolve import resolve
+from uvm_kv.config.schema import register
+from uvm_kv.config.worker import Reach, explain, reach_of
 from uvm_kv.memory import Slab, capabilities
+from uvm_kv.runner.torch.cuda_kv import CudaKV
 from uvm_kv.types import CHUNK_BYTES, MIB
 
 HEADS = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
@@ -105,8 +111,16 @@ class _Nvml:
 def nvml(monkeypatch: pytest.MonkeyPatch) -> _Nvml:
     played = _Nvml()
     monkeypatch.setitem(sys.modules, "pynvml", played)  # type: ignore[arg-type]
-    for name, value in (("REST_S", 0.05), ("MIN_WINDOW_NS", 0), ("READ_EVERY_NS", 0)):
+    # What fills KV takes longer here than a busy machine holds a process up between the readings of two clocks.
+    for name, value in (("REST_S", 0.05), ("MIN_WINDOW_NS", 0), ("READ_EVERY_NS", 0), ("STOOD_STILL_NS", 60_000_000)):
         monkeypatch.setattr(f"uvm_kv.telemetry.energy.{name}", value)
+    fill = CudaKV.fill
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.1)
+        fill(*arguments)
+
+    monkeypatch.setattr(CudaKV, "fill", slowly)
     return played
 
 
@@ -115,9 +129,8 @@ def test_energy_is_the_cards_own_over_the_steady_window(
     start: str, folder: Path, tmp_path: Path, c: Any, nvml: _Nvml
 ) -> None:
     """In a steady start KV is filled while the run's clock stands still, which is no energy of the run's."""
-    config = compose(
-        folder, tmp_path, "mechanism=device_resident", "workload.num_requests=12", f"workload.start={start}"
-    )
+    work = ("workload.num_requests=12", "workload.output_tokens=32", f"workload.start={start}")
+    config = compose(folder, tmp_path, "mechanism=device_resident", *work)
     (job,) = jobs_of(resolve(config), "test")
     summary = run_job(job, argv=["test"], load=models.load_served)
     begin, end = summary["steady_window_s"]
@@ -186,6 +199,22 @@ def test_planned_evictions_are_never_shown_as_the_drivers(folder: Path, tmp_path
     assert json.loads((job.directory / "manifest.json").read_text())["eviction"] == "planned"
 
 
+def test_a_dry_run_counts_one_job_after_another(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process owns the GPU, however many cores there are; a limit in seconds limits the estimate too."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    words = ["runner=cuda", "model=hf", f"model.path={folder}", f"results_dir={tmp_path}", "max_model_len=64", *SMALL]
+    words += [f"memory.device_kv_bytes={64 * MIB}", "mechanism=device_resident,device_recompute", "max_seconds=1"]
+    register()
+    assert listing.list_jobs(parse_overrides(words), "adhoc") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"2 jobs, 0 runs complete, 0 jobs refused; about (\d+) s left one after another", said)
+    assert found is not None, said
+    assert 2 * listing.GPU_JOB_S <= int(found[1]) <= 2 * (listing.GPU_JOB_S + 1)
+    assert not list(tmp_path.glob("adhoc/*"))
+
+
 def test_capacity_is_what_whole_chunks_hold(folder: Path, tmp_path: Path) -> None:
     resolved = resolve(compose(folder, tmp_path, "mechanism=device_resident"))
     chunks = resolved.spec.num_chunks(resolved.capacity.num_device_blocks)
@@ -213,6 +242,41 @@ def test_a_head_size_without_a_kernel_is_a_line(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", **(HEADS | {"hidden_size": 192}))
     with pytest.raises(ValueError, match="has heads of 48, and the kernels of runner=cuda take 64, 80, 96, 128, 256"):
         resolve(compose(folder, tmp_path))
+
+
+def test_demand_paging_under_a_cap_that_does_not_bind_it_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Beyond memory.device_kv_bytes the KV would lie on this larger card, and nothing would page."""
+    sizes = ("memory.device_kv_bytes=65536", f"memory.host_kv_bytes={64 * MIB}", "mechanism=managed_demand")
+    config = compose(folder, tmp_path, *sizes)
+    with pytest.raises(ValueError, match=r"nothing would page; use mechanism=managed_demand_capped") as error:
+        resolve(config)
+    assert "\n" not in str(error.value)
+
+
+def test_nan_in_logits_is_a_line_and_the_next_job_is_served(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = jobs_of(resolve(compose(folder, tmp_path, "mechanism=device_resident")), "test")
+    model = models.load_served(job.resolved)
+    model.lm_head.weight.data[7] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"its logits are NaN.*exceeds the range of float16: try dtype=bfloat16"
+    ) as error:
+        run_job(job, argv=["test"], load=lambda _: model)
+    assert (explain(error.value), reach_of(error.value)) == (str(error.value), Reach.JOB)
+    assert "\n" not in str(error.value)
+    assert not job.directory.exists()
+    assert run_job(job, argv=["test"], load=models.load_served)["num_requests"] == 4
+
+
+def test_a_card_without_room_for_the_weights_says_so(folder: Path, tmp_path: Path, c: Any) -> None:
+    """As another process that fills it would leave it."""
+    resolved = resolve(compose(folder, tmp_path, "mechanism=device_resident"))
+    part = (c.free_bytes(0) // CHUNK_BYTES - 1) * CHUNK_BYTES
+    said = r"no room for the weights of model in float16: they take \d+ bytes and \d+ of the card are free \(nvidia-smi"
+    with Slab.device(part), pytest.raises(ValueError, match=said) as error:
+        load_for_good(resolved)
+    assert "\n" not in str(error.value)
 
 
 def test_a_card_that_is_full_says_what_to_lower(folder: Path, tmp_path: Path, c: Any) -> None:

@@ -67,6 +67,46 @@ def test_the_same_profile_gives_no_error_at_all(tmp_path: Path, command: Any, ov
         assert (tmp_path / "out" / "figures" / f"validate_{directory.name}.{ending}").stat().st_size > 10_000
 
 
+STEADY = ("workload.start=steady", "model.weights=random", "batch_size=12", "workload.output_tokens=128")
+
+
+@pytest.mark.parametrize("stop", ["max_steps=24", "max_seconds=0.4"])
+@pytest.mark.parametrize("mechanism", ["device_resident", "device_recompute", "pinned_swap"])
+def test_a_steady_start_that_was_stopped_is_simulated_step_for_step(
+    mechanism: str, stop: str, tmp_path: Path, command: Any
+) -> None:
+    """As the measured sweeps are: whether or not a request has ended, and by which clock it was stopped."""
+    directory = record(tmp_path, "model=llama3_8b", f"mechanism={mechanism}", stop, *STEADY)
+    status, _, err = command(f"recorded={directory}", "hardware=rtx4090")
+    assert (status, err) == (0, "")
+    _, rows = table_of(tmp_path, directory.name)
+    assert rows["num_steps"]["verdict"] == rows["running_batch_mean"]["verdict"] == "SAME"
+    assert rows["num_steps"]["recorded"] > 8
+    assert rows["decode_step_s.p50"]["error"] < 0 and rows["output_tokens_per_s"]["error"] > 0
+    assert not {"ttft_s.mean", "e2e_s.mean"} & set(rows), "nothing is prefilled"
+
+
+def test_what_only_a_real_model_has_is_reset(tmp_path: Path, command: Any) -> None:
+    """On the CPU: random weights, a compiled model's config, and a peer beside it, which is left out of a folder."""
+    pytest.importorskip("torch")
+    small = ("runner=cpu", "model=smollm2_135m", "model.weights=random", "model.num_layers=2", "batch_size=3")
+    small += ("workload.prompt_tokens=16", "workload.output_tokens=12", "max_seconds=60")
+    directory = record(tmp_path, *small, "workload.start=steady", "cuda_graphs=false", "watchdog_s=100")
+    config = directory / "config.yaml"
+    text = config.read_text()
+    assert "compile: false" in text and "allow_oversubscription: false" in text
+    text = text.replace("compile: false", "compile: true")
+    config.write_text(text.replace("allow_oversubscription: false", "allow_oversubscription: true"))
+    peer = record(tmp_path, *small, "engine=hf_generate")
+    status, out, err = command(f"recorded={tmp_path / 'recorded'}")
+    assert (status, err) == (0, "")
+    assert out.count("Validation: ") == 1
+    assert table_of(tmp_path, directory.name)[1]["num_steps"]["verdict"] == "SAME"
+    status, _, err = command(f"recorded={peer}")
+    assert status == 2
+    assert "runs of hf_generate, which the simulator does not play" in err and len(err.splitlines()) == 1
+
+
 def test_another_profile_is_told_and_stays_simulated(tmp_path: Path, command: Any) -> None:
     """A faster card was recorded: the simulation of a 3090 is slower throughout, and nothing is called measured."""
     directory = record(tmp_path, "hardware=rtx4090", *POISSON)

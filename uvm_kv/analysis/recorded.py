@@ -36,6 +36,8 @@ class Recording:
     steps: Table | None
     """None: steps were not observed."""
     provenance: dict[str, Any]
+    steady_until_ns: int | None = None
+    """Of a run that began in its steady state; None: it began cold."""
 
     @property
     def label(self) -> str:
@@ -43,7 +45,8 @@ class Recording:
 
 
 def load_run(directory: Path) -> Recording:
-    """A finished run directory. ValueError if it is none, was cut short, or served nothing."""
+    """A finished run directory. ValueError if it is none, was cut short, or served nothing: but for one that began in
+    its steady state, which has steps from the first on."""
     if not is_complete(directory):
         raise ValueError(
             f"recorded={directory}: it is neither a finished run directory (they hold summary.json) nor a file"
@@ -57,7 +60,7 @@ def load_run(directory: Path) -> Recording:
     missing = {"warnings", "memory_emulated", "runner", "hardware", "origin"} - set(summary)
     if missing:
         raise ValueError(f"recorded={directory}: summary.json has no {min(missing)}; record it again")
-    if not requests["request_id"]:
+    if not requests["request_id"] and summary.get("start") != "steady":
         raise ValueError(f"recorded={directory}: no request was finished; record a longer run")
     if INCOMPLETE in summary["warnings"]:
         raise ValueError(f"recorded={directory}: {INCOMPLETE}; record a whole run, without max_steps")
@@ -70,7 +73,9 @@ def load_run(directory: Path) -> Recording:
         **{key: manifest[key] for key in ("git_sha", "git_dirty", "seed", "repeat", "started")},
     }
     where = "CPU" if on_cpu else str(summary["hardware"])
-    return Recording(directory.name, summary["origin"], where, requests, steps, provenance)
+    window = summary["steady_window_s"] if summary.get("start") == "steady" else None
+    until = None if window is None else round(window[1] * NS_PER_S)
+    return Recording(directory.name, summary["origin"], where, requests, steps, provenance, until)
 
 
 def load_file(path: Path) -> Recording:

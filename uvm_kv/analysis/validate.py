@@ -99,23 +99,24 @@ def observe(run: Recording) -> dict[str, Observed]:
     """Every metric of a run; value None where it was not observed. Latencies are those of measured requests."""
     found: dict[str, Observed] = {}
     if run.steps is not None:
-        found |= _observe_steps(run.steps, run.requests)
+        found |= _observe_steps(run.steps, run.requests, run.steady_until_ns)
     table = {name: _floats(run.requests[name]) for name in ("arrival_ns", "first_token_ns", "finish_ns")}
     tokens, measured = _floats(run.requests["output_tokens"]), np.array(run.requests["measured"], bool)
     arrival, first, finish = table.values()
     gaps = (finish - first)[measured & (tokens > 1)] / (tokens[measured & (tokens > 1)] - 1)
-    latencies = {"ttft_s": (first - arrival)[measured], "tpot_s": gaps, "e2e_s": (finish - arrival)[measured]}
-    for name, values in latencies.items():
-        found |= _distribution(name, values)
-    seconds = float(finish.max() - arrival.min()) / NS_PER_S
-    found["output_tokens_per_s_whole_run"] = Observed(float(tokens.sum()) / seconds)
+    found |= _distribution("tpot_s", gaps)
+    if run.steady_until_ns is None:  # Else nothing is counted from an arrival, and the end is no request's.
+        for name, values in {"ttft_s": (first - arrival)[measured], "e2e_s": (finish - arrival)[measured]}.items():
+            found |= _distribution(name, values)
+        seconds = float(finish.max() - arrival.min()) / NS_PER_S
+        found["output_tokens_per_s_whole_run"] = Observed(float(tokens.sum()) / seconds)
     preemptions = run.requests["num_preemptions"]
     found["preemptions"] = Observed(None if None in preemptions else float(sum(p or 0 for p in preemptions)))
     return {name: found.get(name, Observed(None)) for name in METRICS}
 
 
-def _observe_steps(steps: Table, requests: Table) -> dict[str, Observed]:
-    summary = summarize(steps, requests, power=None, complete=True)
+def _observe_steps(steps: Table, requests: Table, steady_until_ns: int | None) -> dict[str, Observed]:
+    summary = summarize(steps, requests, power=None, complete=True, steady_until_ns=steady_until_ns)
     names = ("output_tokens_per_s", "num_steps", "running_batch_mean", "stall_s", "gpu_fault_groups", "evicted_chunks")
     found = {name: Observed(summary[name]) for name in names}
     found |= {name: Observed(value) for name, value in summary["link_bytes_by_cause"].items()}

@@ -115,9 +115,9 @@ def size_tiers(
     )
     config.memory.device_kv_bytes = budget.kv_bytes
     free = free_host_bytes()
+    longest = sorted(lengths, reverse=True)[: config.batch_size]
+    needed = sum(spec.num_blocks(tokens) for tokens in longest) * spec.block_bytes
     if config.memory.host_kv_bytes is None:
-        longest = sorted(lengths, reverse=True)[: config.batch_size]
-        needed = sum(spec.num_blocks(tokens) for tokens in longest) * spec.block_bytes
         has_host = config.memory.kind != MemoryKind.DEVICE
         config.memory.host_kv_bytes = min(needed, free // 2) if has_host else 0
     elif config.memory.host_kv_bytes > free:
@@ -125,7 +125,33 @@ def size_tiers(
             f"memory.host_kv_bytes={config.memory.host_kv_bytes} is more than the {free} bytes that the host has free; "
             f"lower it, or batch_size"
         )
+    if budget.kv_is_given:
+        _check_cap_binds(config, needed, card.free_bytes - budget.weight_bytes - budget.activation_bytes)
     return [*budget.rows(), ("host tier", config.memory.host_kv_bytes)]
+
+
+def _check_cap_binds(config: ConfigSchema, needed_bytes: int, free_bytes: int) -> None:
+    """ValueError for demand paging that would not page: there is room on the card beyond the device tier.
+    `needed_bytes`: of the KV of a full batch; `free_bytes`: of the card, beside the model."""
+    device, host = config.memory.device_kv_bytes, config.memory.host_kv_bytes
+    assert device is not None and host is not None
+    used = min(needed_bytes, device + host)
+    if (config.memory.kind, config.placement.name) == (MemoryKind.MANAGED, "demand") and device < used <= free_bytes:
+        raise ValueError(
+            f"placement=demand with memory.device_kv_bytes={device}: up to {used} bytes of KV are needed, this card "
+            f"has {free_bytes} free, and no cap in software binds managed memory, so that nothing would page; use "
+            f"mechanism=managed_demand_capped, which evicts by plan, or a batch that fits memory.device_kv_bytes"
+        )
+
+
+def check_room_for_weights(resolved: Resolved) -> None:
+    """ValueError where the card has less free than the model's weights take. Asked in the process that loads them."""
+    needed, free = resolved.model.weight_bytes(DTYPE_BYTES[resolved.config.dtype]), extension().free_bytes(0)
+    if needed > free:
+        raise ValueError(
+            f"no room for the weights of {resolved.model.name} in {resolved.config.dtype}: they take {needed} bytes "
+            f"and {free} of the card are free (nvidia-smi shows who holds the rest); end that, or take a smaller model"
+        )
 
 
 def capacity_of(config: ConfigSchema, spec: KVCacheSpec) -> KVCapacity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from uvm_kv.config.cuda import check_room_for_weights
 from uvm_kv.config.resolve import Resolved
 
 
@@ -13,6 +14,8 @@ def load_served(resolved: Resolved) -> Any:
     assert serving is not None
     from uvm_kv.runner.torch import compile_layers, load_model, random_model
 
+    if config.runner == "cuda":
+        check_room_for_weights(resolved)
     if serving.folder is None:
         # Repeats serve the same weights.
         model = random_model(resolved.model, config.dtype, config.seed, **_device(resolved))

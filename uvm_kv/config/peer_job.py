@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, int, int], None]
 LOOK_EVERY_S = 0.1
-"""A peer with a thread of its own is asked so often whether a request has ended, and the energy is read if it is due."""
+"""A peer with a thread of its own is asked so often whether a request has ended; energy is read then if it is due."""
 
 
 @dataclass

@@ -84,7 +84,8 @@ def check_simulable(overrides: Sequence[Override], *, of_run: bool) -> None:
 
 def simulation_of_run(directory: Path, composed: DictConfig, overrides: Sequence[Override], repeat: int) -> DictConfig:
     """The config that simulates a recorded run: the run's own with the hardware and single keys of the command line.
-    `composed`: those on the defaults. ValueError if the recording's hardware is not of this version."""
+    `composed`: those on the defaults. What only real runners have is reset, and a run that was stopped is as long in
+    steps. ValueError if the recording's hardware is not of this version."""
     keys = [override.key_or_group for override in overrides]
     config = _load(directory / "config.yaml", without_hardware="hardware" in keys)
     if "hardware" in keys:
@@ -99,7 +100,14 @@ def simulation_of_run(directory: Path, composed: DictConfig, overrides: Sequence
         )
     # A repeat is the same as one run with its own seed.
     config.seed += repeat
-    config.update(runner="sim", prompts=None, num_repeats=1, max_steps=None, record_plans=False)
+    config.update(runner="sim", prompts=None, num_repeats=1, record_plans=False)
+    # One that began in its steady state may have been stopped; a simulated clock would stop it elsewhere.
+    summary = read_json(directory / "summary.json")
+    config.update(
+        max_seconds=None, max_steps=None if summary.get("stopped_by", "done") == "done" else summary["num_steps"]
+    )
+    config.update(compile=False, cuda_graphs=True, watchdog_s=None)  # Of a real model and its process.
+    config.memory.allow_oversubscription = False
     config.replay.update(path=None, recorded_runner=None)
     config.sampling.temperature = 0.0
     config.tracking.name = "none"

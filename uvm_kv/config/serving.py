@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,8 +122,13 @@ def random_ids(num_tokens: int, vocab_size: int, seed: int, request_id: int) -> 
     return tuple(rng.integers(0, vocab_size, num_tokens).tolist())
 
 
-def free_host_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def free_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """What the system can give without swapping: files that it caches count as free, where it tells of them."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def tier_bytes(config: ConfigSchema, spec: KVCacheSpec, lengths: list[int]) -> tuple[int, int]:

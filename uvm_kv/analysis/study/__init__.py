@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from uvm_kv.analysis.study import (
     allocation,
+    attention_variants,
     batch_sweep,
+    batching,
     energy,
+    hints,
     long_context,
     oversubscription,
     phase_diagram,
     phase_diagram_link,
+    preemption,
     roofline,
 )
 from uvm_kv.analysis.study.base import Drawn, Study
@@ -21,7 +25,11 @@ STUDIES: dict[str, Study] = {
         phase_diagram,
         phase_diagram_link,
         oversubscription,
+        hints,
         allocation,
+        batching,
+        preemption,
+        attention_variants,
         roofline,
         long_context,
         energy,

@@ -131,6 +131,7 @@ def _draw_cost(axis: Any, part: pd.DataFrame) -> None:
     axis.set_yscale("log")
     axis.set_ylabel("cost (ms)")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "235" else ""))
 
 
 def _draw_ratio(axis: Any, table: pd.DataFrame, prompts: Sequence[int]) -> None:
@@ -224,22 +225,20 @@ def _example(both: pd.DataFrame) -> str:
 
 
 def _crossover(both: pd.DataFrame, column: str, how: str) -> str:
-    found, without = [], []
+    found: list[str] = []
+    always: dict[str, list[str]] = {}
     for prompt, part in both.groupby("prompt_tokens", sort=True):
         part = part.sort_values("block_size")
-        at = crossings(part["block_size"].tolist(), part[column].tolist())
-        if at:
+        if at := crossings(part["block_size"].tolist(), part[column].tolist()):
             cheaper = "recompute" if part[column].iloc[0] < 1 else "swap"
             places = " and ".join(f"{x:.3g}" for x in at)
             found.append(f"{places} tokens for prompt {prompt} (below the first {cheaper} is cheaper)")
         else:
-            always = "swap" if part[column].min() >= 1 else "recompute"
-            without.append(f"{prompt} ({always} is cheaper at all blocks)")
-    line = f"Crossover over the block size, {how}: "
-    line += "; ".join(found) if found else "no crossover in the range"
-    if without:
-        line += f"{'; none for' if found else ', for'} prompts {', '.join(without)}"
-    return line + "."
+            always.setdefault("swap" if part[column].min() >= 1 else "recompute", []).append(str(prompt))
+    rest = [f"{who} is cheaper at all blocks for prompts {', '.join(prompts)}" for who, prompts in always.items()]
+    return (
+        f"Crossover over the block size, {how}: " + "; ".join([*(found or ["no crossover in the range"]), *rest]) + "."
+    )
 
 
 def _small_blocks(both: pd.DataFrame) -> str:

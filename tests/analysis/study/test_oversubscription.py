@@ -60,7 +60,7 @@ def test_layouts_are_compared_beyond_the_capacity() -> None:
 def test_hints_make_lines_of_their_own() -> None:
     hints = {"memory": "managed", "placement": "demand", "hints.preferred_location": "host", "hints.accessed_by": True}
     drawn = STUDY.draw(table(*curve("managed_demand", CLIFF), *curve("custom", GENTLE, **hints)), ())
-    assert set(drawn.table["curve"]) == {"managed_demand", "managed demand, prefers host, accessed_by"}
+    assert set(drawn.table["curve"]) == {"managed_demand", "demand: prefer host, accessed_by"}
     assert drawn.table["moved_mb_per_token"].tolist() == pytest.approx([1.0] * len(drawn.table))
 
 

@@ -16,13 +16,13 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from uvm_kv.analysis.load import points
 from uvm_kv.analysis.study.base import Drawn, Study
-from uvm_kv.analysis.style import PAGE_IN, SPARE, STYLES
+from uvm_kv.analysis.style import PAGE_IN, SMALL, STYLES, style_of
 from uvm_kv.analysis.verdict import BASELINES
 from uvm_kv.types import Layout
 
 LAYOUTS = {Layout.LAYER_MAJOR.value: "-", Layout.BLOCK_MAJOR.value: "--"}
-TOOLS = {"none": "", "device": "prefers device", "host": "prefers host", "by_tier": "by tier"}
-MARKERS = "XvP*^DshPX<>"
+TOOLS = {"none": "", "device": "prefer device", "host": "prefer host", "by_tier": "by tier"}
+MARKERS = "<>12348p"
 NEAR = (0.94, 1.16)
 """What the enlarged panel shows."""
 TICKS = (0.5, 0.75, 1, 1.5, 2, 3, 4)
@@ -39,7 +39,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     table = _table(runs)
     curves = sorted(set(table["curve"]), key=lambda name: (name not in STYLES, name))
     look = _looks(curves)
-    figure, (whole, near, moved) = plt.subplots(1, 3, figsize=(PAGE_IN, 2.9))
+    figure, (whole, near, moved) = plt.subplots(1, 3, figsize=(PAGE_IN, 3.2))
     for (curve, layout), part in table.groupby(["curve", "layout"], sort=True):
         part = part.sort_values("working_set_ratio")
         style = look[str(curve)] | {"linestyle": LAYOUTS.get(str(layout), ":")}
@@ -73,7 +73,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         if layout in set(table["layout"])
     ]
     where = f"{table['title'].iloc[0].partition(', on a ')[0]} tokens, {runs['hardware'].iloc[0]}"
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, title=where)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=SMALL, title=where)
     return Drawn(figure, table.drop(columns=["title", "group"]), claims(table))
 
 
@@ -84,13 +84,11 @@ def _decades(values: pd.Series[float]) -> tuple[float, float]:
 def _looks(curves: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A mechanism as everywhere; what has hints of its own, in the spare colours."""
     found: dict[str, dict[str, Any]] = {}
-    spare = 0
+    others = [curve for curve in curves if curve not in STYLES]
     for curve in curves:
-        if curve in STYLES:
-            colour, _, marker = STYLES[curve]
-        else:
-            colour, marker = SPARE[spare % len(SPARE)], MARKERS[spare % len(MARKERS)]
-            spare += 1
+        colour, _, marker = style_of(curve, others)
+        if curve in others:
+            marker = MARKERS[others.index(curve) % len(MARKERS)]
         found[curve] = {"color": colour, "marker": marker}
     return found
 
@@ -102,7 +100,8 @@ def curve_name(run: pd.Series[Any]) -> str:
     said = [TOOLS.get(str(run["hints.preferred_location"]), str(run["hints.preferred_location"]))]
     said += [name for name in ("accessed_by", "read_mostly", "discard_on_free") if bool(run[f"hints.{name}"])]
     hints = ", ".join(text for text in said if text)
-    return f"{run['memory']} {run['placement']}, {hints or 'no hints'}"
+    what = run["placement"] if run["memory"] == "managed" else f"{run['memory']} {run['placement']}"
+    return f"{what}: {hints or 'no hints'}"
 
 
 def _table(runs: pd.DataFrame) -> pd.DataFrame:

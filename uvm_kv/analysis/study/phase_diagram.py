@@ -74,6 +74,8 @@ def cells(runs: pd.DataFrame, x: Axis, y: Axis) -> pd.DataFrame:
         )
     best = backed.loc[backed.groupby([*GROUP, "label"])["throughput"].idxmax()].copy()
     best[["x_rank", "y_rank"]] = best[["x_rank", "y_rank"]].astype(int)
+    least = backed.groupby([*GROUP, "label"])["offered_batch"].transform("min")
+    best["least_batch"] = least[best.index]
     best["baseline_throughput"] = best["group"].map(base)
     best["gain"] = best["gain_over_resident"]
     best[x.name] = [written["x_rank"][rank] for rank in best["x_rank"]]
@@ -199,7 +201,7 @@ def _dense(segment: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _table(table: pd.DataFrame, x: Axis, y: Axis) -> pd.DataFrame:
     columns = ["model", "label", "placement", y.name, x.name, "gain", "throughput", "baseline_throughput"]
     columns += ["offered_batch", "running_batch_mean", "working_set_ratio", "closed_form_ceiling", "closed_form.link"]
-    columns += ["closed_form.stranded", "closed_form.num_seqs", "h2d_bytes", "d2h_bytes"]
+    columns += ["closed_form.stranded", "closed_form.num_seqs", "least_batch", "h2d_bytes", "d2h_bytes"]
     return table[columns]
 
 
@@ -255,15 +257,20 @@ def _agrees(label: str, part: pd.DataFrame, x: Axis, y: Axis) -> str:
     bound, gain = known["closed_form_ceiling"], known["gain"]
     promised = known[(bound > INDIFFERENT) & (gain <= INDIFFERENT)]
     beyond = known[(bound <= INDIFFERENT) & (gain > INDIFFERENT)]
-    # The bound is of a batch that could grow by a part of a request.
-    coarse = int((promised["closed_form_ceiling"] * promised["closed_form.num_seqs"] < 1).sum())
+    # The bound is of a batch that could grow by any part of a request.
+    allowed = promised["closed_form.num_seqs"] * (1 + promised["closed_form_ceiling"])
+    coarse = int((allowed < promised["least_batch"]).sum())
     differ = len(promised) + len(beyond)
     widest = known.iloc[int((bound - gain).abs().argmax())]
     above = int((gain > bound + INDIFFERENT).sum())
     text = f"{label}: closed form and simulation differ on whether it pays in {differ} of {len(known)} cells"
     if differ:
         text += f" ({len(promised)} where only the closed form says so, {len(beyond)} where only the simulation does"
-        text += f"; in {coarse} of the former the bound allows less than one request more)" if coarse else ")"
+        text += (
+            f"; in {coarse} of the former the bound is below the smallest batch that was tried beyond the card)"
+            if coarse
+            else ")"
+        )
     return (
         f"{text}; the simulated gain is above the bound in {above}; they are "
         f"{100 * float((bound - gain).abs().median()):.1f} points apart in the median and at most "

@@ -14,7 +14,7 @@ import pytest
 from tests.jobs import run
 from uvm_kv.cli import main
 from uvm_kv.cli.advise import lines
-from uvm_kv.config.advise import QUANTITIES, Advice, advise, moved_profile, uncertainty_of
+from uvm_kv.config.advise import QUANTITIES, Advice, advise, moved_profile, uncertainty_of, verdict
 from uvm_kv.config.profile_file import load_profile
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.types import GIB
@@ -126,6 +126,21 @@ def test_uncertainty_is_what_the_calibration_recorded() -> None:
     )
     assert uncertainty_of(both, "link") == (0.031, "the noise that its calibration recorded")
     assert uncertainty_of(both, "operators") == (0.1, "assumed: not measured on this card")
+
+
+@pytest.mark.parametrize(
+    ("gain", "lowest", "highest", "answer"),
+    [
+        (0.05, 0.01, 0.09, "yes"),
+        (0.05, -0.01, 0.11, "cannot tell"),
+        (-0.02, -0.05, 0.02, "cannot tell"),
+        (-0.05, -0.08, -0.02, "no"),
+        (0.0, 0.0, 0.0, "no"),
+        (0.009, 0.008, 0.011, "no"),
+    ],
+)
+def test_the_range_decides(gain: float, lowest: float, highest: float, answer: str) -> None:
+    assert verdict(gain, lowest, highest) == answer
 
 
 def test_a_moved_profile_moves_that_quantity_alone() -> None:

@@ -64,7 +64,7 @@ REQUESTS_PER_CLIENT = (3, build.REQUESTS_PER_CLIENT)
 KEPT = 0.99
 """Share of the gain that the least host memory must keep."""
 WORTH = 0.01
-"""A gain that cannot reach this is none: below what the operators' fit can tell apart."""
+"""A smaller gain is none: below what the operators' fit can tell apart."""
 NUM_SEEDS = 5
 HALF_WIDTH = 2.776 / NUM_SEEDS**0.5
 """Of a 95 % interval of the mean over the seeds, in standard deviations (Student's t, 4 degrees of freedom)."""
@@ -421,13 +421,20 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
     within = max(equal, key=rate, default=None)
     return dataclasses.replace(
         advice,
-        answer="no" if highest < WORTH else "yes" if lowest > 0 else "cannot tell",
+        answer=verdict(gain, lowest, highest),
         gain=gain,
         gain_range=(lowest, highest),
         equal_tpot=within,
         gain_equal_tpot=None if within is None else within.tokens_per_s / max(map(rate, device)) - 1,
         uncertainty=tuple(effects),
     )
+
+
+def verdict(gain: float, lowest: float, highest: float) -> str:
+    """yes, no or cannot tell: by whether the range excludes zero, and the gain is worth having."""
+    if highest < WORTH or (lowest > 0 and gain < WORTH):
+        return "no"
+    return "yes" if lowest > 0 else "cannot tell"
 
 
 def _pairs(values: list[Any]) -> list[tuple[Any, Any]]:

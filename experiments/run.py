@@ -33,7 +33,7 @@ from experiments import launchers
 from experiments.listing import list_jobs
 from experiments.progress import ENVIRONMENT, Event, SweepLog, read_command, report_event, sweep_log
 from experiments.track import mirror_all
-from uvm_kv.config.build import Job, identity, is_done, jobs_of, run_job
+from uvm_kv.config.build import Job, check_fits, identity, is_done, repeats_of, run_job
 from uvm_kv.config.card import ask_card
 from uvm_kv.config.names import CONF_DIR, check_overrides, mark_given, parse_overrides, with_implied
 from uvm_kv.config.recording import with_recorded_config
@@ -174,7 +174,7 @@ def run_hydra_job(composed: DictConfig) -> None:
         experiment = HydraConfig.get().runtime.choices.get("experiment") or EXPERIMENT_WITHOUT_FILE
         mark_given(composed.hardware.sources, parse_overrides(given))
         composed = with_recorded_config(composed, given)
-        jobs = jobs_of(resolve(composed), experiment)
+        jobs = repeats_of(resolve(composed), experiment)
     except Exception as error:
         report_event(Event("failed", label, error=explain(error)))
         return
@@ -184,7 +184,9 @@ def run_hydra_job(composed: DictConfig) -> None:
         if job.resolved.config.tracking.name == "wandb":
             tracking = {"project": job.resolved.config.tracking.project, "mode": job.resolved.config.tracking.mode}
         named = NamedJob(job, name, tracking, given)
-        if _parent is not None and _parent.collected is not None:
+        if (refusal := _refusal(job)) is not None:
+            _failed(named, refusal)  # A finding of its own, such as that a sequence is too long for the device.
+        elif _parent is not None and _parent.collected is not None:
             _parent.collected.append(named)
         elif _begin(named):
             _run_here(named, alone=_parent is not None and not _parent.sweep)
@@ -201,6 +203,14 @@ def _join_sweep() -> None:
             f"{command.folder}, where the sweep was started, cannot be entered on {platform.node()} "
             f"({error.strerror}); start it in a folder that all machines share under one path"
         ) from None
+
+
+def _refusal(job: Job) -> str | None:
+    try:
+        check_fits(job)
+    except ValueError as error:
+        return explain(error)
+    return None
 
 
 def _begin(named: NamedJob) -> bool:

@@ -89,10 +89,11 @@ def make_scheduler(
     batching: Batching | None = None,
     allocation: Allocation = Allocation.PAGED,
     max_model_len: int = 0,
+    chunked_prefill: bool = True,
     watermark: float = 0.0,
 ) -> Scheduler:
     kv = KVCacheManager(context.spec, context.capacity, allocation)
-    config = SchedulerConfig(max_num_batched_tokens, admission, preemption, watermark, max_model_len)
+    config = SchedulerConfig(max_num_batched_tokens, admission, preemption, watermark, max_model_len, chunked_prefill)
     policy = build_policy(placement, context)
     scheduler = Scheduler(config, batching or ContinuousBatching(batch_size), kv, policy)
     built_schedulers.append(scheduler)

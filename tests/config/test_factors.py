@@ -69,6 +69,7 @@ def test_a_summary_holds_the_true_ratio(tmp_path: Path) -> None:
             ["working_set_ratio=1", "runner=cpu", "model=llama3_8b", "model.weights=random"],
             "with runner=cpu needs memory.device_kv_bytes",
         ),
+        (["workload.start=steady", "scheduler=continuous_whole"], "needs scheduler.chunked_prefill=True, given is"),
         (["model.weight_bits=7"], "model.weight_bits '7' is unknown; allowed: 16, 4, 8"),
         (["kv_bits=2"], "kv_bits '2' is unknown; allowed: 16, 4, 8"),
         (["kv_bits=8", "runner=cpu", "model.weights=random"], "kv_bits=8 with dtype=float32 and a real model"),
@@ -186,3 +187,31 @@ def test_link_names_are_checked() -> None:
         check_overrides(parse_overrides(["link=pcie6"]))
     with pytest.raises(ValueError, match="key 'link' is unknown"):
         check_overrides(parse_overrides(["link=pcie3"]), UvmReplaySchema())
+
+
+def test_without_chunks_a_step_holds_the_longest_request(tmp_path: Path) -> None:
+    """vLLM V0's rule; the activations of such a step leave less for KV."""
+    cut, whole = (resolved("model=llama3_8b", f"scheduler.chunked_prefill={given}") for given in ("true", "false"))
+    assert (cut.config.scheduler.max_num_batched_tokens, whole.config.scheduler.max_num_batched_tokens) == (2048, 8192)
+    assert dict(whole.memory_account)["activation peak"] < dict(cut.memory_account)["activation peak"] < 0
+    assert (
+        resolved("scheduler.chunked_prefill=false", "max_model_len=1100").config.scheduler.max_num_batched_tokens
+        == 2048
+    )
+    plain = job(tmp_path)
+    assert job(tmp_path, "scheduler.chunked_prefill=true").directory == plain.directory
+    other = job(tmp_path, "scheduler=continuous_whole")
+    assert other.directory != plain.directory
+    assert (identity(plain)["chunked_prefill"], identity(other)["chunked_prefill"]) == (True, False)
+    assert [j.resolved.comparison()[0]["scheduler.chunked_prefill"] for j in (plain, other)] == [True, False]
+
+
+def test_chunks_shorten_the_longest_gap_between_tokens_and_delay_the_first(tmp_path: Path) -> None:
+    """Sarathi-Serve's trade: decodes no longer wait for whole prompts."""
+    given = ("model=llama3_8b", "max_model_len=8192", "scheduler.max_num_batched_tokens=512", "batch_size=8")
+    lengths = ("workload.prompt_tokens=4000", "workload.output_tokens=60", "workload.num_requests=40")
+    cut, whole = (run(tmp_path, *given, *lengths, f"scheduler.chunked_prefill={c}") for c in ("true", "false"))
+    steps = {s["chunked_prefill"]: s["duration_s"] / s["num_steps"] for s in (cut, whole)}
+    assert cut["num_output_tokens"] == whole["num_output_tokens"]
+    assert steps[True] < steps[False]
+    assert whole["ttft_s"]["mean"] < cut["ttft_s"]["mean"]

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from experiments.progress import ENVIRONMENT, Event, SweepLog, report_event
 from tests import jobs
 from tests.helpers import REPOSITORY
 from uvm_kv.config.names import groups
+from uvm_kv.telemetry.failures import failed_runs, reason
 from uvm_kv.telemetry.store import completed_runs, read_json
 
 COMMAND = [sys.executable, "-m", "experiments.run"]
@@ -162,9 +164,53 @@ SWEEPS = {
 PEERS = ("gpu_peers_llama_7b", "gpu_peers_llama3_8b")
 
 
+STUDY = (
+    "attention_variants",
+    "batching",
+    "does_it_help_my_box",
+    "energy",
+    "hints",
+    "hints_demand",
+    "long_context",
+    "oversubscription",
+    "oversubscription_hints",
+    "phase_diagram",
+    "phase_diagram_link",
+    "preemption",
+)
+"""Sweeps of hundreds of points: their first and their last."""
+
+
 def test_every_experiment_file_is_tested() -> None:
     """Sweeps and peers below, models in tests/runner/torch_cpu/test_torch_serving.py."""
-    assert set(groups()["experiment"]) == {*SWEEPS, *PEERS, "cpu_generate"}
+    assert set(groups()["experiment"]) == {*SWEEPS, *PEERS, *STUDY, "cpu_generate"}
+
+
+@pytest.mark.parametrize("experiment", STUDY)
+def test_the_first_and_the_last_point_of_a_sweep_run(tmp_path: Path, experiment: str) -> None:
+    file = REPOSITORY / "conf" / "experiment" / f"{experiment}.yaml"
+    said = " ".join(line for line in file.read_text().splitlines() if line.startswith("# "))
+    assert f"python -m experiments.run -m experiment={experiment}" in said
+    swept = {key: str(values).split(",") for key, values in OmegaConf.load(file).hydra.sweeper.params.items()}
+    for point in (0, -1):
+        given = [f"{key}={values[point]}" for key, values in swept.items()]
+        summary = jobs.run(tmp_path, f"experiment={experiment}", *given, "max_steps=3")
+        assert summary["num_steps"] == 3
+        assert summary["num_output_tokens"] > 0
+        if "working_set_ratio" in swept:
+            rounding = 0.5 / summary["offered_batch"]
+            assert abs(summary["working_set_ratio"] / float(swept["working_set_ratio"][point]) - 1) <= 2 * rounding
+
+
+def test_a_sequence_that_does_not_fit_is_a_finding_of_long_context(tmp_path: Path) -> None:
+    """It is recorded with its reason, and the mechanisms with a host tier serve it."""
+    given = ("workload.prompt_tokens=131008", "batch_size=1", "max_steps=2", f"results_dir={tmp_path}")
+    done = run("-m", "experiment=long_context", "mechanism=device_resident,pinned_balanced", *given)
+    assert done.returncode == 1
+    assert "1 of 2 runs are complete, 1 failed." in done.stderr
+    (record,) = failed_runs(tmp_path).values()
+    assert (record["mechanism"], record["prompt_tokens"], record["model"]) == ("device_resident", 131008, "llama3_1_8b")
+    assert "the longest request of 131072 tokens needs 1024 (17.18 GB)" in reason(record)
 
 
 @pytest.mark.parametrize("experiment", SWEEPS)

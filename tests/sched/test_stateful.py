@@ -17,6 +17,7 @@ from uvm_kv.types import Allocation, Tier
 NUM_DEVICE = 7
 LONGEST = NUM_DEVICE * 4
 OPTIMISTIC: dict[str, Any] = {"admission": "optimistic"}
+WHOLE: dict[str, Any] = {"chunked_prefill": False, "max_num_batched_tokens": LONGEST}
 SCHEMES: dict[str, tuple[int, dict[str, Any]]] = {
     "paged, worst_case": (0, {}),
     "paged, recompute": (0, OPTIMISTIC | {"preemption": "recompute"}),
@@ -30,6 +31,13 @@ SCHEMES: dict[str, tuple[int, dict[str, Any]]] = {
     "orca_max": (0, {"allocation": Allocation.ORCA_MAX, "max_model_len": 12}),
     "orca_pow2": (0, {"allocation": Allocation.ORCA_POW2, "max_model_len": 16}),
     "orca_oracle": (0, {"allocation": Allocation.ORCA_ORACLE, "max_model_len": 16}),
+    "whole prompts, worst_case": (5, WHOLE | {"placement": "static_split"}),
+    "whole prompts, recompute": (0, WHOLE | OPTIMISTIC | {"preemption": "recompute"}),
+    "whole prompts, swap, small host": (3, WHOLE | OPTIMISTIC | {"preemption": "swap"}),
+    "whole prompts, on_demand": (
+        0,
+        WHOLE | OPTIMISTIC | {"preemption": "recompute", "allocation": Allocation.ON_DEMAND},
+    ),
 }
 
 
@@ -40,7 +48,7 @@ class Walk(RuleBasedStateMachine):
         super().__init__()
         context = make_context(NUM_DEVICE, num_host)
         self.longest = min(LONGEST, options.get("max_model_len", LONGEST))
-        self.scheduler = make_scheduler(context, batch_size=4, max_num_batched_tokens=9, **options)
+        self.scheduler = make_scheduler(context, **({"batch_size": 4, "max_num_batched_tokens": 9} | options))
         self.runner = ScriptedRunner(context)
         self.requests: list[Request] = []
         self.in_flight: tuple[StepPlan, StepOutput] | None = None

@@ -31,7 +31,7 @@ from uvm_kv.runner.base import ModelRunner
 from uvm_kv.runner.replay import ReplayRunner
 from uvm_kv.runner.sim import SimRunner
 from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
-from uvm_kv.sched.batching import Batching, ContinuousBatching, DynamicBatching, StaticBatching
+from uvm_kv.sched.batching import Batching, ContinuousBatching, StaticBatching
 from uvm_kv.sched.request import Request
 from uvm_kv.sched.scheduler import Scheduler, SchedulerConfig
 from uvm_kv.telemetry.energy import PowerModel
@@ -65,14 +65,24 @@ class Job:
 
 def jobs_of(resolved: Resolved, experiment: str) -> list[Job]:
     """The repeats of a config. ValueError for anything that would only show once they run."""
+    jobs = repeats_of(resolved, experiment)
+    check_fits(jobs[0])
+    return jobs
+
+
+def repeats_of(resolved: Resolved, experiment: str) -> list[Job]:
+    """The same, whether or not their requests fit."""
     folder = Path(resolved.config.results_dir) / experiment
     determining = resolved.determining()
-    jobs = [
+    return [
         Job(resolved, repeat, folder / run_id(determining, repeat)) for repeat in range(resolved.config.num_repeats)
     ]
-    if not is_peer(resolved.config):
-        check_requests_fit(resolved, workload_of(jobs[0]).lengths)
-    return jobs
+
+
+def check_fits(job: Job) -> None:
+    """ValueError if the longest request does not fit the KV budget."""
+    if not is_peer(job.resolved.config):
+        check_requests_fit(job.resolved, workload_of(job).lengths)
 
 
 def is_done(job: Job) -> bool:
@@ -173,7 +183,7 @@ def build_scheduler(resolved: Resolved, policy: PlacementPolicy) -> Scheduler:
         case "static":
             batching = StaticBatching(config.batch_size)
         case "dynamic":
-            batching = DynamicBatching(config.batch_size, round(options.window_s * NS_PER_S))
+            batching = StaticBatching(config.batch_size, round(options.window_s * NS_PER_S))
         case _:
             batching = ContinuousBatching(config.batch_size)
     return Scheduler(
@@ -183,6 +193,7 @@ def build_scheduler(resolved: Resolved, policy: PlacementPolicy) -> Scheduler:
             options.preemption,  # type: ignore[arg-type]
             options.watermark,
             resolved.max_model_len,
+            options.chunked_prefill,
         ),
         batching,
         kv,
@@ -261,13 +272,13 @@ def closed_form(
     that step (`uvm_kv.hw.overlap.ceiling`). `stranded`: the device blocks that n whole requests leave over, too few for
     another, which a placement that may split a request fills. Both tiers' claims fill at the same pace
     (`KVCacheManager`), so n' sequences need n' C / n <= C (1 + stranded) + BW_link t' bytes, and n' t / (n t') - 1 is
-    at most stranded + link. None without a reach, or where not even one request fits the device.
+    at most stranded + link. None without a reach or chunked prefill, or where not even one request fits the device.
     """
     prompt, output = mean_lengths(lengths)
     spec, profile = resolved.spec, resolved.profile
     blocks = spec.num_blocks(round(prompt + output))
     n = resolved.capacity.num_device_blocks // blocks
-    if policy.reach is None or n == 0:
+    if policy.reach is None or n == 0 or not resolved.config.scheduler.chunked_prefill:
         return None
     context = prompt + output / 2
     # n / output prompts are prefilled a step, and share its pass over the weights.
@@ -439,6 +450,8 @@ def identity(job: Job) -> dict[str, Any]:
         "reach": config.placement.reach if config.placement.name == "bandwidth_balanced" else None,
         "hints": dataclasses.asdict(config.hints),
         "scheduler": config.scheduler.name,
+        "window_s": config.scheduler.window_s if config.scheduler.name == "dynamic" else None,
+        "chunked_prefill": config.scheduler.chunked_prefill,
         "admission": config.scheduler.admission,
         "preemption": config.scheduler.preemption,
         "workload": config.workload.name,

@@ -122,6 +122,8 @@ class Resolved:
             tree["model"]["weight_bits"] = self.config.model.weight_bits
         if tree["kv_bits"] is None:
             del tree["kv_bits"]
+        if tree["scheduler"]["chunked_prefill"]:
+            del tree["scheduler"]["chunked_prefill"]
         if tree["workload"]["path"] is not None:
             tree["workload"]["path"] = hashlib.sha256(Path(tree["workload"]["path"]).read_bytes()).hexdigest()
         if tree["workload"]["lengths"] is not None:
@@ -148,6 +150,7 @@ class Resolved:
         flat = _flatten(self.determining())
         # Always there: where a key is missing nothing differs.
         flat |= {"model.weight_bits": self.precision.weight_bits, "kv_bits": self.precision.kv_bits}
+        flat["scheduler.chunked_prefill"] = self.config.scheduler.chunked_prefill
         for path in ("batch_size", "seed", "mechanism"):
             del flat[path]
         # Sized by the batch unless given.
@@ -192,6 +195,9 @@ def resolve(composed: DictConfig) -> Resolved:
         raise ValueError(
             f"max_model_len={max_model_len} exceeds the context of {model.name}, {model.max_position_embeddings} tokens"
         )
+    if not config.scheduler.chunked_prefill:
+        # As in vLLM V0: a step holds the longest prompt, one that is computed again with its output included.
+        config.scheduler.max_num_batched_tokens = max(config.scheduler.max_num_batched_tokens, max_model_len)
     spec = KVCacheSpec(
         model.num_layers,
         model.num_kv_heads,
@@ -554,6 +560,7 @@ def _check_steady_start(config: ConfigSchema) -> None:
         "workload.arrival": (workload.arrival, "closed_loop"),
         "scheduler": (config.scheduler.name, "continuous"),
         "allocation": (config.allocation, "paged"),
+        "scheduler.chunked_prefill": (config.scheduler.chunked_prefill, True),
     }
     for name, (given, allowed) in needed.items():
         if given != allowed:

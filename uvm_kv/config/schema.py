@@ -133,6 +133,7 @@ class DriverSchema:
 class SchedulerSchema:
     name: str = MISSING
     max_num_batched_tokens: int = 2048
+    chunked_prefill: bool = True
     admission: str = "worst_case"
     preemption: str = "none"
     watermark: float = 0.01

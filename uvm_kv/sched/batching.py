@@ -18,36 +18,21 @@ class Batching(ABC):
 
 
 class StaticBatching(Batching):
-    """Waits for a full batch, or for the last arrival, and runs it until its last sequence ends."""
+    """Runs a batch until its last sequence ends. A full one starts at once, a smaller one `window_ns` after its oldest
+    arrival (Triton's dynamic batcher) or, without a window (FasterTransformer's serving), after the last arrival."""
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-
-    def num_admissible(
-        self, *, now_ns: int, oldest_arrival_ns: int, num_waiting: int, num_running: int, more_to_come: bool
-    ) -> int:
-        full = num_waiting >= self._batch_size or not more_to_come
-        return self._batch_size if full and not num_running else 0
-
-    def wake_ns(self, oldest_arrival_ns: int) -> int | None:
-        return None
-
-
-class DynamicBatching(Batching):
-    """Waits for a full batch, or `window_ns` from the oldest arrival; runs it until its last sequence ends."""
-
-    def __init__(self, batch_size: int, window_ns: int) -> None:
+    def __init__(self, batch_size: int, window_ns: int | None = None) -> None:
         self._batch_size = batch_size
         self._window_ns = window_ns
 
     def num_admissible(
         self, *, now_ns: int, oldest_arrival_ns: int, num_waiting: int, num_running: int, more_to_come: bool
     ) -> int:
-        due = now_ns >= oldest_arrival_ns + self._window_ns
+        due = not more_to_come if self._window_ns is None else now_ns >= oldest_arrival_ns + self._window_ns
         return self._batch_size if not num_running and (due or num_waiting >= self._batch_size) else 0
 
     def wake_ns(self, oldest_arrival_ns: int) -> int | None:
-        return oldest_arrival_ns + self._window_ns
+        return None if self._window_ns is None else oldest_arrival_ns + self._window_ns
 
 
 class ContinuousBatching(Batching):

@@ -4,7 +4,8 @@ A step serves the running sequences in the order of their admission (so decodes 
 ones), up to `max_num_batched_tokens` tokens. A sequence that cannot get a block preempts the latest admitted one, if
 need be itself, so the oldest always makes progress and nobody starves. Only a step that preempted nobody brings
 swapped sequences back, and admits waiting ones; the head of the queue is never overtaken. vLLM V1's rules, and where
-these differ: docs/validation.md.
+these differ: docs/validation.md. Without chunked prefill, vLLM V0's: a prompt is computed whole, in a step of prompts
+only, and goes before the decodes.
 
     WAITING --admit--> RUNNING --last token--> FINISHED
        ^---- recompute ---' |  ^
@@ -38,6 +39,8 @@ class SchedulerConfig:
     """Share of the device blocks that optimistic admission leaves free, so that growth does not preempt at once."""
     max_model_len: int = 0
     """Tokens that a request may have at most: what some allocation schemes claim for each."""
+    chunked_prefill: bool = True
+    """False: a prompt is never cut, so that `max_num_batched_tokens` must hold the longest request."""
 
 
 class Scheduler:
@@ -74,6 +77,9 @@ class Scheduler:
             raise ValueError(
                 f"request {request.id} of {request.max_tokens} tokens is longer than the {claim} reserved a request"
             )
+        budget = self.config.max_num_batched_tokens
+        if not self.config.chunked_prefill and request.max_tokens > budget:
+            raise ValueError(f"request {request.id}: {request.max_tokens} tokens do not fit a step of {budget}")
         blocks = self.kv.spec.num_blocks(claim)
         if self._policy.place(empty_view(largest_table(capacity, self.kv.allocation)), blocks, admitting=True) is None:
             raise ValueError(
@@ -118,7 +124,10 @@ class Scheduler:
         ops: list[MemoryOp] = []
         self._in_flight = []
         running, before = self.running, self.num_recomputed + self.num_swapped_out
-        index = 0
+        whole = not self.config.chunked_prefill
+        if whole and self.waiting and not self.swapped:
+            self._admit(budget, now_ns, more_to_come, scheduled)
+        index = len(running) if scheduled else 0
         while index < len(running):
             request = running[index]
             context = request.num_computed
@@ -140,7 +149,7 @@ class Scheduler:
         # A lone sequence that preempted itself (a contiguous one that must start anew) may come back at once.
         if not running or self.num_recomputed + self.num_swapped_out == before:
             budget = self._resume(budget, scheduled, ops)
-            if self.waiting and not self.swapped:
+            if self.waiting and not self.swapped and not (whole and running):
                 self._admit(budget, now_ns, more_to_come, scheduled)
         if not scheduled:
             assert not ops, "memory is moved for a step that nobody takes"
@@ -276,7 +285,11 @@ class Scheduler:
             if share is None or not self._leaves_watermark(share.device):
                 return
             context = request.num_computed  # 0, or what is filled directly.
-            num_new = min(request.num_tokens - context, budget)
+            remaining = request.num_tokens - context
+            num_new = min(remaining, budget)
+            if num_new < remaining and not config.chunked_prefill:
+                budget = 0
+                break
             if config.admission == "optimistic" and not self._policy.uses_host:
                 # As in vLLM all known tokens must fit, but only the chunk is claimed: older ones may take the rest.
                 share = Share(self.kv.spec.num_blocks(context + num_new), 0)

@@ -22,6 +22,7 @@ def made(curves: dict[tuple[str, float, bool], list[float]], **more: Any) -> pd.
     rows = [
         {
             "model": "llama3_8b",
+            "hardware": "rtx3090",
             "workload": "azure_conv",
             "arrival": "poisson",
             "scheduler": scheduler,

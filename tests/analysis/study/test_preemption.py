@@ -27,6 +27,7 @@ def made(
                 rows.append(
                     {
                         "model": "llama_7b",
+                        "hardware": "rtx3090",
                         "mechanism": mechanism,
                         "prompt_tokens": prompt,
                         "output_tokens": 256,

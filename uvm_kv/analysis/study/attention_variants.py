@@ -27,7 +27,16 @@ PANELS = {
 _LOOKS = ((SPARE[3], "-", "o"), (SPARE[0], "-", "s"), (SPARE[2], "-", "D"), (SPARE[1], "-", "^"))
 _FILLS = {16: "full", 8: "left", 4: "none"}
 COLUMNS = (
-    *("model", "variant_name", "kv_heads", "kv_bits", "kv_bytes_per_token", "capacity_tokens", "offered_batch"),
+    *(
+        "model",
+        "hardware",
+        "variant_name",
+        "kv_heads",
+        "kv_bits",
+        "kv_bytes_per_token",
+        "capacity_tokens",
+        "offered_batch",
+    ),
     *("running_batch_mean", "throughput", "tpot_s.p99", "attention_intensity", "step_intensity"),
     *("attained_ops_per_s", "roof_ops_per_s", "is_limited_by_capacity"),
 )
@@ -53,7 +62,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         _thousands(axis)
         axis.set_title(label)
         axis.set_xlabel("KV cache")
-    axes[0].set_ylabel(str(table["model"].iloc[0]))
+    axes[0].set_ylabel(f"{table['model'].iloc[0]} on {table['hardware'].iloc[0]}")
     _draw_roof(axes[-1], table, looks)
     handles = [
         Line2D([], [], color=colour, linestyle=line, marker=marker, label=name)

@@ -31,7 +31,7 @@ PANELS = {
     "tpot_s.p99": ("p99 TPOT (ms)", 1e3),
 }
 COLUMNS = (
-    *("model", "workload", "batching", "request_rate", LATENCY, "normalized_latency_s.p99", "ttft_s.p50"),
+    *("model", "hardware", "workload", "batching", "request_rate", LATENCY, "normalized_latency_s.p99", "ttft_s.p50"),
     *("tpot_s.p50", "tpot_s.p99", "running_batch_mean", "output_tokens_per_s_whole_run", "is_knee"),
     *("knee_rate", "sustained_rate"),
 )
@@ -53,7 +53,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     shown: dict[str, Any] = {}
     for column, workload in zip(axes.T, workloads, strict=True):
         part = table[table["workload"] == workload]
-        column[0].set_title(f"{part['model'].iloc[0]}, {workload}")
+        column[0].set_title(f"{part['model'].iloc[0]} on {part['hardware'].iloc[0]}, {workload}")
         for axis, (metric, (label, scale)) in zip(column, PANELS.items(), strict=True):
             for name in names:
                 line = part[part["batching"] == name]
@@ -91,7 +91,7 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
         raise ValueError("batching: no run with workload.arrival=poisson: there is no arrival rate to draw against")
     if LATENCY not in usable or usable[LATENCY].isna().any():
         raise ValueError("batching: runs without a normalized latency; run them again with this version")
-    numbers = [c for c in COLUMNS if c in usable and c not in ("model", "workload", "batching")]
+    numbers = [c for c in COLUMNS if c in usable and c not in ("model", "hardware", "workload", "batching")]
     usable[numbers] = usable[numbers].astype(float)
     usable["batching"] = [_batching(run) for _, run in usable.iterrows()]
     key = ["model", "workload", "batching", "request_rate"]

@@ -175,7 +175,9 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         table = tables[name]
         axis = left.subplots()
         _draw_effects(axis, table)
-        axis.set_title(f"{name or 'all runs'}: {len(design.log_rate)} combinations")
+        axis.set_title(
+            f"{runs['model'].iloc[0]} on {runs['hardware'].iloc[0]}, {name or 'all'}: {len(design.log_rate)} runs"
+        )
         names = [f.name for f in design.factors]
         pairs = list(table.loc[table["order"] == 2, "effect"])[:NUM_PAIRS]
         for pair, place in zip(pairs, np.atleast_1d(right.subplots(len(pairs), 1)), strict=True):

@@ -20,7 +20,7 @@ WITHIN = 1.2
 """vLLM (SOSP'23), section 7.3: recompute is never more than 20 % above swapping's latency."""
 _NUMBERS = ("duration_s", "stall_s", "preemptions", "h2d_bytes", "d2h_bytes")
 COLUMNS = (
-    *("model", "prompt_tokens", "output_tokens", "block_size", "preemptions_swap", "preemptions_recompute"),
+    *("model", "hardware", "prompt_tokens", "output_tokens", "block_size", "preemptions_swap", "preemptions_recompute"),
     *("swap_ms", "recompute_ms", "swap_call_a_piece_ms", "recompute_over_swap", "recompute_over_swap_call_a_piece"),
     *("duration_swap_s", "duration_recompute_s", "duration_ratio"),
 )
@@ -31,11 +31,11 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     del failures
     table = _table(runs)
     prompts = sorted(table["prompt_tokens"].unique())
-    figure, (cost, ratio, whole) = plt.subplots(1, 3, figsize=(PAGE_IN, 2.75))
+    figure, (cost, ratio, whole) = plt.subplots(1, 3, figsize=(PAGE_IN, 3.0))
     with_both = table.dropna(subset=["recompute_over_swap"])
     middle = _best_covered(with_both)
     _draw_cost(cost, with_both[with_both["prompt_tokens"] == middle])
-    cost.set_title(f"one preemption, prompt {middle}")
+    cost.set_title(f"{table['model'].iloc[0]} on {table['hardware'].iloc[0]}\none preemption, prompt {middle}")
     _draw_ratio(ratio, with_both, prompts)
     ratio.set_title("recompute over swap")
     _draw_whole(whole, table, prompts)
@@ -66,7 +66,7 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
     usable["bytes_a_call"] = [_piece_bytes(run) for _, run in usable.iterrows()]
     usable["call_us"] = [float(setting["hardware.link.copy_call_us"]) for setting in usable["setting"]]
     columns = [*KEY, *_NUMBERS, "bytes_a_call", "call_us"]
-    swap = usable.loc[usable["mechanism"] == SWAP, [*columns, "model", "output_tokens"]]
+    swap = usable.loc[usable["mechanism"] == SWAP, [*columns, "model", "hardware", "output_tokens"]]
     recompute = usable.loc[usable["mechanism"] == RECOMPUTE, columns]
     for name, part in ((SWAP, swap), (RECOMPUTE, recompute)):
         if part.duplicated(KEY).any():

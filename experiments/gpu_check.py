@@ -163,17 +163,25 @@ MEASURE_PARTS = (
     ),
     Part("calibrate", "the profile of this card", 60, _of_sweeps(measuring.calibrate_commands)),
     Part("predict", "what the simulator says of every point", 130, _of_sweeps(measuring.predict_commands)),
-    Part("sweep_llama_7b", "8 GiB of device KV, 0.5x to 2x", 390, _sweep("llama_7b"), goes_on=True),
-    Part("sweep_llama3_8b", "1 GiB of device KV, 0.5x to 2x", 300, _sweep("llama3_8b"), goes_on=True),
+    Part("sweep_llama_7b", "8 GiB of device KV, 0.5x to 2x", 320, _sweep("llama_7b"), goes_on=True),
+    Part("sweep_llama3_8b", "1 GiB of device KV, 0.5x to 2x", 260, _sweep("llama3_8b"), goes_on=True),
     Part(
         "repeats",
         "five of each point that the verdict rests on",
-        240,
+        200,
         _of_sweeps(measuring.repeat_commands),
         goes_on=True,
     ),
-    Part("peers", "other engines at the same batches", 180, _of_sweeps(measuring.all_peer_commands), goes_on=True),
+    Part("peers", "other engines at the same batches", 150, _of_sweeps(measuring.all_peer_commands), goes_on=True),
+    Part(
+        "decode_step",
+        "a decode step, eager and compiled, and its kernels",
+        180,
+        _of_sweeps(measuring.decode_step_commands),
+        goes_on=True,
+    ),
     Part("validate", "the simulator against every point", 30, _of_sweeps(measuring.validate_commands), always=True),
+    Part("speed", "ratios with their targets", 20, _of_sweeps(measuring.speed_commands), always=True),
 )
 """25 minutes together; each goes on where its time was up, since finished runs are kept."""
 

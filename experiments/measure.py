@@ -150,8 +150,10 @@ def parts_of(consent: bool) -> list[Part]:
         *(patient[name] for name in sweeps),
         *(oversubscribed(sweep) for sweep in SWEEPS),
         patient["peers"],
+        patient["decode_step"],
         patient["validate"],
         validate_published,
+        patient["speed"],
         report,
     ]
 

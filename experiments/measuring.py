@@ -230,6 +230,26 @@ def all_peer_commands(output: Path) -> list[list[str]]:
     return [command for sweep in SWEEPS for command in peer_commands(sweep, output / "sweep" / "runs")]
 
 
+def decode_step_commands(output: Path) -> list[list[str]]:
+    """The point of the sweep that fills the device, with the model as it is and compiled; then their kernels, without
+    graphs, whose launches no layer makes."""
+    folder, sweep = output / "decode_step", sweep_named("llama3_8b")
+    where = ("mechanism=device_resident", f"batch_size={max(sweep.within)}")
+    experiment = f"gpu_sweep_{sweep.name}"
+    commands = [run_command(experiment, folder / "runs", *where, "compile=false,true")]
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        options = ("--steps", "4", "--output", str(folder / name))
+        job = (f"experiment={experiment}", *where, f"compile={compiled}", "cuda_graphs=false")
+        commands.append(_python("experiments.profile", *options, *job))
+    return commands
+
+
+def speed_commands(output: Path) -> list[list[str]]:
+    if not (output / "decode_step").is_dir() and not (output / "sweep" / "runs").is_dir():
+        raise NotPossibleError("there are no runs; the parts sweep_*, peers and decode_step make them")
+    return [_python("experiments.gpu_speed", "--folder", str(output))]
+
+
 def validate_commands(output: Path, *, published: bool = False) -> list[list[str]]:
     predictions, runs = output / _predictions(published) / "predictions.json", output / "sweep" / "runs"
     for path, part in ((predictions, _predictions(published)), (runs, "sweep")):

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from hydra import compose, initialize_config_dir
 
 from experiments.run import preflight
-from uvm_kv.analysis.step_profile import step_profile, table_lines
+from uvm_kv.analysis.step_profile import kernel_line, layer_kernels, step_profile, table_lines
 from uvm_kv.config.build import (
     Job,
     build_placement,
@@ -150,7 +150,10 @@ def _main(given: argparse.Namespace) -> int:
     trace = output / "trace.json"
     with ranges.recorded():
         num_steps = run(job, TorchTrace(trace), num_steps=given.steps, warmup=given.warmup)
-    lines = table_lines(step_profile(json.loads(trace.read_text())))
+    content = json.loads(trace.read_text())
+    lines = table_lines(step_profile(content))
+    if (kernels := layer_kernels(content)) is not None:
+        lines.append(kernel_line(kernels))
     title = (
         f"{job.resolved.model.name} in {config.dtype}, {config.mechanism}, batch {config.batch_size}, "
         f"runner={config.runner}: {num_steps} steps after {given.warmup}"

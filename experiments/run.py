@@ -306,7 +306,7 @@ def _bar(job: Job) -> Iterator[OnStep | None]:
 
     console = Console(stderr=True)
     resolved = job.resolved
-    where = resolved.profile.name if resolved.serving is None else "the CPU"
+    where = "the CPU" if resolved.config.runner == "cpu" else identity(job)["hardware"]
     title = f"{resolved.model.name} in {resolved.config.dtype} on {where}"
     print_memory(title, resolved.memory_account, Console())
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.jobs import run
 from uvm_kv.analysis.load import find_runs
 from uvm_kv.analysis.report import write_report
 from uvm_kv.cli import main
+from uvm_kv.telemetry.records import Record
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +69,35 @@ def test_a_damaged_run_is_named_and_left_out(results: Path, tmp_path: Path) -> N
     report = write_report(records, tmp_path / "out", (), left_out)
     assert report.warnings[0].startswith(f"left out: {broken}: ")
     assert report.verdicts == write_report(find_runs(results)[0], tmp_path / "same").verdicts
+
+
+def as_if_measured(record: Record, factor: float) -> Record:
+    """The same point as runner=cuda would leave it, on a card of its own, at another speed."""
+    summary = record.summary | {"origin": "measured", "runner": "cuda", "hardware": "NVIDIA GeForce RTX 3090"}
+    for name in ("output_tokens_per_s", "output_tokens_per_s_whole_run"):
+        summary[name] = None if summary[name] is None else summary[name] * factor
+    setting = summary["setting"] | {"runner": "cuda"}
+    return replace(record, id=f"f{record.id[1:]}", summary=summary | {"setting": setting})
+
+
+def test_measured_runs_stand_beside_simulated_ones_and_are_never_put_together(results: Path, tmp_path: Path) -> None:
+    """results/measured/<gpu>/ and simulated runs of one folder: a comparison, a verdict and a table of each, by name."""
+    simulated = find_runs(results)[0]
+    measured = [as_if_measured(record, 0.5) for record in simulated]
+    alone = write_report(simulated, tmp_path / "alone")
+    both = write_report([*simulated, *measured], tmp_path / "both")
+    titles = list(both.best)
+    assert [("simulated rtx3090" in t, "measured NVIDIA GeForce RTX 3090" in t) for t in sorted(titles)] == [
+        (False, True),
+        (True, False),
+    ]
+    of = {next(word for word in ("measured", "simulated") if word in v.title): v for v in both.verdicts}
+    (expected,) = alone.verdicts
+    assert of["simulated"] == expected, "the measured runs changed what is said of the simulated ones"
+    assert of["measured"].baseline is not None and expected.baseline is not None
+    assert of["measured"].baseline.throughput == pytest.approx(expected.baseline.throughput / 2)
+    page = both.page.read_text()
+    assert "runs: measured, simulated." in page
+    table = pd.read_csv(both.table)
+    assert len(table) == 2 * len(pd.read_csv(alone.table))
+    assert table.groupby("title")["origin"].nunique().eq(1).all()

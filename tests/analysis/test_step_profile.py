@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from uvm_kv.analysis.step_profile import step_profile, table_lines
+from uvm_kv.analysis.step_profile import kernel_line, layer_kernels, step_profile, table_lines
 
 
 def event(cat: str, name: str, ts: float, dur: float, correlation: int | None = None) -> dict[str, Any]:
@@ -70,6 +70,26 @@ def test_device_time_counts_where_it_was_launched_and_our_kernels_by_name() -> N
     lines = table_lines(profile)
     assert lines[0].split() == ["range", "host", "ms/step", "share", "device", "ms/step"]
     assert lines[-1].split() == ["step", "13.000", "100.0%", "2.200"]
+
+
+def test_kernels_are_counted_a_layer_without_the_last() -> None:
+    """Two steps of three layers: what the last one launches, the head among it, is no layer's alone."""
+    events = []
+    for step in (0, 10_000):
+        events.append(mark("execute", step, 9000))
+        for layer in range(3):
+            begin = step + 1000 + 2000 * layer
+            events.append(mark(f"layer {layer}", begin, 2000))
+            kernels = [("uvm_kv::append_kernel(uvm_kv::AppendParams)", 3), ("gemm", 50), ("elementwise", 2)]
+            for i, (name, took) in enumerate([*kernels, *([("head", 900)] if layer == 2 else [])]):
+                number = step + 10 * layer + i
+                events.append(event("cuda_runtime", "cudaLaunchKernel", begin + 10 * i, 5, number))
+                events.append(event("kernel", name, begin + 3000 + 100 * i, took, number))
+    found = layer_kernels({"traceEvents": events})
+    assert found == (3.0, 1.0, 55.0, 2.0)
+    assert found is not None
+    assert kernel_line(found) == "3.0 kernels a layer (1.0 of ours), 2.0 of them below 10 us; 55 us in all"
+    assert layer_kernels({"traceEvents": TWO_STEPS}) is None, "the CPU launches none"
 
 
 def test_a_trace_without_a_step_is_refused() -> None:

@@ -30,6 +30,7 @@ OUR_KERNEL = re.compile(r"uvm_kv::.*?\b(attention|merge|append|copy)_kernel")
 BY_KERNEL = {"attention": "attention", "merge": "attention", "append": "append", "copy": "memory ops"}
 ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 LAUNCHES = {"cuda_runtime", "cuda_driver"}
+SHORT_US = 10.0
 
 
 class Row(NamedTuple):
@@ -77,6 +78,41 @@ def step_profile(trace: dict[str, Any]) -> StepProfile:
     rows = [Row(name, host[name], None if device is None else device.get(name, 0.0)) for name in used]
     rows.sort(key=lambda row: (-(row.device_ms or 0.0), -row.host_ms))
     return StepProfile(len(steps), rows, sum(host.values()), busy_ms)
+
+
+class LayerKernels(NamedTuple):
+    """Kernels that one layer launches, means over steps and layers: from its attention to the next layer's."""
+
+    num: float
+    num_ours: float
+    """Append, attention and merge."""
+    device_us: float
+    """Of all of them together."""
+    num_short: float
+    """Of `num`, those below SHORT_US: what a launch costs is what they take."""
+
+
+def layer_kernels(trace: dict[str, Any]) -> LayerKernels | None:
+    """Of eager steps: a graph's kernels are launched by no layer. The last layer is left out, since the norm and the
+    head come behind it. None for a trace without kernels of layers."""
+    events = [e for e in trace.get("traceEvents", ()) if e.get("ph") == "X"]
+    layers = [e for e in events if e.get("cat") == "user_annotation" and _word(e["name"]) == "layer"]
+    last = max((int(e["name"].split()[1]) for e in layers), default=0)
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in layers if int(e["name"].split()[1]) < last)
+    begins = [begin for begin, _ in spans]
+    launched = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") in LAUNCHES and "args" in e}
+    found = []
+    for e in events:
+        at = launched.get(e["args"].get("correlation")) if e.get("cat") == "kernel" else None
+        i = -1 if at is None else bisect_right(begins, at) - 1
+        if i >= 0 and at is not None and at < spans[i][1]:
+            found.append(e)
+    if not found:
+        return None
+    ours = sum(OUR_KERNEL.search(e["name"]) is not None for e in found)
+    short = sum(e["dur"] < SHORT_US for e in found)
+    n = len(spans)
+    return LayerKernels(len(found) / n, ours / n, sum(e["dur"] for e in found) / n, short / n)
 
 
 def _word(name: str) -> str:
@@ -151,3 +187,10 @@ def table_lines(profile: StepProfile) -> list[str]:
         lines.append(f"{row.name:18s}{row.host_ms:14.3f}{row.host_ms / profile.step_ms:8.1%}{device}")
     busy = "" if profile.device_busy_ms is None else f"{profile.device_busy_ms:16.3f}"
     return [*lines, f"{'step':18s}{profile.step_ms:14.3f}{1:8.1%}{busy}"]
+
+
+def kernel_line(found: LayerKernels) -> str:
+    return (
+        f"{found.num:.1f} kernels a layer ({found.num_ours:.1f} of ours), {found.num_short:.1f} of them below "
+        f"{SHORT_US:g} us; {found.device_us:.0f} us in all"
+    )

@@ -81,7 +81,7 @@ def as_if_measured(record: Record, factor: float) -> Record:
 
 
 def test_measured_runs_stand_beside_simulated_ones_and_are_never_put_together(results: Path, tmp_path: Path) -> None:
-    """results/measured/<gpu>/ and simulated runs of one folder: a comparison, a verdict and a table of each, by name."""
+    """results/measured/<gpu>/ and simulated runs of one folder: a comparison, verdict and table of each, by name."""
     simulated = find_runs(results)[0]
     measured = [as_if_measured(record, 0.5) for record in simulated]
     alone = write_report(simulated, tmp_path / "alone")

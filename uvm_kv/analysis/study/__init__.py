@@ -7,6 +7,7 @@ from uvm_kv.analysis.study import (
     attention_variants,
     batch_sweep,
     batching,
+    does_it_help_my_box,
     energy,
     hints,
     long_context,
@@ -33,6 +34,7 @@ STUDIES: dict[str, Study] = {
         roofline,
         long_context,
         energy,
+        does_it_help_my_box,
     )
 }
 """In the order of the report."""

@@ -42,8 +42,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
 
 
 def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a card and CPU-backed mechanism, cards in the order of their baseline's throughput. ValueError where a card
-    has no baseline."""
+    """One row a card and CPU-backed mechanism, in order of the cards' baselines; ValueError where a card has none."""
     runs = runs.assign(throughput=throughput(runs))
     lengths = [f"{p:.0f}+{o:.0f} tokens" for p, o in zip(runs["prompt_tokens"], runs["output_tokens"], strict=True)]
     if len(set(lengths)) > 1 or runs["model"].nunique() > 1:
@@ -54,7 +53,7 @@ def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
         if alone.empty:
             raise ValueError(f"does_it_help_my_box: {card} has no run of {' or '.join(BASELINES)}; run one of them")
         base = alone.loc[alone["throughput"].idxmax()]
-        for mechanism, backed in part[~part["mechanism"].isin(BASELINES)].groupby("mechanism", sort=True):
+        for name, backed in part[~part["mechanism"].isin(BASELINES)].groupby("mechanism", sort=True):
             best = backed.loc[backed["throughput"].idxmax()]
             rows.append(
                 {
@@ -64,7 +63,7 @@ def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
                     "baseline": str(base["mechanism"]),
                     "baseline_batch": int(base["offered_batch"]),
                     "baseline_throughput": float(base["throughput"]),
-                    "mechanism": str(mechanism),
+                    "mechanism": str(name),
                     "batch": int(best["offered_batch"]),
                     "throughput": float(best["throughput"]),
                     "gain": float(best["throughput"] / base["throughput"] - 1),
@@ -79,7 +78,8 @@ def _claims(table: pd.DataFrame) -> list[str]:
     best = table.loc[table.groupby("hardware", sort=False)["gain"].idxmax()]
     helped = best[best["gain"] > INDIFFERENT]
     what = f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}"
-    each = ", ".join(f"{r.hardware} {percent(r.gain)} ({r.mechanism})" for r in best.itertuples())
+    rows = zip(best["hardware"], best["gain"].astype(float), best["mechanism"], strict=True)
+    each = ", ".join(f"{card} {percent(gain)} ({mechanism})" for card, gain, mechanism in rows)
     if helped.empty:
         head = f"{what}: CPU-backed KV raises the best throughput of none of {len(best)} cards by more than "
     else:

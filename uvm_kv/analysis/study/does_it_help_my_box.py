@@ -52,9 +52,9 @@ def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
         alone = part[part["mechanism"].isin(BASELINES)]
         if alone.empty:
             raise ValueError(f"does_it_help_my_box: {card} has no run of {' or '.join(BASELINES)}; run one of them")
-        base = alone.loc[alone["throughput"].idxmax()]
+        base = alone.sort_values("throughput", kind="stable").iloc[-1]
         for name, backed in part[~part["mechanism"].isin(BASELINES)].groupby("mechanism", sort=True):
-            best = backed.loc[backed["throughput"].idxmax()]
+            best = backed.sort_values("throughput", kind="stable").iloc[-1]
             rows.append(
                 {
                     "hardware": str(card),

@@ -192,6 +192,7 @@ def _layouts(curve: str, part: pd.DataFrame) -> str:
 
 STUDY = Study(
     name="oversubscription",
+    experiments=("oversubscription", "oversubscription_hints"),
     title="Oversubscription: throughput and migration against the working set",
     question="What happens as the working set of the KV cache passes the card's capacity, and do hints or layout help?",
     how_to_read=(

@@ -279,6 +279,23 @@ def test_a_card_without_room_for_the_weights_says_so(folder: Path, tmp_path: Pat
     assert "\n" not in str(error.value)
 
 
+def test_host_memory_that_cannot_be_pinned_says_what_to_lower(
+    folder: Path, tmp_path: Path, c: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of the system below its free memory: the driver alone knows it, once it is asked."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise c.OutOfMemoryError("cudaHostAlloc of 67108864 bytes: cudaErrorMemoryAllocation, out of memory")
+
+    monkeypatch.setattr("uvm_kv.runner.torch.cuda_kv.KVMemory", refuse)
+    sizes = ("mechanism=pinned_zero_copy", f"memory.host_kv_bytes={64 * MIB}")
+    (job,) = jobs_of(resolve(compose(folder, tmp_path, *sizes)), "test")
+    with pytest.raises(ValueError, match=r"no room for .*memory.host_kv_bytes=67108864: cudaHostAlloc.*lower") as error:
+        run_job(job, argv=["test"], load=models.load_served)
+    assert (explain(error.value), reach_of(error.value)) == (str(error.value), Reach.WORKER)
+    assert "\n" not in str(error.value)
+
+
 def test_a_card_that_is_full_says_what_to_lower(folder: Path, tmp_path: Path, c: Any) -> None:
     resolved = resolve(compose(folder, tmp_path, "mechanism=device_resident"))
     (job,) = jobs_of(resolved, "test")

@@ -231,7 +231,7 @@ def test_logits_are_bit_identical_in_every_memory(dtype: str, folder: Path, devi
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_logits_in_another_batch_differ_by_rounding(
-    dtype: str, folder: Path, device: Any, record_property: Any
+    dtype: str, folder: Path, device: Any, record_testsuite_property: Any
 ) -> None:
     """One sequence at a time against six: as long as the tokens are the same, the logits are within rounding. The rate
     at which tokens first part is recorded, and bounded."""
@@ -248,8 +248,8 @@ def test_logits_in_another_batch_differ_by_rounding(
         for i in range(until):
             one, other = rows[a.id, i], expected[a.id, i]
             differences.append(float((one - other).square().mean().sqrt() / other.std()))
-    record_property("logit_difference_of_spread", max(differences))
-    record_property("first_divergences_per_token", num_parted / num_tokens)
+    record_testsuite_property(f"{dtype} logit_difference_of_spread", max(differences))
+    record_testsuite_property(f"{dtype} first_divergences_per_token", num_parted / num_tokens)
     print(
         f"\n{dtype}, batch 1 against 6: logits differ by {max(differences):.4f} of a row's spread at most, "
         f"{num_parted} of {len(alone)} sequences part, {num_parted / num_tokens:.4f} per token until then"

@@ -142,6 +142,11 @@ def test_what_an_error_ends_and_says(does: str, error: str, reach: Reach) -> Non
 def test_torchs_own_errors_are_known() -> None:
     torch = pytest.importorskip("torch")
     assert reach_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) is Reach.WORKER
+    filled = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 MiB free.\nMore lines")
+    assert explain(filled) == (
+        "out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 MiB free.); lower "
+        "memory.device_kv_bytes or batch_size"
+    )
     assert reach_of(torch.AcceleratorError("CUDA error: an illegal memory access")) is Reach.MECHANISM
     assert reach_of(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling")) is Reach.MECHANISM
     assert reach_of(ValueError("request 3: its logits are NaN")) is Reach.JOB

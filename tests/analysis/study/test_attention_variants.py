@@ -58,7 +58,7 @@ def test_claims_follow_the_data(finished: pd.DataFrame) -> None:
         "MHA with fp8, int8 KV takes 256 KiB a token, 1/2 of MHA with fp16 KV; 4096 tokens fit instead of 2048" in usual
     )
     assert "is not what limits the batch of" in usual and "all lie left of it" in usual
-    assert "limits the running batch of all variants" in claims(finished.assign(offered_batch=10**6))
+    assert "limits the running batch of all variants" in claims(finished.assign(device_kv_bytes=524288))
     assert claims(finished.assign(output_tokens_per_s=100.0)).count("nothing of it.") == 3
     much = finished.assign(output_tokens_per_s=1e9 / finished["kv_bits"] ** 9)
     assert "all of it." in claims(much)
@@ -82,5 +82,7 @@ def test_what_cannot_be_drawn_is_refused(finished: pd.DataFrame) -> None:
         STUDY.draw(finished.drop(columns="kv_bits"), [])
     with pytest.raises(ValueError, match="one length of prompts"):
         STUDY.draw(finished.assign(prompt_tokens=None), [])
-    with pytest.raises(ValueError, match="several mechanisms"):
-        STUDY.draw(pd.concat([finished, finished.assign(mechanism="pinned_swap")]), [])
+    with pytest.raises(ValueError, match="several models"):
+        STUDY.draw(pd.concat([finished, finished.assign(model="llama3_8b")]), [])
+    with pytest.raises(ValueError, match="no run of device_resident"):
+        STUDY.draw(finished.assign(mechanism="pinned_swap"), [])

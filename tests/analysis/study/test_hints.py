@@ -107,12 +107,12 @@ def test_the_remainder_is_what_three_factors_do_together() -> None:
 
 def test_layout_and_distance_are_told_apart_where_they_exclude_each_other() -> None:
     def ahead(layers: int, layout: str, **_: Any) -> float:
-        return (4.0 if layers else 1.0) * (1.5 if layout == "layer_major" else 1.0)
+        return (4.0 if layers == 4 else 1.0) * (1.5 if layout == "layer_major" else 1.0)
 
-    table = STUDY.draw(made(ahead, ahead=(0, 2)), []).table.set_index(["runs", "effect"])["times"]
+    table = STUDY.draw(made(ahead, ahead=(0, 1, 4)), []).table.set_index(["runs", "effect"])["times"]
     assert table["demand paging", "layout"] == pytest.approx(1.5)
-    assert table["layer_major", "layers ahead"] == pytest.approx(4.0)
-    assert ("demand paging", "layers ahead") not in table and ("layer_major", "layout") not in table
+    assert table["prefetching ahead", "layers ahead"] == pytest.approx(4.0)
+    assert ("demand paging", "layers ahead") not in table and ("prefetching ahead", "layout") not in table
 
 
 def test_claims_say_which_hint_hurts() -> None:

@@ -17,7 +17,10 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from uvm_kv.analysis.study.base import Drawn, Study, throughput
 from uvm_kv.analysis.style import PAGE_IN, SPARE
 
+MECHANISM = "device_resident"
 KEY = ["kv_heads", "kv_bits"]
+FULL = 0.9
+"""Of the tokens that fit, reserved by the running batch: beyond it the memory is what limits the batch."""
 BITS = {16: "fp16", 8: "fp8, int8", 4: "int4"}
 PANELS = {
     "capacity_tokens": "tokens that fit the card",
@@ -87,7 +90,10 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(
             "attention_variants: only runs with one length of prompts and outputs have a point on the roof"
         )
-    for name in ("model", "hardware", "mechanism"):
+    usable = usable[usable["mechanism"] == MECHANISM]
+    if usable.empty:
+        raise ValueError(f"attention_variants: no run of {MECHANISM}, on which all variants are compared")
+    for name in ("model", "hardware"):
         if len(found := sorted(set(usable[name]))) > 1:
             raise ValueError(f"attention_variants: runs of several {name}s ({', '.join(found)}); give those of one")
     usable["throughput"] = throughput(usable)
@@ -97,7 +103,8 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
     usable["running_batch_mean"] = usable["running_batch_mean"].astype(float)
     steps = pd.DataFrame([_step(run) for _, run in usable.iterrows()], index=usable.index)
     usable = pd.concat([usable, steps], axis=1)
-    usable["is_limited_by_capacity"] = usable["running_batch_mean"] < 0.99 * usable["offered_batch"]
+    full = usable["prompt_tokens"] + usable["output_tokens"]
+    usable["is_limited_by_capacity"] = usable["running_batch_mean"] * full >= FULL * usable["capacity_tokens"]
     best = usable.sort_values(["throughput", "offered_batch"], ascending=[False, True]).drop_duplicates(KEY)
     return best.sort_values(KEY, ascending=False).reset_index(drop=True)
 

@@ -98,18 +98,17 @@ def _ordered(values: Sequence[Any]) -> list[Any]:
 
 
 def design_of_runs(runs: pd.DataFrame) -> dict[str, Design]:
-    """One design of all runs, or two by what they have in common: prefetching ahead has no block_major, so that layout
-    is a factor of demand paging alone, and the distance of layer_major alone. ValueError, with what is at fault, where
-    neither is a two-level design."""
+    """One design of all runs, or one of demand paging, with the layout as a factor, and one of prefetching ahead, which
+    has no block_major, with its distance. ValueError, with what is at fault, where one is no two-level design."""
     if "hints.preferred_location" not in runs or set(runs["memory"]) != {"managed"}:
         raise ValueError("hints: only runs of memory=managed have hints")
     if len(models := sorted(set(runs["model"]))) > 1:
         raise ValueError(f"hints: runs of several models ({', '.join(models)}); give those of one")
     levels = _levels(runs)
-    impossible = (levels[LAYERS_AHEAD] > 0) & (levels["layout"] == "block_major")
-    if impossible.any() or levels[LAYERS_AHEAD].nunique() < 2 or levels["layout"].nunique() < 2:
+    ahead = levels[LAYERS_AHEAD] > 0
+    if ahead.all() or not ahead.any():
         return {"": _design(levels, throughput(runs))}
-    parts = {"demand paging": levels[LAYERS_AHEAD] == 0, "layer_major": levels["layout"] == "layer_major"}
+    parts = {"demand paging": ~ahead, "prefetching ahead": ahead}
     return {name: _design(levels[mask], throughput(runs)[mask]) for name, mask in parts.items()}
 
 
@@ -363,8 +362,9 @@ STUDY = Study(
         "level the first one's effect is multiplied by so much, at its low level divided by it. Bars that stay within "
         "the grey band do not stand out from the others. On the right, the means behind the largest interactions; "
         "lines that are not parallel are an interaction. Prefetching ahead needs layer_major memory, so that the "
-        "layout is varied under demand paging and the prefetch distance over layer_major."
+        "layout is varied under demand paging only."
     ),
     factors=("model", *(f"hints.{name}" for name in HINT_COLUMNS), "placement", "layout", "block_size"),
     draw=draw,
+    experiments=("hints", "hints_demand"),
 )

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 
 from uvm_kv.config.names import unknown
 from uvm_kv.config.worker import explain
@@ -35,6 +36,7 @@ NEEDS = {
     "ray": ("ray", ("ray", "hydra_plugins.hydra_ray_launcher")),
 }
 """The extra that brings a launcher, and the modules it consists of."""
+SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 PAST_ONE_MACHINE = ("submitit_slurm", "ray")
 
 OnLost = Callable[[Sequence[str], str], None]
@@ -73,7 +75,14 @@ def use(name: str, on_lost: OnLost) -> None:
     module, kind = LAUNCHERS[name]
     ours = getattr(importlib.import_module(module), kind)
     _, hydras = ours.__bases__
-    Plugins.instance().class_name_to_class[f"{hydras.__module__}.{hydras.__name__}"] = ours
+    plugins = Plugins.instance().class_name_to_class
+    plugins[f"{hydras.__module__}.{hydras.__name__}"] = ours
+    plugins[SWEEPER].validate_batch_is_legal = _leave_to_the_workers
+
+
+def _leave_to_the_workers(sweeper: Sweeper, batch: Sequence[Sequence[str]]) -> None:
+    """Hydra would compose every job in the parent before the first begins, to find mistakes early: a tenth of a second
+    each, and its worker composes it again. Names and types are checked already (`uvm_kv.config.names`)."""
 
 
 def lose(overrides: Sequence[str], why: str) -> None:

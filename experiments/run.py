@@ -39,7 +39,7 @@ from uvm_kv.config.names import CONF_DIR, check_overrides, mark_given, parse_ove
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
-from uvm_kv.config.worker import OneWorker, OnStep, end_with_parent, explain, in_order, mechanism
+from uvm_kv.config.worker import OneWorker, OnStep, end_with_parent, explain, in_order, process
 from uvm_kv.telemetry.failures import clear_failure, failed_runs, write_failure
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.records import read_directories
@@ -270,7 +270,7 @@ def _run_in_worker(jobs: list[NamedJob], log: SweepLog, *, sweep: bool) -> None:
     """All of them, mechanism by mechanism. Nothing of the worker is left, however this ends."""
     names = {id(named.job): named.name for named in jobs}
     with OneWorker() as worker:
-        for named in in_order(jobs, lambda named: mechanism(named.job)):
+        for named in in_order(jobs, lambda named: process(named.job)):
             if is_done(named.job):
                 _begin(named)
                 continue

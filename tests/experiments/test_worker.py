@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gzip
 import json
@@ -22,7 +23,7 @@ from tests.experiments.fake_jobs import CudaError, Fake, FakeTask, OutOfMemoryEr
 from tests.helpers import REPOSITORY
 from uvm_kv.config import worker as worker_module
 from uvm_kv.config.build import Job
-from uvm_kv.config.worker import OneWorker, Outcome, Reach, Worker, explain, in_order, mechanism, reach_of
+from uvm_kv.config.worker import OneWorker, Outcome, Reach, Worker, explain, in_order, mechanism, process, reach_of
 from uvm_kv.telemetry.failures import failed_runs
 from uvm_kv.telemetry.store import completed_runs, read_json
 
@@ -257,6 +258,15 @@ def test_custom_mechanisms_are_told_apart_by_their_axes(tmp_path: Path) -> None:
     keys = [mechanism(jobs.job(tmp_path, *SMALL, *own)) for own in axes]
     assert keys[0] == keys[2] == keys[3] != keys[1]
     assert mechanism(jobs.job(tmp_path, *SMALL, "mechanism=device_resident")) != keys[0]
+
+
+def test_each_repeat_has_a_process_of_its_own_and_a_mechanism_is_given_up_as_a_whole(tmp_path: Path) -> None:
+    job = jobs.job(tmp_path, *SMALL, "mechanism=device_resident", "num_repeats=2")
+    first, second = job, dataclasses.replace(job, repeat=1)
+    again = jobs.job(tmp_path, *SMALL, "mechanism=device_resident", "batch_size=3")
+    assert process(first) == process(again) != process(second)
+    assert mechanism(first) == mechanism(second)
+    assert in_order([first, second, again], process) == [first, again, second]
 
 
 # ---- real jobs

@@ -294,9 +294,11 @@ class OneWorker:
         make_task: Callable[[], Task] = RealJobs,
         mechanism_of: Callable[[Any], Hashable] | None = None,
     ) -> None:
+        """`mechanism_of` also decides who shares a process; by default `process` does."""
         self._make_task, self._mechanism_of = make_task, mechanism_of or mechanism
+        self._process_of = mechanism_of or process
         self._worker: Worker | None = None
-        self._mechanism: Hashable = None
+        self._process: Hashable = None
         self._given_up: dict[Hashable, tuple[Any, str]] = {}
 
     def __enter__(self) -> Self:
@@ -311,17 +313,17 @@ class OneWorker:
 
     def run(self, job: Any, argv: list[str], on_step: OnStep | None = None, limit_s: float | None = None) -> Outcome:
         assert self.given_up(job) is None
-        now = self._mechanism_of(job)
-        if self._worker is not None and now != self._mechanism:
+        now = self._process_of(job)
+        if self._worker is not None and now != self._process:
             self._end_worker()
         if self._worker is None:
-            self._worker, self._mechanism = Worker(self._make_task), now
+            self._worker, self._process = Worker(self._make_task), now
         outcome = self._worker.run(job, argv, on_step, limit_s)
         if outcome.reach is not Reach.JOB:
             self._end_worker()
         if outcome.reach is Reach.MECHANISM:
             assert outcome.error is not None
-            self._given_up[now] = job, outcome.error
+            self._given_up[self._mechanism_of(job)] = job, outcome.error
         return outcome
 
     def _end_worker(self) -> None:
@@ -344,7 +346,12 @@ def mechanism(job: Job) -> Hashable:
     )
 
 
-def in_order(jobs: Iterable[T], mechanism_of: Callable[[T], Hashable]) -> list[T]:
-    """Mechanism by mechanism, in the order in which they first come; the given order otherwise."""
+def process(job: Job) -> Hashable:
+    """Whose jobs share a worker: a mechanism's, but each repeat has a fresh one, so that repeats share no state."""
+    return mechanism(job), job.repeat
+
+
+def in_order(jobs: Iterable[T], process_of: Callable[[T], Hashable]) -> list[T]:
+    """Process by process, in the order in which they first come; the given order otherwise."""
     ranks: dict[Hashable, int] = {}
-    return sorted(jobs, key=lambda job: ranks.setdefault(mechanism_of(job), len(ranks)))
+    return sorted(jobs, key=lambda job: ranks.setdefault(process_of(job), len(ranks)))

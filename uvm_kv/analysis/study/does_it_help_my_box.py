@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from uvm_kv.analysis.study.base import Drawn, Study, percent, throughput
 from uvm_kv.analysis.style import COLUMN_IN, style_of
@@ -34,8 +34,9 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     axis.set_yticks(range(len(cards)), cards)
     axis.invert_yaxis()
     axis.margins(x=0.25)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_xlabel("gain over the best without CPU-backed KV; grey: no difference")
+    axis.set_xlabel("gain over the best that the card does alone\n(grey: no difference)")
     axis.set_title(f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}")
     figure.legend(loc="outside upper center", ncols=len(mechanisms))
     return Drawn(figure, table, _claims(table))

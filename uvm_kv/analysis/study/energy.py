@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from uvm_kv.analysis.load import GROUP, points
 from uvm_kv.analysis.study.base import Drawn, Study, percent
@@ -41,6 +41,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
             axis.set_ylabel(title)
             if column != "throughput":
                 axis.set_yscale("log")
+                axis.yaxis.set_major_locator(LogLocator(subs=(0.2, 0.3, 0.5, 0.7, 1)))
                 axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
                 axis.yaxis.set_minor_formatter(NullFormatter())
         row[0].set_ylim(bottom=0)

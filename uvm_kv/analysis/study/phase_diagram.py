@@ -207,11 +207,9 @@ def _table(table: pd.DataFrame, x: Axis, y: Axis) -> pd.DataFrame:
 
 def claims(table: pd.DataFrame, x: Axis, y: Axis) -> list[str]:
     """Where each placement pays, how that compares to the closed form, and which is best where."""
-    said = []
+    said = [_best(table, x, y)]
     for label, part in table.groupby("label", sort=True):
         said += [_pays(str(label), part, x, y), _agrees(str(label), part, x, y)]
-    if table["label"].nunique() > 1:
-        said.append(_best(table))
     absent = table[table["gain"].isna()].drop_duplicates(["x_rank", "y_rank"])
     if len(absent):
         places = "; ".join(_cell(cell, x, y) for _, cell in absent.head(MAX_CHARS).iterrows())
@@ -279,18 +277,21 @@ def _agrees(label: str, part: pd.DataFrame, x: Axis, y: Axis) -> str:
     )
 
 
-def _best(table: pd.DataFrame) -> str:
+def _best(table: pd.DataFrame, x: Axis, y: Axis) -> str:
     known = table.dropna(subset=["gain"])
     if known.empty:
         return f"No cell has a {BASELINE} run: no placement can be called the best."
     best = known.loc[known.groupby(["y_rank", "x_rank"])["gain"].idxmax()]
     paying = best[best["gain"] > INDIFFERENT]
+    across = f"{y.title} x {x.title}".replace("\n", " ")
     if paying.empty:
-        return f"No placement pays in any of {len(best)} cells."
+        return f"Over {across}, no placement of KV in CPU memory pays in any of {len(best)} cells."
     shares = ", ".join(f"{name} in {count}" for name, count in paying["label"].value_counts().sort_index().items())
+    top = paying.iloc[int(paying["gain"].argmax())]
     return (
-        f"Some placement pays in {len(paying)} of {len(best)} cells ({len(paying) / len(best):.0%}); the best of them "
-        f"is {shares}."
+        f"Over {across}, some placement of KV in CPU memory beats {BASELINE} in {len(paying)} of {len(best)} cells "
+        f"({len(paying) / len(best):.0%}), by {percent(float(paying['gain'].median()))} in their median and at most "
+        f"{percent(float(top['gain']))} ({top['label']} at {_cell(top, x, y)}); the best is {shares}."
     )
 
 

@@ -149,7 +149,7 @@ def publish(
 
 def _footer(origins: Sequence[str], num_runs: int, unknown: Sequence[str], missing: Sequence[str]) -> str:
     """What a reader must know who has nothing but the picture."""
-    text = f"{' and '.join(origins)}, {num_runs} runs"
+    text = f"{' and '.join(origins)}, {num_runs} {'points' if origins == ['analytic'] else 'runs'}"
     if unknown:
         text += f"; {len(unknown)} of them are not of the reference set"
     if missing:

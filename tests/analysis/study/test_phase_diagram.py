@@ -81,7 +81,8 @@ def test_the_best_placement_of_each_cell_is_counted() -> None:
     other = grid(0.0, 0.0, 0.3, 0.0).replace({"mechanism": {"pinned_prefetch_ahead": "pinned_balanced"}})
     both = pd.concat([grid(0.1, 0.0, 0.1, 0.02), other[other["mechanism"] == "pinned_balanced"]])
     text = said(both)
-    assert "pays in 3 of 4 cells (75%); the best of them is pinned_balanced in 1, pinned_prefetch_ahead in 2" in text
+    assert "beats device_resident in 3 of 4 cells (75%)" in text
+    assert "the best is pinned_balanced in 1, pinned_prefetch_ahead in 2." in text
 
 
 def test_runs_that_are_no_diagram_are_refused() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from uvm_kv.analysis.load import GROUP, points
 from uvm_kv.analysis.study.base import Drawn, Study, percent
@@ -15,6 +15,7 @@ from uvm_kv.analysis.style import PAGE_IN, STYLES, look
 from uvm_kv.analysis.verdict import BASELINES, INDIFFERENT, is_cpu_backed
 
 TOTAL, ABOVE_IDLE = "energy_j_per_output_token", "energy_j_per_output_token_above_idle"
+J_TICKS = [mantissa * 10.0**power for power in range(-2, 4) for mantissa in (1, 2, 3, 5, 7)]
 PANELS = {"throughput": "output tokens/s", TOTAL: "J per output token", ABOVE_IDLE: "J per output token above idle"}
 COLUMNS = (*GROUP, "model", "label", "offered_batch", *PANELS, "power_w", "idle_power_w", "running_batch_mean",
            "stall_s", "duration_s", "num_runs")  # fmt: skip
@@ -41,7 +42,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
             axis.set_ylabel(title)
             if column != "throughput":
                 axis.set_yscale("log")
-                axis.yaxis.set_major_locator(LogLocator(subs=(0.2, 0.3, 0.5, 0.7, 1)))
+                axis.yaxis.set_major_locator(FixedLocator(J_TICKS))
                 axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
                 axis.yaxis.set_minor_formatter(NullFormatter())
         row[0].set_ylim(bottom=0)

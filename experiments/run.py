@@ -185,7 +185,9 @@ def run_hydra_job(composed: DictConfig) -> None:
             tracking = {"project": job.resolved.config.tracking.project, "mode": job.resolved.config.tracking.mode}
         named = NamedJob(job, name, tracking, given)
         if (refusal := _refusal(job)) is not None:
-            _failed(named, refusal)  # A finding of its own, such as that a sequence is too long for the device.
+            _failed(
+                named, refusal, refused=True
+            )  # A finding of its own, such as that a sequence is too long for the device.
         elif _parent is not None and _parent.collected is not None:
             _parent.collected.append(named)
         elif _begin(named):
@@ -229,7 +231,7 @@ def _done(named: NamedJob) -> None:
     report_event(Event("done", named.name, str(named.job.directory), tracking=named.tracking))
 
 
-def _failed(named: NamedJob, error: str, *, not_tried_after: str | None = None) -> None:
+def _failed(named: NamedJob, error: str, *, not_tried_after: str | None = None, refused: bool = False) -> None:
     write_failure(
         named.job.directory,
         identity=identity(named.job),
@@ -237,6 +239,7 @@ def _failed(named: NamedJob, error: str, *, not_tried_after: str | None = None) 
         tried=not_tried_after is None,
         argv=_argv(),
         git_sha=git_state()["git_sha"],
+        refused=refused,
     )
     report_event(Event("failed", named.name, str(named.job.directory), error, not_tried_after))
 

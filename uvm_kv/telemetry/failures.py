@@ -24,12 +24,21 @@ def _file(directory: Path) -> Path:
 
 
 def write_failure(
-    directory: Path, *, identity: dict[str, Any], error: str, tried: bool, argv: list[str], git_sha: str | None
+    directory: Path,
+    *,
+    identity: dict[str, Any],
+    error: str,
+    tried: bool,
+    argv: list[str],
+    git_sha: str | None,
+    refused: bool = False,
 ) -> None:
-    """Record why the run of `directory` is not there. `identity`: the first fields of its summary. A disk that is full
-    gets no record; the error is printed all the same."""
+    """Record why the run of `directory` is not there. `identity`: the first fields of its summary. `refused`: it cannot
+    be served as it is, which may be a finding. A disk that is full gets no record; the error is printed all the same.
+    """
     time = datetime.now().astimezone().isoformat(timespec="seconds")
-    record = {**identity, "error": error, "tried": tried, "failed": time, "argv": argv, "git_sha": git_sha}
+    why = {"error": error, "tried": tried, "refused": refused}
+    record = {**identity, **why, "failed": time, "argv": argv, "git_sha": git_sha}
     file = _file(directory)
     temporary = temporary_path(file)
     with contextlib.suppress(OSError):

@@ -27,10 +27,11 @@ def runs() -> list[dict[str, Any]]:
     return made
 
 
-def refusals(*, tried: bool = False) -> list[dict[str, Any]]:
+def refusals(*, refused: bool = True) -> list[dict[str, Any]]:
     same = {"model": "llama2_7b", "workload": "fixed", "mechanism": "device_resident", "memory": "device"}
     lengths = {"prompt_tokens": LONG, "output_tokens": 64, "placement": "resident"}
-    return [same | lengths | {"offered_batch": b, "tried": tried, "error": "the KV budget holds 1\n"} for b in (1, 2)]
+    why = {"refused": refused, "error": "the KV budget holds 1\n"}
+    return [same | lengths | why | {"offered_batch": b} for b in (1, 2)]
 
 
 def said(made: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
@@ -48,7 +49,7 @@ def test_what_the_card_alone_refuses_is_told_with_what_serves_it() -> None:
 
 def test_nothing_is_called_refused_that_was_not() -> None:
     assert "The card alone refused none" in said(runs(), [])
-    assert "The card alone refused none" in said(runs(), refusals(tried=True)), "it failed, and was not refused"
+    assert "The card alone refused none" in said(runs(), refusals(refused=False)), "it failed, and was not refused"
 
 
 def test_without_a_device_only_job_nothing_is_said() -> None:

@@ -94,7 +94,7 @@ def _table(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> pd.DataFra
             "offered_batch": record["offered_batch"],
             "label": record["mechanism"],
             "context_tokens": _context(record),
-            "refused": not record["tried"],
+            "refused": bool(record.get("refused")),  # Else it failed.
             "cpu_backed": record["memory"] != "device",
             "why": record["error"].strip().splitlines()[-1],
         }

@@ -1,0 +1,32 @@
+"""What README says of the results is what the reference set says."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from pathlib import Path
+
+from experiments.figures import REFERENCE, ROOT, make
+from uvm_kv.analysis.study.page import LEADING, answer
+
+BEGIN, END = "<!-- answer -->\n", "<!-- /answer -->"
+
+
+def quoted(sentences: list[str]) -> str:
+    return "".join(
+        "\n".join(textwrap.wrap(line, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)) + "\n"
+        for line in sentences
+    )
+
+
+def test_the_answer_in_readme_is_computed_from_the_reference(tmp_path: Path) -> None:
+    published = [make(name, REFERENCE, tmp_path, REFERENCE) for name in LEADING]
+    assert [it.unknown for it in published] == [[], [], []]
+    text = (ROOT / "README.md").read_text()
+    assert text.partition(BEGIN)[2].partition(END)[0] == quoted(answer(published))
+
+
+def test_the_phase_diagram_in_docs_is_the_reference_s(tmp_path: Path) -> None:
+    make("phase_diagram", REFERENCE, tmp_path, REFERENCE)
+    assert shutil.which("git") and (tmp_path / "phase_diagram.csv").read_bytes()
+    assert (ROOT / "docs" / "phase_diagram.csv").read_bytes() == (tmp_path / "phase_diagram.csv").read_bytes()

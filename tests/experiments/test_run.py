@@ -209,6 +209,7 @@ def test_a_sequence_that_does_not_fit_is_a_finding_of_long_context(tmp_path: Pat
     assert done.returncode == 1
     assert "1 of 2 runs are complete, 1 failed." in done.stderr
     (record,) = failed_runs(tmp_path).values()
+    assert record["refused"] is True
     assert (record["mechanism"], record["prompt_tokens"], record["model"]) == ("device_resident", 131008, "llama3_1_8b")
     assert "the longest request of 131072 tokens needs 1024 (17.18 GB)" in reason(record)
 

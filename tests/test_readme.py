@@ -21,7 +21,7 @@ def quoted(sentences: list[str]) -> str:
 
 def test_the_answer_in_readme_is_computed_from_the_reference(tmp_path: Path) -> None:
     published = [make(name, REFERENCE, tmp_path, REFERENCE) for name in LEADING]
-    assert [it.unknown for it in published] == [[], [], []]
+    assert not any(it.unknown for it in published)
     text = (ROOT / "README.md").read_text()
     assert text.partition(BEGIN)[2].partition(END)[0] == quoted(answer(published))
 

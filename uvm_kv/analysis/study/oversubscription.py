@@ -31,6 +31,7 @@ AFTER = (1.05, 2.0)
 STANDS = 0.5
 """A throughput below this part of the best one within the capacity has fallen off the cliff."""
 LITTLE = 0.01
+DEMAND = "managed_demand"
 
 
 def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
@@ -134,7 +135,8 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
 
 def claims(table: pd.DataFrame) -> list[str]:
     """Where each line falls and by how much, then layer_major against block_major."""
-    said = [
+    said = _headline(table)
+    said += [
         _cliff(f"{curve}, {layout}", part)
         for (curve, layout), part in table.groupby(["curve", "layout"], sort=True)
         if curve not in BASELINES
@@ -143,6 +145,26 @@ def claims(table: pd.DataFrame) -> list[str]:
         if set(LAYOUTS) <= set(part["layout"]) and curve not in BASELINES:
             said.append(_layouts(str(curve), part))
     return said
+
+
+def _headline(table: pd.DataFrame) -> list[str]:
+    """Demand paging without hints against the best of the rest, past the capacity; nothing where a side is absent."""
+    beyond = table[(table["working_set_ratio"] > 1) & ~table["curve"].isin(BASELINES)]
+    within = table[table["working_set_ratio"] <= 1].groupby(["curve", "layout"])["throughput"].max()
+    beyond = beyond.join(within.rename("within"), on=["curve", "layout"]).dropna(subset=["within"])
+    demand, rest = beyond[beyond["curve"] == DEMAND], beyond[beyond["curve"] != DEMAND]
+    if demand.empty or rest.empty:
+        return []
+    share = demand["throughput"] / demand["within"]
+    top = rest.loc[[(rest["throughput"] / rest["within"]).idxmax()]]
+    gain = float((top["throughput"] / top["within"]).iloc[0])
+    where = f"{top['curve'].iloc[0]} at {float(top['working_set_ratio'].iloc[0]):.3g}"
+    verb = f"the best raises it to {gain:.2f} times that" if gain > 1 + LITTLE else "none raises it"
+    return [
+        f"Once the working set passes the device KV, demand paging without hints keeps {share.min():.0%} to "
+        f"{share.max():.0%} of the throughput that it has within it; of the other hints and placements "
+        f"{verb} ({where})."
+    ]
 
 
 def _cliff(name: str, part: pd.DataFrame) -> str:

@@ -16,7 +16,7 @@ from uvm_kv.analysis.study.base import throughput
 from uvm_kv.analysis.study.publish import Published
 
 PAGE = "report.html"
-LEADING = ("batch_sweep", "phase_diagram", "long_context")
+LEADING = ("batch_sweep", "oversubscription", "phase_diagram", "long_context")
 """The studies whose headline is the answer."""
 MAX_ROWS = 60
 """Of a study that is a table, on the page; the CSV has all."""

@@ -59,7 +59,7 @@ demo: .venv/.installed $(if $(HAS_GPU),$(EXTENSION))
 	$(BIN)/python -m experiments.run -m experiment=demo
 	@echo "Next: change a mechanism or a size, as in"
 	@echo "  .venv/bin/python -m experiments.run mechanism=pinned_balanced batch_size=24"
-	@echo "  .venv/bin/python -m experiments.run -m experiment=batch_sweep    (both models, both workloads)"
+	@echo "  .venv/bin/python -m experiments.run -m experiment=batch_sweep    (four models)"
 	@echo "  make demo-model    (a real model on the CPU, through the same engine)"
 
 demo-model: .venv/.installed-torch

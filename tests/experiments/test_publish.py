@@ -144,6 +144,16 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     assert not list((home / "wandb").glob(".writing-*"))
 
 
+def test_what_a_killed_process_left_is_removed_though_its_mirror_is_whole(tmp_path: Path) -> None:
+    finished(tmp_path, 2)
+    assert main([str(tmp_path), *NO_FIGURES]) == 0
+    left = tmp_path / "test" / "wandb" / ".writing-left" / "wandb"
+    left.mkdir(parents=True)
+    finished(tmp_path, 3)
+    assert main([str(tmp_path), *NO_FIGURES]) == 0
+    assert not left.parent.exists()
+
+
 def test_online_a_server_gets_everything_once_and_a_refusal_costs_only_its_run(tmp_path: Path) -> None:
     first, second = finished(tmp_path, 2, 3, mechanism="pinned_balanced")
     with wandb_server() as server:

@@ -17,6 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -44,6 +45,7 @@ REPORT = "report"
 PEER = "peer"
 OFFLINE, ONLINE = "offline", "online"
 CONTENT = "content.json"
+WRITING = ".writing-"
 PROBE_S = 5.0
 SYNC_S = 600.0
 
@@ -256,6 +258,8 @@ def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob(f"{WRITING}*"):  # By a process that was killed: the lock is ours.
+            shutil.rmtree(left, ignore_errors=True)
         yield
 
 
@@ -283,9 +287,7 @@ def _is_synced(mirror: Path) -> bool:
 
 def _write(address: Address, content: Content) -> Path:
     folder = address.home / "wandb"
-    temporary = folder / f".writing-{address.id}"
-    shutil.rmtree(temporary, ignore_errors=True)  # What a killed process left: the lock is ours.
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix=WRITING, dir=folder))
     try:
         _log(address, content, temporary)
         (written,) = (temporary / "wandb").glob(f"offline-run-*-{address.id}")

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -164,6 +166,11 @@ SWEEPS = {
 PEERS = ("gpu_peers_llama_7b", "gpu_peers_llama3_8b")
 
 
+def twins_are_full(experiments: Iterable[str]) -> list[Any]:
+    """Of two files that differ by their model alone, make test runs the one with LLaMA-7B."""
+    return [pytest.param(name, marks=pytest.mark.full if name.endswith("_llama3_8b") else ()) for name in experiments]
+
+
 STUDY = (
     "attention_variants",
     "batching",
@@ -214,7 +221,7 @@ def test_a_sequence_that_does_not_fit_is_a_finding_of_long_context(tmp_path: Pat
     assert "the longest request of 131072 tokens needs 1024 (17.18 GB)" in reason(record)
 
 
-@pytest.mark.parametrize("experiment", SWEEPS)
+@pytest.mark.parametrize("experiment", twins_are_full(SWEEPS))
 def test_every_experiment_runs_for_a_few_steps(tmp_path: Path, experiment: str) -> None:
     given = (f"experiment={experiment}", "max_steps=3", *SWEEPS[experiment].split(), f"results_dir={tmp_path}")
     done = run("-m", *given)
@@ -223,7 +230,7 @@ def test_every_experiment_runs_for_a_few_steps(tmp_path: Path, experiment: str) 
     assert len(completed_runs(tmp_path / experiment)) >= 10
 
 
-@pytest.mark.parametrize("experiment", PEERS)
+@pytest.mark.parametrize("experiment", twins_are_full(PEERS))
 def test_the_experiments_with_peers_run_a_small_model_on_the_cpu(tmp_path: Path, experiment: str) -> None:
     """A peer that needs no GPU, and ours beside it: the file itself, but for the model's size."""
     shape = ("num_layers=1", "hidden_size=64", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=32")

@@ -789,7 +789,8 @@ def test_decode_and_chunk_give_the_same_token_the_same_bits(lib: ctypes.CDLL, rn
 
 
 def test_clean_under_asan_and_ubsan(tmp_path: Path) -> None:
-    flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+    # Without -O: the sanitizers' checks are compiled in a fifth of the time.
+    flags = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
     library = compile_host_kernels(tmp_path / "sanitized.so", *flags)
     preload = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()

@@ -158,3 +158,27 @@ def test_max_steps_is_said_and_steady_throughput_is_null(tmp_path: Path) -> None
     assert short["output_tokens_per_s"] is None
     assert short["output_tokens_per_s_whole_run"] > 0
     assert any("no steady window" in text for text in short["warnings"])
+
+
+def test_files_that_belong_together_are_replaced_together_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    with store.written_whole(folder) as staging:
+        for name in ("figure.png", "points.csv"):
+            (staging / name).write_text("old")
+    (folder / "notes.txt").write_text("the user's")
+
+    def fail() -> None:
+        with store.written_whole(folder) as staging:
+            (staging / "figure.png").write_text("new")
+            raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {
+        "figure.png": "old", "points.csv": "old", "notes.txt": "the user's"
+    }  # fmt: skip
+    with store.written_whole(folder) as staging:
+        (staging / "figure.png").write_text("new")
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {
+        "figure.png": "new", "points.csv": "old", "notes.txt": "the user's"
+    }  # fmt: skip

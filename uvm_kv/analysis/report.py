@@ -18,6 +18,7 @@ from uvm_kv.analysis.style import save_figure
 from uvm_kv.analysis.verdict import Verdict, verdicts, with_gains
 from uvm_kv.telemetry.failures import gaps
 from uvm_kv.telemetry.records import LeftOut, Record
+from uvm_kv.telemetry.store import written_whole
 
 COLUMNS = {
     "label": "mechanism",
@@ -66,16 +67,17 @@ def write_report(
         raise ValueError("the runs are all of runner=cpu, whose throughput says nothing about memory kinds")
     table = with_gains(found_points)
     table["stall_share"] = table["stall_s"].astype(float) / table["duration_s"].astype(float)
-    out.mkdir(parents=True, exist_ok=True)
     found = verdicts(table)
     best = {part["title"].iloc[0]: format_points(_best_points(part)) for _, part in table.groupby(GROUP, sort=True)}
-    figure = save_figure(sweep_figure(table), out / "figure")
-    table.drop(columns="throughputs").to_csv(out / "points.csv", index=False)
     memory, missing = _memory(runs), gaps(failed)
     warnings = [f"left out: {it}" for it in left_out] + _warnings(runs)
-    page = out / "report.html"
-    page.write_text(_page(runs, table, found, best, memory, warnings, missing, figure[0]), encoding="utf-8")
-    return Report(found, best, memory, warnings, missing, figure, out / "points.csv", page)
+    with written_whole(out) as staging:
+        figure = save_figure(sweep_figure(table), staging / "figure")
+        table.drop(columns="throughputs").to_csv(staging / "points.csv", index=False)
+        page = _page(runs, table, found, best, memory, warnings, missing, figure[0])
+        (staging / "report.html").write_text(page, encoding="utf-8")
+    figure = [out / file.name for file in figure]
+    return Report(found, best, memory, warnings, missing, figure, out / "points.csv", out / "report.html")
 
 
 def _best_points(part: pd.DataFrame) -> pd.DataFrame:

@@ -112,6 +112,21 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}@{machine()}")
 
 
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A place for files of `folder` that belong together: they replace those there when all are written, or not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder / "files")
+    temporary = temporary_path(folder / "files")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_abandoned(path: Path) -> None:
     """Delete what killed processes of this machine left of `path`. Others may be writing theirs, on a file system that
     they share with it, and are not known to be alive from here."""

@@ -14,6 +14,7 @@ import pandas as pd
 from uvm_kv.analysis.load import load_runs
 from uvm_kv.analysis.study.base import throughput
 from uvm_kv.analysis.study.publish import Published
+from uvm_kv.telemetry.store import written_whole
 
 PAGE = "report.html"
 LEADING = ("batch_sweep", "oversubscription", "phase_diagram", "long_context")
@@ -58,9 +59,9 @@ def write_page(published: Sequence[Published], out: Path) -> Path:
         figures=[_figure(it) for it in published],
         data=json.dumps(table, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
     )
-    path = out / PAGE
-    path.write_text(page, encoding="utf-8")
-    return path
+    with written_whole(out) as staging:
+        (staging / PAGE).write_text(page, encoding="utf-8")
+    return out / PAGE
 
 
 def answer(published: Sequence[Published]) -> list[str]:

@@ -19,6 +19,7 @@ from uvm_kv.analysis.study.base import Drawn, Study
 from uvm_kv.analysis.style import SMALL, save_figure
 from uvm_kv.telemetry.failures import gaps
 from uvm_kv.telemetry.records import LeftOut, Record, read_failures, read_records
+from uvm_kv.telemetry.store import written_whole
 
 INDEX = "index.json"
 """In a reference folder: {experiment: {run id: sha256 of its summary}}."""
@@ -117,15 +118,7 @@ def publish(
     unknown = [r.id for r in source.records if known.get(r.id) != r.sha256]
     missing = [] if expected is None else missing_points(study, runs, expected)
     origins = sorted(set(runs["origin"]))
-    out.mkdir(parents=True, exist_ok=True)
-    files: list[Path] = []
-    if drawn.figure is not None:
-        drawn.figure.supxlabel(_footer(origins, len(runs), unknown, missing), fontsize=SMALL, color="#666666", x=0.99,
-                               ha="right")  # fmt: skip
-        files += save_figure(drawn.figure, out / study.name)
     table = drawn.table.to_csv(index=False, lineterminator="\n")
-    files.append(out / f"{study.name}.csv")
-    files[-1].write_text(table)
     content = {
         "name": study.name,
         "title": study.title,
@@ -142,8 +135,16 @@ def publish(
         "failed": gaps(source.failures),
         "left_out": len(source.left_out),
     }
-    files.append(out / f"{study.name}.json")
-    files[-1].write_text(json.dumps(content, indent=1) + "\n")
+    files: list[Path] = []
+    with written_whole(out) as staging:
+        if drawn.figure is not None:
+            drawn.figure.supxlabel(_footer(origins, len(runs), unknown, missing), fontsize=SMALL, color="#666666",
+                                   x=0.99, ha="right")  # fmt: skip
+            files += save_figure(drawn.figure, staging / study.name)
+        for suffix, text in ((".csv", table), (".json", json.dumps(content, indent=1) + "\n")):
+            files.append(staging / f"{study.name}{suffix}")
+            files[-1].write_text(text)
+    files = [out / file.name for file in files]
     return Published(study, drawn, source.records, origins, unknown, missing, source.left_out, files)
 
 

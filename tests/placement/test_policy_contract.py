@@ -132,8 +132,7 @@ def test_what_is_not_refused_can_run_alone(name: str, memory: MemoryKind, share:
     except ValueError:
         assert not scheduler.has_work()
         return
-    scheduler.cancel(request.id)
-    request.status = Status.WAITING
+    scheduler.waiting.clear()
     drive(scheduler, make_sim(context), [request])
     assert request.status is Status.FINISHED
 

@@ -29,7 +29,7 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def remove(self, request_id: int) -> None:
-        """Forget a finished or cancelled request and its block table."""
+        """Forget a finished request and its block table."""
 
     @abstractmethod
     def now_ns(self) -> int: ...

@@ -10,7 +10,6 @@ class Status(Enum):
     RUNNING = auto()
     SWAPPED = auto()
     FINISHED = auto()
-    CANCELLED = auto()
 
 
 class Request:

@@ -94,20 +94,6 @@ class Scheduler:
         """Under worst-case admission."""
         return self.kv.allocation.claim_tokens(request.prompt_tokens, request.output_tokens, self.config.max_model_len)
 
-    def cancel(self, request_id: int) -> bool:
-        """Drop a request wherever it is; False if it is not here."""
-        for queue in (self.waiting, self.swapped, self.running):
-            for request in queue:
-                if request.id == request_id:
-                    queue.remove(request)
-                    if request.status is not Status.WAITING:
-                        self._forget(request)
-                    if request_id in self._dropped:
-                        self._dropped.remove(request_id)
-                    request.status = Status.CANCELLED
-                    return True
-        return False
-
     def has_work(self) -> bool:
         return bool(self.running or self.waiting or self.swapped)
 
@@ -322,14 +308,11 @@ class Scheduler:
         """Book the step's tokens; the requests that it finished."""
         now_ns, token_ids = output.timing.end_ns, output.token_ids
         finished: list[Request] = []
-        num_sampled = num_scheduled = num_cancelled = 0
+        num_sampled = num_scheduled = 0
         for request, sequence in zip(self._in_flight, plan.scheduled, strict=True):
             num_new = sequence.num_new_tokens
             computed = request.num_computed + num_new
             samples = sequence.context_len + num_new == request.num_tokens
-            if request.status is not Status.RUNNING:  # Cancelled while the step ran.
-                num_cancelled += samples
-                continue
             request.num_computed = computed
             num_scheduled += num_new
             if not samples:
@@ -339,7 +322,7 @@ class Scheduler:
                 request.first_token_ns = now_ns
             ended = computed + 1 >= request.prompt_tokens + request.output_tokens
             if token_ids is not None:
-                token = token_ids[num_sampled + num_cancelled]
+                token = token_ids[num_sampled]
                 request.token_ids.append(token)
                 ended = ended or token in request.stop_tokens
             num_sampled += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.helpers import Admission, Preemption, drive, make_context, make_requests, make_scheduler, make_sim
@@ -201,3 +203,26 @@ def test_demand_paging_scans_the_set_once_a_step_or_once_a_layer(layout: Layout,
         assert output.counters.h2d_fault_bytes == output.counters.d2h_eviction_bytes
     # What moves is what is read: pages of the layer only, not the whole chunk.
     assert decoding[-1][1].counters.h2d_fault_bytes == pytest.approx(8 * 6 * context.spec.block_bytes, rel=0.35)
+
+
+@pytest.mark.parametrize("placement", ["prefetch_ahead", "static_split"])
+def test_decode_is_charged_for_its_own_context_alone(placement: str) -> None:
+    """Prefill chunks over cached context on the host are in the same steps; what they read is theirs."""
+    context = make_context(24, 72, block_size=16)
+    charged: list[int] = []
+
+    class Spy(type(context.roofline)):  # type: ignore[misc]
+        def decode_attention_s(self, num_tokens: int) -> float:
+            charged.append(num_tokens)
+            return float(super().decode_attention_s(num_tokens))
+
+    roofline = context.roofline
+    sim = make_sim(replace(context, roofline=Spy(roofline.profile, roofline.model, 2)))
+    scheduler = make_scheduler(context, placement=placement, max_num_batched_tokens=96)
+    log = drive(scheduler, sim, make_requests([(300, 60), (90, 90), (310, 50), (70, 80), (280, 40)]))
+    decoding = [[s for s in plan.scheduled if s.phase is Phase.DECODE] for plan, _ in log]
+    own = [sum(s.context_len + 1 for s in decodes) for decodes in decoding if decodes]
+    mixed = [plan for plan, _ in log if {s.phase for s in plan.scheduled} == set(Phase)]
+    assert any(s.context_len for plan in mixed for s in plan.scheduled if s.phase is Phase.PREFILL)
+    assert len(charged) == len(own)
+    assert all(tokens <= most for tokens, most in zip(charged, own, strict=True))

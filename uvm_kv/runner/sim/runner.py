@@ -122,7 +122,7 @@ class SimRunner(ModelRunner):
         for request_id in plan.dropped:
             self._give_up(sequences[request_id])
             sequences[request_id].forget()
-        num_tokens = num_rows = num_decodes = read_tokens = remote_tokens = written_tokens = 0
+        num_tokens = num_rows = num_decodes = read_tokens = remote_tokens = decode_remote_tokens = written_tokens = 0
         prefill_s = 0.0
         traffic = self._read_ops(plan.ops)
         for request_id, phase, num_new, context, new_blocks in plan.scheduled:
@@ -145,6 +145,7 @@ class SimRunner(ModelRunner):
                 remote_tokens += here
                 if phase is DECODE:
                     read_tokens -= here
+                    decode_remote_tokens += here
         num_rows += num_decodes
         paged = self._page(plan, traffic) if self._managed is not None else Paged()
         if paged.faults.remote_read_pages:
@@ -157,7 +158,8 @@ class SimRunner(ModelRunner):
         dense_s = roofline.dense_s(num_tokens)
         attention_s = prefill_s
         if num_decodes:
-            attention_s += roofline.decode_attention_s(read_tokens + copied_tokens)
+            # What prefill chunks read of copies is in prefill_s.
+            attention_s += roofline.decode_attention_s(read_tokens + min(copied_tokens, decode_remote_tokens))
         elapsed_s = roofline.head_s(num_tokens, num_rows)
         if (
             self._managed is None

@@ -14,7 +14,7 @@ import pytest
 from tests.jobs import run
 from uvm_kv.cli import main
 from uvm_kv.cli.advise import lines
-from uvm_kv.config.advise import QUANTITIES, Advice, advise, moved_profile, uncertainty_of, verdict
+from uvm_kv.config.advise import QUANTITIES, Advice, Question, advise, moved_profile, search, uncertainty_of, verdict
 from uvm_kv.config.profile_file import load_profile
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.types import GIB
@@ -189,3 +189,14 @@ def test_where_nothing_can_serve_the_reason_is_told(capsys: pytest.CaptureFixtur
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["advise", "--jsn"])
+
+
+def test_a_larger_batch_that_is_refused_leaves_what_was_found_below_it() -> None:
+    """Its logits need more beside the weights than the KV memory, given by hand, leaves."""
+    given = ("model=qwen2_5_7b", "memory.device_kv_bytes=9814574336", "workload.prompt_tokens=32")
+    question = Question((*given, "workload.output_tokens=4", "workload.num_requests=256"), None, False)
+    for mechanism in ("device_resident", "pinned_balanced"):
+        points = search(question, mechanism, [64, 128, 256, 900], [128, 256, 900])
+        assert isinstance(points, list) and {p.batch_size for p in points} >= {128, 256}
+    refusal = search(question, "device_resident", [900], [900])
+    assert isinstance(refusal, str) and "activation peak" in refusal

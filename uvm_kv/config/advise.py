@@ -224,29 +224,36 @@ def simulate(resolved: Resolved, repeat: int = 0, profile: HardwareProfile | Non
 
 
 def search(question: Question, mechanism: str, rungs: list[int], first: list[int]) -> list[Point] | str:
-    """Points of a mechanism at the batches of `first`, and around the best of them those of `rungs`; or why none."""
+    """Points of a mechanism at the batches of `first`, and around the best of them those of `rungs`; or why none.
+
+    A larger batch may be refused where the first is not: its activations leave less room.
+    """
     tried: dict[int, Point] = {}
+    refused: dict[int, str] = {}
 
-    def rate(batch_size: int) -> float:
-        resolved = question.resolved(mechanism, batch_size)
-        if resolved.memory is MemoryKind.MANAGED and resolved.config.workload.start == "steady":
-            raise ValueError("a steady start does not lay managed memory out as the driver would; use start=cold")
-        tried[batch_size] = simulate(resolved)
-        return tried[batch_size].tokens_per_s
+    def attempt(batch_size: int) -> None:
+        try:
+            resolved = question.resolved(mechanism, batch_size)
+            if resolved.memory is MemoryKind.MANAGED and resolved.config.workload.start == "steady":
+                raise ValueError("a steady start does not lay managed memory out as the driver would; use start=cold")
+            tried[batch_size] = simulate(resolved)
+        except ValueError as error:
+            refused[batch_size] = str(error)
 
-    try:
-        for batch_size in first:
-            if rate(batch_size) < GIVE_UP * max(p.tokens_per_s for p in tried.values()):
-                break
-        while True:
-            best = rungs.index(max(tried, key=lambda b: (tried[b].tokens_per_s, -b)))
-            beside = [b for b in rungs[max(0, best - 1) : best + 2] if b not in tried]
-            if not beside:
-                return [tried[b] for b in sorted(tried)]
-            for batch_size in beside:
-                rate(batch_size)
-    except ValueError as error:
-        return str(error)
+    for batch_size in first:
+        attempt(batch_size)
+        if not tried:
+            return refused[batch_size]
+        best_rate = max(p.tokens_per_s for p in tried.values())
+        if batch_size in refused or tried[batch_size].tokens_per_s < GIVE_UP * best_rate:
+            break
+    while True:
+        best = rungs.index(max(tried, key=lambda b: (tried[b].tokens_per_s, -b)))
+        beside = [b for b in rungs[max(0, best - 1) : best + 2] if b not in tried and b not in refused]
+        if not beside:
+            return [tried[b] for b in sorted(tried)]
+        for batch_size in beside:
+            attempt(batch_size)
 
 
 def rerun(question: Question, point: Point, repeat: int = 0, quantity: str = "", factor: float = 1.0) -> Point:

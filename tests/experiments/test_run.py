@@ -183,6 +183,7 @@ STUDY = (
     "oversubscription_hints",
     "phase_diagram",
     "phase_diagram_link",
+    "phase_diagram_link_far",
     "preemption",
 )
 """Sweeps of hundreds of points: their first and their last."""

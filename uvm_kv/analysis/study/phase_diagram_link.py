@@ -50,4 +50,5 @@ STUDY = Study(
     ),
     factors=("model", "mechanism", "link_h2d_gb_per_s", "kv_bits", "offered_batch"),
     draw=draw,
+    experiments=("phase_diagram_link", "phase_diagram_link_far"),
 )

@@ -171,11 +171,11 @@ def measured(rows: list[tuple[str, int, float, float]], repeats: list[float]) ->
 def test_measured_runs_are_judged_by_their_repeats() -> None:
     rows = [*BASE, ("pinned_balanced", 16, 115.0, 0.02)]
     (quiet,) = verdicts(points(measured(rows, [0.999, 1.0, 1.001, 1.0, 1.0])))
-    assert quiet.measured is not None and quiet.measured.word == "HIGHER" and ": yes, CPU-backed KV" in quiet.line()
+    assert quiet.judged is not None and quiet.judged.word == "HIGHER" and ": yes, CPU-backed KV" in quiet.line()
     (noisy,) = verdicts(points(measured(rows, [0.8, 0.9, 1.0, 1.1, 1.2])))
-    assert noisy.measured is not None and noisy.measured.word == "AMBIGUOUS"
+    assert noisy.judged is not None and noisy.judged.word == "AMBIGUOUS"
     assert ": AMBIGUOUS, CPU-backed KV moved the best throughput by +9.5% (95 % interval -" in noisy.line()
     (single,) = verdicts(points(measured(rows, [1.0])))
     assert "AMBIGUOUS" in single.line() and "needs 3 repeats on both sides" in single.line()
     (simulated,) = verdicts(points(table(rows)))
-    assert simulated.measured is None and ": yes, CPU-backed KV" in simulated.line()
+    assert simulated.judged is not None and simulated.judged.word == "HIGHER" and ": yes, CPU-backed KV" in simulated.line()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def load_runs(records: Iterable[Record]) -> pd.DataFrame:
     """summary.json of every run, nested objects flattened to `tpot_s.p99`; `id` and provenance beside it."""
     return pd.DataFrame(
         [
-            _flatten(r.summary)
+            flatten(r.summary)
             | {"id": r.id, "place": str(r.place), "git_sha": r.manifest.get("git_sha")}
             | {"git_dirty": r.manifest.get("git_dirty")}
             for r in records
@@ -40,11 +40,12 @@ def load_runs(records: Iterable[Record]) -> pd.DataFrame:
     )
 
 
-def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as `tpot_s.p99`; `setting` and `variant` stay whole."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, dict) and key not in ("setting", "variant"):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
@@ -54,7 +55,7 @@ def _is_number(value: object) -> bool:
     return value is None or isinstance(value, int | float | np.number)
 
 
-def points(runs: pd.DataFrame) -> pd.DataFrame:
+def points(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
     """Medians over repeats and seeds: one row per comparison, mechanism and offered batch.
 
     Runs are of one comparison if they share everything but mechanism, batch size and seed; where several comparisons
@@ -63,7 +64,7 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     says that it is one. Nothing else is put together. Throughput is the steady one, or the whole run's where a run has
     no steady window. Runs on the CPU say nothing about memory kinds and are left out. `throughput_low` and
     `throughput_high` bound it (`median_interval`) and `throughput_std` is the spread over repeats; NaN for one run.
-    `throughputs` are the repeats themselves.
+    `throughputs` are the repeats themselves, `<column>.repeats` those of each column in `keep`.
     """
     usable = runs[~runs["memory_emulated"].astype(bool)].copy()
     if usable.empty:
@@ -86,9 +87,11 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
     table["throughput_high"] = [interval.high for interval in intervals]
     table["throughput_std"] = grouped["throughput"].std()
     table["throughputs"] = grouped["throughput"].apply(tuple)
+    for name in keep:
+        table[f"{name}.repeats"] = grouped[name].apply(tuple)
     table["num_runs"] = grouped.size()
-    shared = ("model", "workload", "origin", "mechanism", "engine", "admission", "memory", "placement", "prompt_tokens")
-    for name in shared:
+    shared = ("model", "workload", "origin", "hardware", "mechanism", "engine", "admission", "memory", "placement")
+    for name in (*shared, "prompt_tokens"):
         table[name] = grouped[name].first()
     return table.reset_index()
 

@@ -14,12 +14,13 @@ from typing import Any
 import pandas as pd
 
 from uvm_kv.analysis.load import GROUP, OUR_ENGINE
-from uvm_kv.analysis.statistics import MIN_REPEATS, Ratio, compare
+from uvm_kv.analysis.statistics import MIN_REPEATS, Ratio, judge
 
 BASELINES = ("device_resident", "device_recompute")
 SAME_ADMISSION = {"worst_case": "device_resident", "optimistic": "device_recompute"}
 INDIFFERENT = 0.01
 """Gains within +-1 % are called no difference: below what the roofline's fit can tell apart."""
+MEASURED = "measured"
 ONE_DRAW = 0.03
 """The same for a single draw of random lengths: twice the spread over seeds that the Azure workloads showed."""
 
@@ -45,7 +46,7 @@ class Verdict:
     loses_from: dict[str, int | None]
     """Per CPU-backed mechanism: the batch from which on it is below the baseline at every batch tried."""
     noise: float
-    """Gains up to this size, as a fraction, are no difference; of measured runs see `measured`."""
+    """Gains up to this size, as a fraction, are no difference; of measured runs see `judged`."""
     challenger_is_idle: bool
     """Whether the challenger's best point moved no KV over the link: it only filled device blocks."""
     equal_tpot: Best | None
@@ -54,26 +55,34 @@ class Verdict:
     same_batch: Best | None
     """The CPU-backed point with the largest gain over the baseline at its own batch."""
     gain_same_batch: float | None
-    measured: Ratio | None = None
-    """Of measured runs: challenger over baseline with what their repeats allow to say; None of simulated ones."""
+    judged: Ratio | None
+    """Challenger over baseline, and what the runs allow to say of it: AMBIGUOUS is of measured ones only."""
+    judged_equal_tpot: Ratio | None
+    origin: str
+    hardware: str
+
+    @property
+    def tolerance(self) -> float:
+        """What `judged` calls no difference: of measured runs the spread is in the interval."""
+        return INDIFFERENT if self.origin == MEASURED else self.noise
 
     def line(self) -> str:
         """One line for people; it begins with `Verdict:`."""
         head = f"Verdict: {self.title}:"
-        if self.baseline is None or self.challenger is None or self.gain is None:
+        if self.baseline is None or self.challenger is None or self.gain is None or self.judged is None:
             absent = "device_resident or device_recompute" if self.baseline is None else "CPU-backed mechanism"
             return f"{head} none, because no {absent} is among the results."
         base, best = self.baseline, self.challenger
-        if self.measured is not None and self.measured.word == "AMBIGUOUS":
-            answer = f"AMBIGUOUS, CPU-backed KV moved the best throughput by {self.gain:+.1%}{_interval(self.measured)}"
-        elif self.gain > self.noise:
-            answer = f"yes, CPU-backed KV raised the best throughput by {self.gain:+.1%}"
-        elif self.gain < -self.noise:
-            answer = f"no, CPU-backed KV did not raise the best throughput ({self.gain:+.1%})"
-        else:
-            answer = (
-                f"no difference within {self.noise:.0%}, CPU-backed KV moved the best throughput by {self.gain:+.1%}"
-            )
+        answer = {
+            "AMBIGUOUS": f"AMBIGUOUS, CPU-backed KV moved the best throughput by {self.gain:+.1%}",
+            "HIGHER": f"yes, CPU-backed KV raised the best throughput by {self.gain:+.1%}",
+            "LOWER": f"no, CPU-backed KV did not raise the best throughput ({self.gain:+.1%})",
+            "SAME": (
+                f"no difference within {self.tolerance:.0%}, CPU-backed KV moved the best throughput by {self.gain:+.1%}"
+            ),
+        }[self.judged.word]
+        if self.judged.word == "AMBIGUOUS":
+            answer += interval(self.judged)
         lose = self.loses_from[best.mechanism]
         text = (
             f"{head} {answer}: {best.mechanism} {best.throughput:.0f} tok/s at batch {best.batch}, against "
@@ -96,7 +105,8 @@ class Verdict:
         )
 
 
-def _interval(ratio: Ratio) -> str:
+def interval(ratio: Ratio) -> str:
+    """Of an AMBIGUOUS comparison: its interval, or why it has none."""
     if math.isnan(ratio.low):
         return f", which needs {MIN_REPEATS} repeats on both sides to be told from noise"
     return f" (95 % interval {ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
@@ -156,13 +166,19 @@ def _verdict(part: pd.DataFrame) -> Verdict:
     baseline, challenger = _best(base_points), _best(backed)
     by_batch, noise = baseline_by_batch(part), _noise(part)
     loses = {str(label): _loses_from(rows, by_batch, noise) for label, rows in backed.groupby("label", sort=True)}
-    gain = same = equal_gain = equal = most = most_gain = measured = None
+    gain = same = equal_gain = equal = most = most_gain = judged = judged_equal = None
     idle = False
     if baseline is not None and challenger is not None:
         gain = challenger.throughput / baseline.throughput - 1
         point, base = _row(backed, challenger), _row(base_points, baseline)
-        if point["origin"] == "measured":
-            measured = compare(point["throughputs"], base["throughputs"], INDIFFERENT)
+        is_measured = point["origin"] == MEASURED
+        tolerance = INDIFFERENT if is_measured else noise
+
+        def over_base(best: Best) -> Ratio:
+            values = _row(backed, best)["throughputs"]
+            return judge(values, base["throughputs"], tolerance, measured=is_measured)
+
+        judged = over_base(challenger)
         idle = bool(point["h2d_bytes"] == 0 and point["d2h_bytes"] == 0)
         own = _best(part[part["mechanism"] == SAME_ADMISSION[point["admission"]]])
         same = None if own is None else challenger.throughput / own.throughput - 1
@@ -171,7 +187,8 @@ def _verdict(part: pd.DataFrame) -> Verdict:
             most, most_gain = _best(backed.loc[[ratio.idxmax()]]), float(ratio.max()) - 1
         if baseline.tpot_p99_s is not None:
             equal = _best(backed[backed["tpot_s.p99"] <= baseline.tpot_p99_s])
-            equal_gain = None if equal is None else equal.throughput / baseline.throughput - 1
+            if equal is not None:
+                equal_gain, judged_equal = equal.throughput / baseline.throughput - 1, over_base(equal)
     return Verdict(
         title=str(part["title"].iloc[0]),
         baseline=baseline,
@@ -185,7 +202,10 @@ def _verdict(part: pd.DataFrame) -> Verdict:
         gain_equal_tpot=equal_gain,
         same_batch=most,
         gain_same_batch=most_gain,
-        measured=measured,
+        judged=judged,
+        judged_equal_tpot=judged_equal,
+        origin=str(part["origin"].iloc[0]),
+        hardware=str(part["hardware"].iloc[0]),
     )
 
 

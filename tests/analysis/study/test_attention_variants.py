@@ -59,9 +59,9 @@ def test_claims_follow_the_data(finished: pd.DataFrame) -> None:
     )
     assert "is not what limits the batch of" in usual and "all lie left of it" in usual
     assert "limits the running batch of all variants" in claims(finished.assign(device_kv_bytes=524288))
-    assert claims(finished.assign(output_tokens_per_s=100.0)).count("nothing of it.") == 3
+    assert claims(finished.assign(output_tokens_per_s=100.0)).count("nothing of what fits.") == 3
     much = finished.assign(output_tokens_per_s=1e9 / finished["kv_bits"] ** 9)
-    assert "all of it." in claims(much)
+    assert "as much as fits." in claims(much)
     assert "1 of 4 lie right of it" in claims(finished.assign(running_batch_mean=[1.0, 1.0, 1.0, 1e4]))
 
 
@@ -84,5 +84,49 @@ def test_what_cannot_be_drawn_is_refused(finished: pd.DataFrame) -> None:
         STUDY.draw(finished.assign(prompt_tokens=None), [])
     with pytest.raises(ValueError, match="several models"):
         STUDY.draw(pd.concat([finished, finished.assign(model="llama3_8b")]), [])
+    with pytest.raises(ValueError, match=r"several origins \(measured, simulated\)"):
+        STUDY.draw(pd.concat([finished, finished.assign(origin="measured")]), [])
     with pytest.raises(ValueError, match="no run of device_resident"):
         STUDY.draw(finished.assign(mechanism="pinned_swap"), [])
+
+
+def test_what_the_smaller_projections_bring_is_told_from_what_the_kv_brings(finished: pd.DataFrame) -> None:
+    """Of 32 KV heads 24 less: 2 x 24 x 128 x 4096 weights of 2 bytes in each of 32 layers, 1.61 GB."""
+    table = STUDY.draw(finished, []).table.set_index(["kv_heads", "kv_bits"])
+    less = table.loc[(32, 16), "weight_bytes_read"] - table.loc[(8, 16), "weight_bytes_read"]
+    assert less == 2 * 24 * 128 * 4096 * 2 * 32
+    roomier = finished.copy()
+    gqa = [setting["model.num_kv_heads"] == 8 for setting in roomier["setting"]]
+    roomier.loc[gqa, "device_kv_bytes"] = round(1.5 * GIB)
+    text = claims(roomier)
+    assert "12288 tokens fit instead of 2048, x6.00: x4 by the KV alone, x1.50 by 1.61 GB less of K and V" in text
+    assert "4096 tokens fit instead of 2048, 32 sequences" in text  # 8 bits leave the weights as they are.
+
+
+def test_the_roof_that_is_drawn_is_in_the_table(finished: pd.DataFrame) -> None:
+    drawn = STUDY.draw(finished, [])
+    roof = drawn.figure.axes[-1].lines[0].get_ydata()
+    assert max(roof) == pytest.approx(drawn.table["peak_ops_per_s"].iloc[0] / 1e12)
+    x, y = drawn.figure.axes[-1].lines[0].get_data()
+    assert y[0] / x[0] == pytest.approx(drawn.table["hbm_bytes_per_s"].iloc[0] / 1e12)
+
+
+def test_repeats_count_by_their_median_and_measured_ones_may_be_ambiguous(finished: pd.DataFrame) -> None:
+    def repeated(*factors: float) -> pd.DataFrame:
+        rates = finished["output_tokens_per_s"]
+        return pd.concat([finished.assign(output_tokens_per_s=rates * x, origin="measured") for x in factors])
+
+    usual = STUDY.draw(finished, []).table["throughput"].tolist()
+    table = STUDY.draw(repeated(0.9, 1.3, 0.9), []).table
+    assert table["throughput"].tolist() == pytest.approx([0.9 * x for x in usual]) and set(table["num_runs"]) == {3}
+    assert "AMBIGUOUS" not in claims(repeated(0.999, 1.0, 1.001))
+    assert claims(repeated(0.1, 1.0, 10.0)).count(", AMBIGUOUS.") == 3
+    assert claims(repeated(1.0)).count(", AMBIGUOUS.") == 3 and "(AMBIGUOUS);" in claims(repeated(1.0))
+    other = finished.assign(variant=[{"placement.name": "x"}] * len(finished))
+    with pytest.raises(ValueError, match=r"attention_variants: several runs of kv_heads 32, .* differ in variant"):
+        STUDY.draw(pd.concat([finished, other]), [])
+
+
+def test_the_experiment_runs_what_is_drawn_and_nothing_else() -> None:
+    text = (Path(__file__).parents[3] / "conf" / "experiment" / "attention_variants.yaml").read_text()
+    assert "override /mechanism: device_resident" in text and "pinned" not in text

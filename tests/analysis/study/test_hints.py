@@ -58,7 +58,8 @@ def known(by_tier: bool, accessed: bool, mostly: bool, block: int, **_: Any) -> 
 
 
 def effects(runs: pd.DataFrame) -> dict[str, float]:
-    return STUDY.draw(runs, []).table.set_index("effect")["times"].to_dict()
+    table = STUDY.draw(runs, []).table
+    return table[table["drawn_in"] != "means"].set_index("effect")["times"].to_dict()
 
 
 def claims(runs: pd.DataFrame) -> str:
@@ -147,11 +148,50 @@ def test_what_is_no_two_level_design_is_refused() -> None:
         STUDY.draw(runs.iloc[1:], [])
     with pytest.raises(ValueError, match="block size takes 3 values"):
         STUDY.draw(made(known, blocks=(16, 32, 64)), [])
-    with pytest.raises(ValueError, match="several runs of one combination"):
-        STUDY.draw(pd.concat([runs, runs]), [])
+    other = runs.assign(variant=[{"placement.num_layers_ahead": 2, "placement.reach": "both"}] * len(runs))
+    with pytest.raises(
+        ValueError, match=r"hints: several runs of preferred location .* differ in variant; only repeats"
+    ):
+        STUDY.draw(pd.concat([runs, other]), [])
     with pytest.raises(ValueError, match="only runs of memory=managed"):
         STUDY.draw(made(known, memory="pinned"), [])
     with pytest.raises(ValueError, match="several models"):
         STUDY.draw(pd.concat([runs, made(known, model="llama_7b")]), [])
+    with pytest.raises(ValueError, match=r"several origins \(measured, simulated\)"):
+        STUDY.draw(pd.concat([runs, runs.assign(origin="measured")]), [])
     with pytest.raises(ValueError, match="fewer than two factors"):
         STUDY.draw(runs.iloc[:1], [])
+
+
+def test_the_means_of_the_right_panels_are_in_the_table() -> None:
+    table = STUDY.draw(made(known), []).table
+    assert (table["drawn_in"] == "bars").sum() == 14 and table["runs"].eq("all").all()
+    means = table[(table["drawn_in"] == "means") & (table["effect"] == "preferred location x accessed by")]
+    found = means.set_index(["first_level", "second_level"])["tokens_per_s"]
+    # accessed_by doubles and location triples only without it; read_mostly (0.1) and blocks (1.001) in the mean.
+    rest = 100 * (0.1 * 1.001) ** 0.5
+    known_means = {("none", "no"): 1, ("none", "yes"): 2, ("by_tier", "no"): 3, ("by_tier", "yes"): 2}
+    assert found.to_dict() == pytest.approx({levels: rest * times for levels, times in known_means.items()})
+
+
+def repeated(factors: tuple[float, ...], **more: Any) -> pd.DataFrame:
+    runs = made(known, **more)
+    return pd.concat([runs.assign(output_tokens_per_s=runs["output_tokens_per_s"] * x) for x in factors])
+
+
+def test_repeats_count_by_their_median_and_measured_ones_may_be_ambiguous() -> None:
+    """One wild repeat of three changes no effect, but then no combination is told from another."""
+    assert effects(repeated((1.0, 50.0, 1.0))) == pytest.approx(effects(made(known)))
+    text = claims(repeated((0.999, 1.0, 1.001, 1.0), origin="measured"))
+    assert "it helps in 8, hurts in 8, is AMBIGUOUS in 0, and changes less than 1 % in 0" in text
+    assert "32 of 32 combinations of 5 factors (128 runs);" in text
+    text = claims(repeated((0.1, 1.0, 10.0), origin="measured"))
+    assert "accessed by (no to yes) multiplies throughput by 1.15 in the mean" in text
+    assert "it helps in 0, hurts in 0, is AMBIGUOUS in 16, and changes less than 1 % in 0" in text
+    single = claims(made(known, origin="measured"))
+    assert "some with fewer than the 3 repeats" in single and "it helps in 0, hurts in 0, is AMBIGUOUS in 16" in single
+
+
+def test_titles_end_in_a_word() -> None:
+    figure = STUDY.draw(made(known), []).figure
+    assert all(axis.get_title(loc="left")[-1].isalnum() for axis in figure.axes if axis.get_title(loc="left"))

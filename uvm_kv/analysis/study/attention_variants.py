@@ -1,6 +1,7 @@
 """MHA, GQA and MQA with KV of 16, 8 and 4 bits, by size: tokens that fit, running batch, throughput, and the roof.
 
-fp8 and int8 are the same bytes and the same point. Of each variant the offered batch with the best throughput is taken.
+fp8 and int8 are the same bytes and the same point. Of each variant the offered batch with the best throughput is taken,
+by the median over its repeats.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from uvm_kv.analysis.repeats import REPEATS, medians, one_of_each
+from uvm_kv.analysis.statistics import judge
 from uvm_kv.analysis.study.base import Drawn, Study, throughput
 from uvm_kv.analysis.style import PAGE_IN, SPARE
+from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED
 
 MECHANISM = "device_resident"
 KEY = ["kv_heads", "kv_bits"]
@@ -37,11 +41,13 @@ COLUMNS = (
         "kv_heads",
         "kv_bits",
         "kv_bytes_per_token",
+        "weight_bytes_read",
         "capacity_tokens",
         "offered_batch",
+        "num_runs",
     ),
     *("running_batch_mean", "throughput", "tpot_s.p99", "attention_intensity", "step_intensity"),
-    *("attained_ops_per_s", "roof_ops_per_s", "is_limited_by_capacity"),
+    *("attained_ops_per_s", "roof_ops_per_s", "peak_ops_per_s", "hbm_bytes_per_s", "is_limited_by_capacity"),
 )
 
 
@@ -93,14 +99,16 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
     usable = usable[usable["mechanism"] == MECHANISM]
     if usable.empty:
         raise ValueError(f"attention_variants: no run of {MECHANISM}, on which all variants are compared")
-    for name in ("model", "hardware"):
-        if len(found := sorted(set(usable[name]))) > 1:
-            raise ValueError(f"attention_variants: runs of several {name}s ({', '.join(found)}); give those of one")
+    one_of_each(usable, ("model", "hardware", "origin"), "attention_variants")
     usable["throughput"] = throughput(usable)
     usable["kv_bits"] = usable["kv_bits"].astype(int)
     usable["kv_heads"] = [int(s["model.num_kv_heads"]) for s in usable["setting"]]
     usable["variant_name"] = [_variant_name(s) for s in usable["setting"]]
     usable["running_batch_mean"] = usable["running_batch_mean"].astype(float)
+    try:
+        usable = medians(usable, [*KEY, "offered_batch"], keep=["throughput"])
+    except ValueError as error:
+        raise ValueError(f"attention_variants: {error}") from None
     steps = pd.DataFrame([_step(run) for _, run in usable.iterrows()], index=usable.index)
     usable = pd.concat([usable, steps], axis=1)
     full = usable["prompt_tokens"] + usable["output_tokens"]
@@ -124,15 +132,17 @@ def _step(run: pd.Series[Any]) -> dict[str, float]:
     q, kv = s["model.num_heads"] * head, s["model.num_kv_heads"] * head
     mlp = (3 if s["model.gated_mlp"] else 2) * hidden * s["model.intermediate_size"]
     weights = layers * (hidden * (2 * q + 2 * kv) + mlp) + hidden * s["model.vocab_size"]
+    weight_bytes = weights * run["weight_bits"] / 8
     context = run["prompt_tokens"] + run["output_tokens"] / 2
     batch, kv_token_bytes = run["running_batch_mean"], 2 * layers * kv * bits / 8
     attention_ops, kv_bytes = 4.0 * layers * q * context, kv_token_bytes * context
-    step_bytes = weights * run["weight_bits"] / 8 + batch * kv_bytes
+    step_bytes = weight_bytes + batch * kv_bytes
     ops_a_token = 2.0 * weights + attention_ops
     intensity = batch * ops_a_token / step_bytes
     peak, hbm = s["hardware.gpu.tensor_tflop_per_s"] * 1e12, s["hardware.gpu.hbm_gb_per_s"] * 1e9
     return {
         "kv_bytes_per_token": kv_token_bytes,
+        "weight_bytes_read": weight_bytes,
         "capacity_tokens": float(run["device_kv_bytes"] // kv_token_bytes),
         "attention_intensity": attention_ops / kv_bytes,
         "step_intensity": intensity,
@@ -170,23 +180,48 @@ def _draw_roof(axis: Any, table: pd.DataFrame, looks: dict[str, tuple[str, str, 
 
 def _claims(table: pd.DataFrame) -> list[str]:
     base = table.sort_values("kv_bytes_per_token", ascending=False).iloc[0]
-    title = f"{base['model']} on a {base['hardware']}"
+    title = f"{base['model']} on a {base['origin']} {base['hardware']}"
     claims = []
     for _, row in table.iterrows():
         if row["variant_name"] == base["variant_name"] and row["kv_bits"] == base["kv_bits"]:
             continue
-        smaller = base["kv_bytes_per_token"] / row["kv_bytes_per_token"]
-        more = row["throughput"] / base["throughput"]
-        word = "all of it" if more >= 0.99 * smaller else "a part of it" if more > 1.01 else "nothing of it"
         claims.append(
-            f"{title}: {_told(row)} takes {row['kv_bytes_per_token'] / 1024:g} KiB a token, 1/{smaller:g} of "
-            f"{_told(base)}; {row['capacity_tokens']:.0f} tokens fit instead of {base['capacity_tokens']:.0f}, "
+            f"{title}: {_told(row)} takes {row['kv_bytes_per_token'] / 1024:g} KiB a token, 1/"
+            f"{base['kv_bytes_per_token'] / row['kv_bytes_per_token']:g} of {_told(base)}; {_room(row, base)}, "
             f"{row['running_batch_mean']:.0f} sequences run instead of {base['running_batch_mean']:.0f}, at "
-            f"{row['throughput']:.0f} instead of {base['throughput']:.0f} tokens/s: x{more:.2f}, {word}."
+            f"{row['throughput']:.0f} instead of {base['throughput']:.0f} tokens/s: {_gain(row, base)}."
         )
     claims.append(_where_it_ends(title, table))
     claims.append(_roof_claim(title, table))
     return claims
+
+
+def _room(row: pd.Series[Any], base: pd.Series[Any]) -> str:
+    """How many tokens fit, and what of it is not the KV's: fewer KV heads have smaller projections of K and V too."""
+    text = f"{row['capacity_tokens']:.0f} tokens fit instead of {base['capacity_tokens']:.0f}"
+    less = base["weight_bytes_read"] - row["weight_bytes_read"]
+    if less <= 0:
+        return text
+    tokens = row["capacity_tokens"] / base["capacity_tokens"]
+    alone = base["kv_bytes_per_token"] / row["kv_bytes_per_token"]
+    return (
+        f"{text}, x{tokens:.2f}: x{alone:g} by the KV alone, x{tokens / alone:.2f} by {less / 1e9:.2f} GB less of K "
+        f"and V projections among the weights, which no step has to read either"
+    )
+
+
+def _gain(row: pd.Series[Any], base: pd.Series[Any]) -> str:
+    """The factor in throughput, beside that in tokens that fit."""
+    side = f"throughput{REPEATS}"
+    found = judge(row[side], base[side], INDIFFERENT, measured=base["origin"] == MEASURED)
+    fits = row["capacity_tokens"] / base["capacity_tokens"]
+    if found.word == "AMBIGUOUS":
+        word = "AMBIGUOUS"
+    elif found.word != "HIGHER":
+        word = "nothing of what fits"
+    else:
+        word = "as much as fits" if found.ratio >= (1 - INDIFFERENT) * fits else "a part of what fits"
+    return f"x{found.ratio:.2f}, {word}"
 
 
 def _told(row: pd.Series[Any]) -> str:
@@ -201,8 +236,11 @@ def _where_it_ends(title: str, table: pd.DataFrame) -> str:
     twice = ordered[ordered["kv_bytes_per_token"] == 2 * last["kv_bytes_per_token"]]
     line = f"{title}: "
     if len(twice):
-        gain = last["throughput"] / twice.iloc[0]["throughput"] - 1
-        line += f"the last halving of the KV ({_told(twice.iloc[0])} to {_told(last)}) brings {100 * gain:+.1f} %; "
+        side = f"throughput{REPEATS}"
+        gain = judge(last[side], twice.iloc[0][side], INDIFFERENT, measured=last["origin"] == MEASURED)
+        doubt = " (AMBIGUOUS)" if gain.word == "AMBIGUOUS" else ""
+        change = f"{100 * (gain.ratio - 1):+.1f} %{doubt}"
+        line += f"the last halving of the KV ({_told(twice.iloc[0])} to {_told(last)}) brings {change}; "
     if free:
         return f"{line}the card's KV memory is not what limits the batch of {', '.join(free)}."
     return f"{line}the card's KV memory limits the running batch of all variants."
@@ -231,7 +269,8 @@ STUDY = Study(
     question="What do fewer KV heads and fewer bits bring: how many tokens fit, how many sequences run, how fast?",
     how_to_read=(
         "The same model with all its KV heads (MHA), with groups that share one (GQA) and with one for all (MQA), and "
-        "with KV of 16, 8 and 4 bits; only sizes differ, quality and the cost of unpacking are not looked at. Less KV "
+        "with KV of 16, 8 and 4 bits. Fewer KV heads also leave smaller K and V projections among the weights, "
+        "which makes room too. Only sizes differ, quality and the cost of unpacking are not looked at. Less KV "
         "a token lets more tokens fit, hence more sequences run at once. On the right, each one's decode step under "
         "the card's roof: a larger batch moves it to the right, until computing bounds it and less KV brings no more."
     ),

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from uvm_kv.analysis.load import GROUP, points
 from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import PAGE_IN, STYLES, look
-from uvm_kv.analysis.verdict import BASELINES, Best, Verdict, verdicts, with_gains
+from uvm_kv.analysis.verdict import BASELINES, Verdict, interval, verdicts, with_gains
 
 PANELS = {
     "throughput": ("output tokens/s", 1.0),
@@ -21,7 +21,19 @@ PANELS = {
     "running_batch_mean": ("mean running batch", 1.0),
 }
 COLUMNS = (
-    *("model", "workload", "label", "offered_batch", "throughput", "throughput_low", "throughput_high", "num_runs"),
+    *(
+        "origin",
+        "hardware",
+        "title",
+        "model",
+        "workload",
+        "label",
+        "offered_batch",
+        "throughput",
+        "throughput_low",
+        "throughput_high",
+        "num_runs",
+    ),
     *("tpot_s.p50", "tpot_s.p99", "running_batch_mean", "gain", "gain_same_admission", "closed_form_ceiling"),
 )
 
@@ -30,6 +42,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     """A row of panels a model and workload."""
     del failures
     table = with_gains(points(runs))
+    several = len(table[["origin", "hardware"]].drop_duplicates()) > 1 or table["title"].str.contains("=").any()
     groups = [part for _, part in table.groupby(GROUP, sort=True)]
     figure, axes = plt.subplots(len(groups), len(PANELS), figsize=(PAGE_IN, 1.65 * len(groups) + 0.6), squeeze=False)
     others = sorted(set(table["label"]) - set(STYLES))
@@ -50,7 +63,8 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         row[2].set_yscale("log", base=2)
         row[2].yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         _diagonal(row[2], part["offered_batch"])
-        row[0].set_title(part["title"].iloc[0].partition(", on a ")[0])
+        title = part["title"].iloc[0]
+        row[0].set_title(title.replace(", on a ", "\non a ") if several else title.partition(", on a ")[0])
     for axis in axes[-1]:
         axis.set_xlabel("offered batch (clients)")
     order = [m for m in (*STYLES, *others) if m in shown]
@@ -60,29 +74,47 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         loc="outside upper center",
         ncols=4,
     )
-    drawn = table[[c for c in COLUMNS if c in table]].sort_values(["model", "workload", "label", "offered_batch"])
+    drawn = table.sort_values([*GROUP, "label", "offered_batch"])[[c for c in COLUMNS if c in table]]
     found = verdicts(table)
-    return Drawn(figure, drawn.reset_index(drop=True), [*_headline(table, found), *(v.line() for v in found)])
+    return Drawn(figure, drawn.reset_index(drop=True), [*_headline(found), *(v.line() for v in found)])
 
 
-def _headline(table: pd.DataFrame, found: Sequence[Verdict]) -> list[str]:
-    """One sentence over all comparisons; none where a side is absent from one of them."""
-    known = [(v, v.challenger, v.gain) for v in found if v.challenger is not None and v.gain is not None]
-    if len(known) < len(found) or not found:
+def _headline(found: Sequence[Verdict]) -> list[str]:
+    """A sentence a card and origin over all its comparisons, as one text; none where a side is absent from one."""
+    if not found or any(v.judged is None for v in found):
         return []
-    raised = [(v, c, gain) for v, c, gain in known if gain > v.noise]
-    where = f"On a {table['origin'].iloc[0]} {table['title'].iloc[0].rpartition(' ')[2]}"
+    cards = list(dict.fromkeys((v.origin, v.hardware) for v in found))
+    return [" ".join(_sentence(*card, [v for v in found if (v.origin, v.hardware) == card]) for card in cards)]
 
-    def each(items: Sequence[tuple[Verdict, Best, float]]) -> str:
-        return ", ".join(f"{v.title.partition(', on a ')[0]}: {percent(gain)} ({c.mechanism})" for v, c, gain in items)
 
+def _sentence(origin: str, hardware: str, found: Sequence[Verdict]) -> str:
+    where = f"On a {origin} {hardware}, CPU-backed KV"
+    raised = [v for v in found if v.judged is not None and v.judged.word == "HIGHER"]
+    unclear = [v for v in found if v.judged is not None and v.judged.word == "AMBIGUOUS"]
+    each = ", ".join(_gain(v) for v in found)
+    doubt = f"; AMBIGUOUS, and not counted: {', '.join(_doubt(v) for v in unclear)}" if unclear else ""
     if not raised:
-        return [f"{where}, CPU-backed KV raised the best throughput of none of {len(found)} workloads: {each(known)}."]
-    equal = [v for v, _, _ in raised if v.gain_equal_tpot is not None and v.gain_equal_tpot > v.noise]
-    return [
-        f"{where}, CPU-backed KV raised the best throughput of {len(raised)} of {len(found)} workloads over the best "
-        f"that the card does alone ({each(known)}); at equal p99 TPOT it did so in {len(equal)} of them."
-    ]
+        return f"{where} raised the best throughput of none of {len(found)} workloads: {each}{doubt}."
+    equal = [v for v in raised if v.judged_equal_tpot is not None and v.judged_equal_tpot.word == "HIGHER"]
+    return (
+        f"{where} raised the best throughput of {len(raised)} of {len(found)} workloads over the best that the card "
+        f"does alone ({each}){doubt}; at equal p99 TPOT it did so in {len(equal)} of them."
+    )
+
+
+def _name(verdict: Verdict) -> str:
+    """Model, lengths and what else tells the comparison apart, without the card."""
+    return verdict.title.replace(f", on a {verdict.origin} {verdict.hardware}", "")
+
+
+def _gain(verdict: Verdict) -> str:
+    assert verdict.gain is not None and verdict.challenger is not None  # Or the headline is not told.
+    return f"{_name(verdict)}: {percent(verdict.gain)} ({verdict.challenger.mechanism})"
+
+
+def _doubt(verdict: Verdict) -> str:
+    assert verdict.judged is not None
+    return _name(verdict) + interval(verdict.judged)
 
 
 def _batch_axis(axis: Any, batches: pd.Series[float]) -> None:

@@ -10,82 +10,128 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from uvm_kv.analysis.study.base import Drawn, Study, percent, throughput
+from uvm_kv.analysis.load import points
+from uvm_kv.analysis.statistics import MIN_REPEATS, judge
+from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import COLUMN_IN, style_of
-from uvm_kv.analysis.verdict import BASELINES, INDIFFERENT
+from uvm_kv.analysis.verdict import BASELINES, INDIFFERENT, MEASURED, is_cpu_backed
 
 
 def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     """A bar a card and CPU-backed mechanism: its best throughput over the best of a baseline, each at its own batch."""
     del failures
     table = best_gains(runs)
-    cards = list(dict.fromkeys(table["hardware"]))
+    cards = list(dict.fromkeys(zip(table["hardware"], table["origin"], strict=True)))
     mechanisms = sorted(set(table["mechanism"]))
     figure, axis = plt.subplots(figsize=(COLUMN_IN, 0.28 * len(cards) * len(mechanisms) + 1.1))
     height = 0.8 / len(mechanisms)
     for place, mechanism in enumerate(mechanisms):
-        rows = table[table["mechanism"] == mechanism].set_index("hardware").reindex(cards)
+        rows = table[table["mechanism"] == mechanism].set_index(["hardware", "origin"]).reindex(cards)
         at = np.arange(len(cards)) + (place - (len(mechanisms) - 1) / 2) * height
         colour = style_of(mechanism, mechanisms)[0]
-        bars = axis.barh(at, rows["gain"], height=0.9 * height, color=colour, label=mechanism, hatch=place * "//")
-        axis.bar_label(bars, [percent(gain) if pd.notna(gain) else "" for gain in rows["gain"]], padding=2)
+        axis.barh(at, rows["gain"], height=0.9 * height, color=colour, label=mechanism, hatch=place * "//")
+        spread = np.abs(rows[["gain_low", "gain_high"]].to_numpy(float).T - rows["gain"].to_numpy(float))
+        axis.errorbar(rows["gain"], at, xerr=spread, fmt="none", ecolor="black", elinewidth=0.8)
+        ends = zip(rows["gain"], rows["says"], rows["gain_low"], rows["gain_high"], strict=True)
+        for y, (gain, says, low, high) in zip(at, ends, strict=True):
+            if pd.notna(gain):
+                end = np.nanmin([gain, low]) if gain < 0 else np.nanmax([gain, high])
+                text = percent(gain) + (" ?" if says == "AMBIGUOUS" else "")
+                axis.annotate(text, (end, y), (-2 if gain < 0 else 2, 0), textcoords="offset points", va="center",
+                              ha="right" if gain < 0 else "left")  # fmt: skip
     axis.axvspan(-INDIFFERENT, INDIFFERENT, color="black", alpha=0.1, linewidth=0)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(cards)), cards)
+    several = table["origin"].nunique() > 1
+    axis.set_yticks(range(len(cards)), [f"{card}\n{origin}" if several else card for card, origin in cards])
     axis.invert_yaxis()
     axis.margins(x=0.25)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_xlabel("gain over the best that the card does alone\n(grey: no difference)")
+    doubt = "; ?: AMBIGUOUS" if (table["says"] == "AMBIGUOUS").any() else ""
+    axis.set_xlabel(f"gain over the best that the card does alone\n(grey: no difference{doubt})")
     axis.set_title(f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}")
     figure.legend(loc="outside upper center", ncols=len(mechanisms))
     return Drawn(figure, table, _claims(table))
 
 
 def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a card and CPU-backed mechanism, in order of the cards' baselines; ValueError where a card has none."""
-    runs = runs.assign(throughput=throughput(runs))
-    lengths = [f"{p:.0f}+{o:.0f} tokens" for p, o in zip(runs["prompt_tokens"], runs["output_tokens"], strict=True)]
-    if len(set(lengths)) > 1 or runs["model"].nunique() > 1:
+    """One row a card, its origin and a CPU-backed mechanism, in order of the cards' baselines; medians over repeats.
+    ValueError where a card has no baseline, or the runs differ in more than the card."""
+    found = points(runs)
+    what = found["title"].str.partition(", on a ")[0]
+    if what.nunique() > 1 or (found.groupby(["origin", "hardware"])["title"].nunique() > 1).any():
         raise ValueError("does_it_help_my_box: the runs are of several models or lengths; it compares cards only")
     rows = []
-    for card, part in runs.groupby("hardware", sort=False):
-        alone = part[part["mechanism"].isin(BASELINES)]
+    for (origin, card), part in found.groupby(["origin", "hardware"], sort=False):
+        alone, backed = part[part["mechanism"].isin(BASELINES)], part[is_cpu_backed(part)]
         if alone.empty:
-            raise ValueError(f"does_it_help_my_box: {card} has no run of {' or '.join(BASELINES)}; run one of them")
-        base = alone.sort_values("throughput", kind="stable").iloc[-1]
-        for name, backed in part[~part["mechanism"].isin(BASELINES)].groupby("mechanism", sort=True):
-            best = backed.sort_values("throughput", kind="stable").iloc[-1]
+            where = f"{card} ({origin})" if found["origin"].nunique() > 1 else str(card)
+            raise ValueError(f"does_it_help_my_box: {where} has no run of {' or '.join(BASELINES)}; run one of them")
+        base = _best(alone)
+        for name, tried in backed.groupby("label", sort=True):
+            best = _best(tried)
+            sides = best["throughputs"], base["throughputs"]
+            ratio = judge(*sides, INDIFFERENT, measured=origin == MEASURED)
             rows.append(
                 {
                     "hardware": str(card),
+                    "origin": str(origin),
                     "model": str(base["model"]),
-                    "lengths": lengths[0],
-                    "baseline": str(base["mechanism"]),
+                    "lengths": what.iloc[0].partition(", ")[2],
+                    "baseline": str(base["label"]),
                     "baseline_batch": int(base["offered_batch"]),
                     "baseline_throughput": float(base["throughput"]),
+                    "baseline_num_runs": int(base["num_runs"]),
                     "mechanism": str(name),
-                    "batch": int(best["offered_batch"]),
+                    "offered_batch": int(best["offered_batch"]),
                     "throughput": float(best["throughput"]),
-                    "gain": float(best["throughput"] / base["throughput"] - 1),
+                    "num_runs": int(best["num_runs"]),
+                    "gain": ratio.ratio - 1,
+                    "gain_low": ratio.low - 1,
+                    "gain_high": ratio.high - 1,
+                    "says": ratio.word,
                 }
             )
     if not rows:
         raise ValueError("does_it_help_my_box: there is no run of a CPU-backed mechanism; run one")
-    return pd.DataFrame(rows).sort_values(["baseline_throughput", "mechanism"], kind="stable").reset_index(drop=True)
+    order = ["baseline_throughput", "hardware", "origin", "mechanism"]
+    return pd.DataFrame(rows).sort_values(order, kind="stable").reset_index(drop=True)
+
+
+def _best(tried: pd.DataFrame) -> pd.Series[Any]:
+    """The fastest; of equals the one of the smallest batch."""
+    return tried.sort_values(["throughput", "offered_batch", "label"], ascending=[False, True, True]).iloc[0]
 
 
 def _claims(table: pd.DataFrame) -> list[str]:
-    best = table.loc[table.groupby("hardware", sort=False)["gain"].idxmax()]
-    helped = best[best["gain"] > INDIFFERENT]
+    """One text, a sentence an origin."""
+    parts = [part for _, part in table.groupby("origin", sort=True)]
+    return [" ".join(_sentence(part, of_several=len(parts) > 1) for part in parts)]
+
+
+def _sentence(table: pd.DataFrame, *, of_several: bool) -> str:
+    # Of a card the largest gain that is certain; without any the largest.
+    ranked = table.assign(certain=table["says"] == "HIGHER").sort_values(["certain", "gain"], kind="stable")
+    best = ranked.groupby("hardware", sort=False).tail(1).set_index("hardware")
+    best = best.loc[list(dict.fromkeys(table["hardware"]))]
+    helped, unclear = int((best["says"] == "HIGHER").sum()), best[best["says"] == "AMBIGUOUS"]
     what = f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}"
-    rows = zip(best["hardware"], best["gain"].astype(float), best["mechanism"], strict=True)
-    each = ", ".join(f"{card} {percent(gain)} ({mechanism})" for card, gain, mechanism in rows)
-    if helped.empty:
-        head = f"{what}: CPU-backed KV raises the best throughput of none of {len(best)} cards by more than "
-    else:
-        head = f"{what}: CPU-backed KV raises the best throughput of {len(helped)} of {len(best)} cards by more than "
-    return [f"{head}{INDIFFERENT:.0%}: {each}."]
+    cards = f"{len(best)} {table['origin'].iloc[0]} cards" if of_several else f"{len(best)} cards"
+    each = ", ".join(f"{card} {percent(row['gain'])} ({row['mechanism']})" for card, row in best.iterrows())
+    text = (
+        f"{what}: CPU-backed KV raises the best throughput of {helped or 'none'} of {cards} by more than "
+        f"{INDIFFERENT:.0%}: {each}"
+    )
+    if len(unclear):
+        doubts = [f"{card} {_range(row)}" for card, row in unclear.iterrows()]
+        text += f"; AMBIGUOUS, and not counted: {', '.join(doubts)}"
+    return text + "."
+
+
+def _range(row: pd.Series[Any]) -> str:
+    if pd.isna(row["gain_low"]):
+        return f"(fewer than {MIN_REPEATS} repeats)"
+    return f"({percent(row['gain_low'])} to {percent(row['gain_high'])})"
 
 
 STUDY = Study(
@@ -94,8 +140,9 @@ STUDY = Study(
     question="Card by card, does CPU-backed KV raise the best throughput of the same model and workload?",
     how_to_read=(
         "Each bar is the best that a mechanism with CPU-backed KV reached on that card, over the best that the card "
-        "reached without it; both may choose their own batch. Bars inside the grey band are no difference. For one "
-        "card, another model or workload, and with an uncertainty, ask uvm-kv advise."
+        "reached without it; both may choose their own batch. Bars inside the grey band are no difference; "
+        "of measured runs a bar is the ratio of medians over repeats, with its 95 % interval where there are three and "
+        "more. For one card, another model or workload, and with an uncertainty, ask uvm-kv advise."
     ),
     factors=("hardware", "mechanism", "working_set_ratio"),
     draw=draw,

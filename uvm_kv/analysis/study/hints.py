@@ -5,14 +5,16 @@ high level less that at its low one, an interaction of A and B half of what B's 
 its low level does (Box, Hunter and Hunter, Statistics for Experimenters, 2005, chapters 5 and 6). A deterministic
 simulator has no replicate noise, so that an effect is judged by whether it stands out from the others: beyond the
 margin of error of Lenth's pseudo standard error ("Quick and Easy Analysis of Unreplicated Factorials",
-Technometrics 31, 1989) and beyond that of what main effects and two-way interactions leave unexplained.
+Technometrics 31, 1989) and beyond that of what main effects and two-way interactions leave unexplained. Repeats of a
+combination count by their median; of measured ones two combinations are compared by their repeats (`judge`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -23,8 +25,11 @@ from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
+from uvm_kv.analysis.repeats import REPEATS, medians, one_of_each
+from uvm_kv.analysis.statistics import MIN_REPEATS, Ratio, judge
 from uvm_kv.analysis.study.base import Drawn, Study, throughput
 from uvm_kv.analysis.style import PAGE_IN, SPARE
+from uvm_kv.analysis.verdict import MEASURED
 
 LAYERS_AHEAD = "layers ahead"
 HINT_COLUMNS = ("preferred_location", "accessed_by", "read_mostly", "discard_on_free")
@@ -36,6 +41,8 @@ NUM_BARS = 14
 NUM_PAIRS = 2
 COLUMNS = (
     "runs",
+    "num_runs",
+    "drawn_in",
     "effect",
     "order",
     "low",
@@ -45,7 +52,12 @@ COLUMNS = (
     "stands_out",
     "margin_times",
     "share_of_variance",
+    "first_level",
+    "second_level",
+    "tokens_per_s",
 )
+BARS, MEANS = "bars", "means"
+"""Of an effect, or of one of the four means behind an interaction, with the levels of its two factors."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,14 @@ class Design:
     coded: NDArray[np.float64]
     """N x factors, -1 and +1."""
     log_rate: NDArray[np.float64]
+    """Of the median of each combination's repeats."""
+    rates: tuple[tuple[float, ...], ...]
+    """The repeats themselves, tokens per second."""
+    measured: bool
+
+    @property
+    def num_runs(self) -> int:
+        return sum(len(repeats) for repeats in self.rates)
 
     def effect(self, members: Sequence[int]) -> float:
         contrast = self.coded[:, list(members)].prod(axis=1)
@@ -102,18 +122,24 @@ def design_of_runs(runs: pd.DataFrame) -> dict[str, Design]:
     has no block_major, with its distance. ValueError, with what is at fault, where one is no two-level design."""
     if "hints.preferred_location" not in runs or set(runs["memory"]) != {"managed"}:
         raise ValueError("hints: only runs of memory=managed have hints")
-    if len(models := sorted(set(runs["model"]))) > 1:
-        raise ValueError(f"hints: runs of several models ({', '.join(models)}); give those of one")
+    one_of_each(runs, ("model", "hardware", "origin"), "hints")
     levels = _levels(runs)
-    ahead = levels[LAYERS_AHEAD] > 0
+    names = [str(name) for name in levels]
+    rated = runs.drop(columns="layout").assign(rate=throughput(runs))
+    try:
+        found = medians(pd.concat([rated, levels], axis=1), names, keep=["rate"])
+    except ValueError as error:
+        raise ValueError(f"hints: {error}") from None
+    ahead = found[LAYERS_AHEAD] > 0
     if ahead.all() or not ahead.any():
-        return {"": _design(levels, throughput(runs))}
+        return {"": _design(found, names)}
     parts = {"demand paging": ~ahead, "prefetching ahead": ahead}
-    return {name: _design(levels[mask], throughput(runs)[mask]) for name, mask in parts.items()}
+    return {name: _design(found[mask], names) for name, mask in parts.items()}
 
 
-def _design(levels: pd.DataFrame, rate: pd.Series[float]) -> Design:
-    factors = []
+def _design(runs: pd.DataFrame, names: Sequence[str]) -> Design:
+    """Of a row a combination."""
+    levels, factors = runs[list(names)], []
     for name in levels:
         found = _ordered(levels[name].unique().tolist())
         if len(found) > 2:
@@ -123,8 +149,6 @@ def _design(levels: pd.DataFrame, rate: pd.Series[float]) -> Design:
     if len(factors) < 2:
         raise ValueError("hints: fewer than two factors vary; there is nothing to tell apart")
     coded = np.column_stack([np.where(levels[f.name] == f.high, 1.0, -1.0) for f in factors])
-    if len(np.unique(coded, axis=0)) < len(coded):
-        raise ValueError("hints: several runs of one combination; they must differ in the factors and nothing else")
     terms = [coded[:, list(m)].prod(axis=1) for n in (1, 2) for m in combinations(range(len(factors)), n)]
     model = np.column_stack([np.ones(len(coded)), *terms])
     if not np.allclose(model.T @ model, len(coded) * np.eye(model.shape[1])):
@@ -134,7 +158,9 @@ def _design(levels: pd.DataFrame, rate: pd.Series[float]) -> Design:
             f"{', '.join(f.name for f in factors)}; run what is missing"
         )
     order = np.lexsort(coded.T[::-1])  # The same sums, whatever the order of the runs.
-    return Design(tuple(factors), coded[order], np.log(rate.to_numpy(float))[order])
+    rates = tuple(runs[f"rate{REPEATS}"].iloc[i] for i in order)
+    log_rate = np.log(runs["rate"].to_numpy(float))[order]
+    return Design(tuple(factors), coded[order], log_rate, rates, bool((runs["origin"] == MEASURED).all()))
 
 
 def lenth(effects: NDArray[np.float64]) -> tuple[float, float]:
@@ -175,12 +201,11 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         axis = left.subplots()
         _draw_effects(axis, table)
         axis.set_title(
-            f"{runs['model'].iloc[0]} on {runs['hardware'].iloc[0]}, {name or 'all'}: {len(design.log_rate)} runs"
+            f"{runs['model'].iloc[0]} on {runs['hardware'].iloc[0]}, {name or 'all'}: {design.num_runs} runs"
         )
-        names = [f.name for f in design.factors]
-        pairs = list(table.loc[table["order"] == 2, "effect"])[:NUM_PAIRS]
+        pairs = list(dict.fromkeys(table.loc[table["drawn_in"] == MEANS, "effect"]))
         for pair, place in zip(pairs, np.atleast_1d(right.subplots(len(pairs), 1)), strict=True):
-            _draw_pair(place, design, tuple(names.index(part) for part in pair.split(" x ")))
+            _draw_pair(place, pair, table[(table["drawn_in"] == MEANS) & (table["effect"] == pair)])
     figure.legend(
         handles=[
             Patch(facecolor=SPARE[0], label="main effect"),
@@ -190,12 +215,14 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         loc="outside upper center",
         ncols=3,
     )
-    claims = [claim for name, design in designs.items() for claim in _claims(runs, name, design, tables[name])]
-    told = pd.concat([table.assign(runs=name or "all") for name, table in tables.items()], ignore_index=True)
-    return Drawn(figure, told[list(COLUMNS)], claims)
+    effects = {name: table[table["drawn_in"] != MEANS] for name, table in tables.items()}
+    claims = [claim for name, design in designs.items() for claim in _claims(runs, name, design, effects[name])]
+    told = [table.assign(runs=name or "all", num_runs=designs[name].num_runs) for name, table in tables.items()]
+    return Drawn(figure, pd.concat(told, ignore_index=True)[list(COLUMNS)], claims)
 
 
 def _table(design: Design) -> pd.DataFrame:
+    """All effects by size, of which the first NUM_BARS are bars; then the means behind the largest interactions."""
     names = [f.name for f in design.factors]
     found = {(order, m): e for order in (1, 2) for m, e in design.effects(order).items()}
     margin = max(lenth(np.array(list(found.values())))[1], remainder(design)[1])
@@ -216,12 +243,27 @@ def _table(design: Design) -> pd.DataFrame:
                 "share_of_variance": len(design.log_rate) * effect**2 / 4 / total if total else 0.0,
             }
         )
-    table = pd.DataFrame(rows)
-    return table.sort_values("log_effect", key=abs, ascending=False, kind="stable").reset_index(drop=True)
+    effects = pd.DataFrame(rows).sort_values("log_effect", key=abs, ascending=False, kind="stable")
+    effects["drawn_in"] = np.where(np.arange(len(effects)) < NUM_BARS, BARS, "")
+    pairs = list(effects.loc[effects["order"] == 2, "effect"])[:NUM_PAIRS]
+    means = [row for pair in pairs for row in _means(design, pair)]
+    return pd.concat([effects, pd.DataFrame(means)], ignore_index=True)
+
+
+def _means(design: Design, pair: str) -> list[dict[str, Any]]:
+    """Geometric mean throughput at the four combinations of two factors."""
+    names = [f.name for f in design.factors]
+    i, j = (names.index(part) for part in pair.split(" x "))
+    rows = []
+    for x, y in product((-1, 1), repeat=2):
+        mean = float(np.exp(design.log_rate[(design.coded[:, i] == x) & (design.coded[:, j] == y)].mean()))
+        levels = {"first_level": design.factors[i].level(x), "second_level": design.factors[j].level(y)}
+        rows.append({"effect": pair, "order": 2, "drawn_in": MEANS, "tokens_per_s": mean} | levels)
+    return rows
 
 
 def _draw_effects(axis: Any, table: pd.DataFrame) -> None:
-    shown = table.head(NUM_BARS)
+    shown = table[table["drawn_in"] == BARS]
     margin = float(shown["margin_times"].iloc[0])
     axis.axvspan(1 / margin, margin, color="#DDDDDD", zorder=0)
     for i, (_, row) in enumerate(shown.iterrows()):
@@ -240,20 +282,19 @@ def _draw_effects(axis: Any, table: pd.DataFrame) -> None:
     axis.grid(axis="y", visible=False)
 
 
-def _draw_pair(axis: Any, design: Design, members: tuple[int, ...]) -> None:
-    """Geometric mean throughput at the four combinations of two factors."""
-    first, second = (design.factors[i] for i in members)
-    a, b = (design.coded[:, i] for i in members)
-    for sign, colour, line, marker in ((-1, SPARE[2], "-", "o"), (1, SPARE[3], "--", "s")):
-        means = [float(np.exp(design.log_rate[(a == x) & (b == sign)].mean())) for x in (-1, 1)]
-        axis.plot([0, 1], means, color=colour, linestyle=line, marker=marker, label=second.level(sign))
-    axis.set_xticks([0, 1], [f"{first.level(-1)}", f"{first.level(1)}"])
+def _draw_pair(axis: Any, pair: str, means: pd.DataFrame) -> None:
+    first, second = pair.split(" x ")
+    looks = ((SPARE[2], "-", "o"), (SPARE[3], "--", "s"))
+    for (level, part), (colour, line, marker) in zip(means.groupby("second_level", sort=False), looks, strict=True):
+        axis.plot([0, 1], part["tokens_per_s"], color=colour, linestyle=line, marker=marker, label=level)
+    axis.set_xticks([0, 1], list(dict.fromkeys(means["first_level"])))
     axis.set_xlim(-0.25, 1.25)
     axis.set_yscale("log")
     _plain(axis.yaxis)
     axis.set_ylabel("tokens/s")
-    axis.set_title(f"{first.name}, by {second.name}:")
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2)
+    axis.set_title(f"by {first} and {second}")
+    axis.set_xlabel(first)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2, title=second)
     axis.margins(y=0.2)
 
 
@@ -277,14 +318,17 @@ def _claims(runs: pd.DataFrame, name: str, design: Design, table: pd.DataFrame) 
 
 def _about(runs: pd.DataFrame, design: Design, table: pd.DataFrame) -> str:
     num, of = len(design.log_rate), 2 ** len(design.factors)
+    repeats = f" ({design.num_runs} runs)" if design.num_runs > num else ""
+    if design.measured and min(map(len, design.rates)) < MIN_REPEATS:
+        repeats += f", some with fewer than the {MIN_REPEATS} repeats that tell two combinations apart"
     explained = float(table["share_of_variance"].sum())
     pse, lenths = lenth(table["log_effect"].to_numpy(float))
     rms, beyond = remainder(design)
+    where = f"{runs['model'].iloc[0]} on a {runs['origin'].iloc[0]} {runs['hardware'].iloc[0]}"
     return (
-        f"{runs['model'].iloc[0]} on a {runs['origin'].iloc[0]} {runs['hardware'].iloc[0]}, {num} of {of} combinations "
-        f"of {len(design.factors)} factors; main effects and two-way interactions explain {100 * explained:.1f} % of "
-        f"the variance of log throughput. Lenth's pseudo standard error of them is {pse:.3g} (margin x"
-        f"{np.exp(lenths):.3g}), the root mean square of the contrasts of three factors and more {rms:.3g} (margin x"
+        f"{where}, {num} of {of} combinations of {len(design.factors)} factors{repeats}; main effects and two-way "
+        f"interactions explain {100 * explained:.1f} % of the variance of log throughput. Lenth's pseudo standard error "
+        f"of them is {pse:.3g} (margin x{np.exp(lenths):.3g}), the root mean square of the contrasts of three factors and more {rms:.3g} (margin x"
         f"{np.exp(beyond):.3g}); an effect stands out beyond the larger margin."
     )
 
@@ -298,25 +342,30 @@ def _largest(table: pd.DataFrame) -> str:
     return f"{len(strong)} of {len(table)} effects stand out: {each}{more}."
 
 
-def _ratios(design: Design, i: int) -> NDArray[np.float64]:
+def _ratios(design: Design, i: int) -> list[Ratio]:
     """High over low of one factor, at every combination of the others that was run at both."""
     rest = np.delete(design.coded, i, axis=1)
-    rates = {(*row, x): y for row, x, y in zip(map(tuple, rest), design.coded[:, i], design.log_rate, strict=True)}
+    rates = {(*row, x): y for row, x, y in zip(map(tuple, rest), design.coded[:, i], design.rates, strict=True)}
     pairs = [(rates.get((*row, 1.0)), rates.get((*row, -1.0))) for row in dict.fromkeys(map(tuple, rest))]
-    found: NDArray[np.float64] = np.exp([high - low for high, low in pairs if high is not None and low is not None])
-    return found
+    return [
+        judge(high, low, MIN_CHANGE, measured=design.measured)
+        for high, low in pairs
+        if high is not None and low is not None
+    ]
 
 
 def _hint(design: Design, i: int) -> str:
     factor, ratios = design.factors[i], _ratios(design, i)
     line = f"{factor.name} ({factor.level(-1)} to {factor.level(1)}) multiplies throughput by "
     line += f"{np.exp(design.effect([i])):.2f} in the mean"
-    if not len(ratios):
+    if not ratios:
         return f"{line}; the fraction has no pair that differs in it alone."
-    helps, hurts = int((ratios > 1 + MIN_CHANGE).sum()), int((ratios < 1 - MIN_CHANGE).sum())
+    num = Counter(ratio.word for ratio in ratios)
+    doubt = f", is AMBIGUOUS in {num['AMBIGUOUS']}" if design.measured else ""
     return (
-        f"{line}, and by {ratios.min():.2f} to {ratios.max():.2f} over the {len(ratios)} combinations of the rest: it "
-        f"helps in {helps}, hurts in {hurts}, and changes less than 1 % in {len(ratios) - helps - hurts}."
+        f"{line}, and by {min(r.ratio for r in ratios):.2f} to {max(r.ratio for r in ratios):.2f} over the "
+        f"{len(ratios)} combinations of the rest: it helps in {num['HIGHER']}, hurts in {num['LOWER']}{doubt}, and "
+        f"changes less than 1 % in {num['SAME']}."
     )
 
 
@@ -326,14 +375,16 @@ def _hurts(design: Design, table: pd.DataFrame) -> str:
     if not bad.empty:
         each = ", ".join(f"{row['effect']} = {row['high']} (x{row['times']:.2f})" for _, row in bad.iterrows())
         return f"Hints that hurt in the mean: {each}."
-    index = [i for i, f in enumerate(design.factors) if f.name in HINTS]
-    worst = {i: float(_ratios(design, i).min(initial=1.0)) for i in index}
-    if not worst or min(worst.values()) >= 1 - MIN_CHANGE:
-        return "No hint hurts, neither in the mean nor in any combination."
-    i = min(worst, key=worst.__getitem__)
+    found = {i: _ratios(design, i) for i, factor in enumerate(design.factors) if factor.name in HINTS}
+    hurts = [(ratio.ratio, i) for i, ratios in found.items() for ratio in ratios if ratio.word == "LOWER"]
+    if not hurts:
+        doubts = sum(ratio.word == "AMBIGUOUS" for ratios in found.values() for ratio in ratios)
+        doubt = f"; {doubts} comparisons of single combinations are AMBIGUOUS" if doubts else ""
+        return f"No hint hurts, neither in the mean nor in any combination{doubt}."
+    worst, i = min(hurts)
     return (
         f"No hint hurts in the mean by more than the margin of error; the worst in one combination is "
-        f"{design.factors[i].name} = {design.factors[i].level(1)} (x{worst[i]:.2f})."
+        f"{design.factors[i].name} = {design.factors[i].level(1)} (x{worst:.2f})."
     )
 
 

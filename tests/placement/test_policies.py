@@ -113,6 +113,18 @@ def test_bandwidth_balanced_stops_using_the_host_where_the_link_is_slow(memory: 
     assert on_host == {25.0: 2, 0.1: 0}
 
 
+@pytest.mark.parametrize("reach", Reach)
+def test_who_waits_takes_no_device_from_a_request_that_runs_alone(reach: Reach) -> None:
+    """A request beyond the device, over a link that hides next to nothing: it is served alone, so nothing is staged
+    for those that wait, and it lies as it does when nobody waits."""
+    context = make_context(40, 400, reach=reach, num_layers=8, link_gb_per_s=0.1)
+    policy = build_policy("bandwidth_balanced", context)
+    alone = policy.place(view_of(context, num_running=0, num_waiting=1), 60, admitting=True)
+    assert alone is not None and alone.device >= 20
+    for num_waiting in (2, 4):
+        assert policy.place(view_of(context, num_running=0, num_waiting=num_waiting), 60, admitting=True) == alone
+
+
 def plans_under(reach: Reach) -> list[StepPlan]:
     context = make_context(74, 60, block_size=16, reach=reach, num_layers=8)
     scheduler = make_scheduler(context, placement="bandwidth_balanced", max_num_batched_tokens=512)

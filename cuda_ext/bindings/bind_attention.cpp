@@ -35,8 +35,8 @@ const char* dtype_name(DType dtype) {
 }
 
 void make_view(KVView* self, const SlabLayout& near, std::uintptr_t near_slab, const SlabLayout* far,
-               std::uintptr_t far_slab, const SlabLayout* staged, std::uintptr_t staged_slab, int num_kv_heads, int head_dim, int block_size, const std::string& dtype,
-               int device) {
+               std::uintptr_t far_slab, const SlabLayout* staged, std::uintptr_t staged_slab, int num_kv_heads,
+               int head_dim, int block_size, const std::string& dtype, int device) {
   const KVView view = make_kv_view({near_slab, &near}, {far_slab, far}, {staged_slab, staged}, num_kv_heads, head_dim,
                                    block_size, to_kv_dtype(dtype), device);
   throw_if_failed(check_paged_kv(view.kv));
@@ -235,6 +235,8 @@ void bind_attention(nb::module_& m) {
            "copies those of far.")
       .def_ro("num_layers", &KVView::num_layers)
       .def_ro("num_blocks", &KVView::num_blocks)
+      .def_prop_rw("staged_first", [](const KVView& view) { return view.kv.staged_first; }, &KVView::set_staged_first,
+                   "Place of layer 0 in the ring of staged copies. Launches from here on find them there.")
       .def("slot_address", &slot_address, "layer"_a, "block"_a, nb::kw_only(), "value"_a, "head"_a, "slot"_a,
            "Where the kernels find a row of K or V. Asks nobody.");
   bind_plan(m);

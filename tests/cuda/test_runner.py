@@ -29,6 +29,7 @@ from tests.runner.torch_cpu.models import (
 )
 from tests.runner.torch_cpu.test_torch_same_tokens import FAST_LINK_GB_PER_S, assert_it_happened
 from uvm_kv.kvcache.manager import KVCapacity
+from uvm_kv.kvcache.ops import OpKind
 from uvm_kv.placement.base import PlacementContext
 from uvm_kv.runner.torch.cuda_kv import CudaKV
 from uvm_kv.runner.torch.graphs import DecodeGraphs, padded_sizes
@@ -83,6 +84,24 @@ def model(folder: Path, device: Any) -> Any:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pieces a chunk, so that a small cache has many."""
     monkeypatch.setattr("uvm_kv.kvcache.spec.CHUNK_BYTES", 32 * KIB)
+
+
+@pytest.mark.parametrize(("num_layers", "lead"), [(4, 2), (5, 1), (5, 3)])
+def test_staged_layers_of_two_steps_keep_apart(
+    num_layers: int, lead: int, tmp_path: Path, device: Any, small_chunks: None
+) -> None:
+    """What is copied ahead for the next step must not take the place of a layer that this step has yet to read,
+    whether the ring's layers divide the model's or not."""
+    folder = save_model(tmp_path / "model", initializer_range=0.12, **HEADS | {"num_hidden_layers": num_layers})
+    model = load_model(folder, "float32").to(device)
+    axes, requests = axes_of("pinned_prefetch_ahead"), few()
+    capacity = tight_capacity(axes, requests, 8, 6)
+    context = context_for(
+        *(model, folder, axes, capacity), block_size=8, num_layers_ahead=lead, link_gb_per_s=FAST_LINK_GB_PER_S
+    )
+    served = run(model, context, "pinned_prefetch_ahead", requests, batch=6, chunk=64)
+    assert_same_tokens(Reference(folder), requests)
+    assert served.ops(OpKind.COPY_IN, staged=True)
 
 
 def run(
@@ -281,6 +300,31 @@ def test_staged_bytes_are_counted_to_the_block(model: Any, folder: Path, referen
     )
     copied = sum(out.counters.h2d_copy_bytes or 0 for _, out in served.log)
     assert 0.9 * planned * context.spec.layer_block_bytes <= copied <= planned * context.spec.layer_block_bytes
+
+
+@pytest.mark.parametrize("mechanism", ["device_recompute", "pinned_swap", "pinned_zero_copy", "managed_demand"])
+def test_stall_is_a_number_only_where_every_wait_is_seen(mechanism: str, model: Any, folder: Path) -> None:
+    """Swaps are waited for by events; how long kernels wait for the link or for faults, nobody can say."""
+    axes, requests = axes_of(mechanism), few()
+    context = context_for(
+        model, folder, axes, tight_capacity(axes, requests, 8, 6), block_size=8, link_gb_per_s=FAST_LINK_GB_PER_S
+    )
+    log = run(model, context, mechanism, requests, batch=6, chunk=64).log
+    stalls = [out.counters.stall_ns for _, out in log]
+    if mechanism == "device_recompute":
+        assert set(stalls) == {0}
+    elif mechanism == "pinned_swap":
+        moving = [out.counters.stall_ns for plan, out in log if any(op.targets for op in plan.ops)]
+        assert moving and all(ns for ns in moving)
+        assert None not in stalls
+    elif mechanism == "managed_demand":
+        assert set(stalls) == {None}
+    else:
+        reads = [
+            any(block >= context.capacity.num_device_blocks for s in plan.scheduled for block in s.new_blocks)
+            for plan, _ in log
+        ]
+        assert reads.index(True) == stalls.index(None)
 
 
 def test_without_staging_memory_host_blocks_are_read_in_place(model: Any, folder: Path, reference: Reference) -> None:

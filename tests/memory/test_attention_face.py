@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,24 @@ def test_kernels_and_copies_agree_where_a_block_lies(
 def test_a_view_refuses_what_no_kernel_reads(c: Any, spec: KVCacheSpec, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         view(c, spec, **changes)
+
+
+def test_the_ring_of_staged_copies_begins_where_it_is_told(c: Any) -> None:
+    """Three layers in a ring of two places."""
+    spec, base = spec_of(), 5 << 40
+    ring = slab_layout(replace(spec, num_layers=2), num_blocks=4)
+    kv = view(c, spec, staged=ring, staged_slab=base)
+    first_id = DEVICE_BLOCKS + HOST_BLOCKS
+    for first in (0, 1):
+        kv.set_staged_first(first)
+        for layer in range(3):
+            for slot in range(4):
+                place = (first + layer) % 2
+                at = kv.raw.slot_address(layer, first_id + slot, value=False, head=0, slot=0)
+                assert at == base + ring.offset(slot, place)
+    for place in (2, -1):
+        with pytest.raises(ValueError, match=f"staged_first={place} of a ring of 2"):
+            kv.set_staged_first(place)
 
 
 @dataclass

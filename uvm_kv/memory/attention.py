@@ -42,8 +42,8 @@ class PagedKV:
     def of(cls, memory: KVMemory, spec: KVCacheSpec, *, dtype: str, staging: Placed | None = None) -> PagedKV:
         """`dtype`: float16, bfloat16 or float32, of `spec.dtype_bytes`. ValueError: a shape that no kernel serves.
 
-        `staging`: device memory for copies of host blocks, a ring over layers: layer l has place l % its layers. Their
-        ids follow those of both tiers.
+        `staging`: device memory for copies of host blocks, a ring over layers: layer l has place (staged_first + l) %
+        its layers. Their ids follow those of both tiers.
         """
         if DTYPE_BYTES.get(dtype) != spec.dtype_bytes:
             raise ValueError(f"dtype={dtype}, and the cache has elements of {spec.dtype_bytes} bytes")
@@ -62,6 +62,10 @@ class PagedKV:
             device=int(near.slab.raw.device),
         )
         return cls(raw, spec, dtype, int(near.slab.raw.device))
+
+    def set_staged_first(self, place: int) -> None:
+        """Where layer 0 has its place in the ring of staged copies, for launches from here on. ValueError: no place."""
+        self.raw.staged_first = place
 
 
 def append_kv(

@@ -38,6 +38,12 @@ struct KVView {
   int device;
 
   std::size_t num_ids() const { return num_blocks + num_staged; }
+
+  void set_staged_first(int place) {
+    require(place >= 0 && place < kv.staged_layers,
+            "staged_first=" + std::to_string(place) + " of a ring of " + std::to_string(kv.staged_layers));
+    kv.staged_first = place;
+  }
 };
 
 struct Tier {

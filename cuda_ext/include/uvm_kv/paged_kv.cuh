@@ -16,7 +16,8 @@
 //
 // Two tiers: blocks [0, split_block) lie in the device slab, blocks [split_block, staged_block) in the host slab, from
 // index 0. Managed memory is one range: split_block = kNoSplit and no host slab. From staged_block on they are copies of
-// host blocks in device memory, a ring with room for staged_layers layers: layer l has place l % staged_layers.
+// host blocks in device memory, a ring with room for staged_layers layers: layer l has place (staged_first + l) %
+// staged_layers. The first place moves on from step to step, so that the layers of two steps follow one another in it.
 #pragma once
 
 #include <cstdarg>
@@ -145,6 +146,7 @@ struct PagedKV {
   std::int32_t split_block = kNoSplit;
   std::int32_t staged_block = kNoSplit;
   std::int32_t staged_layers = 1;
+  std::int32_t staged_first = 0;
   std::int32_t num_kv_heads = 0;
   std::int32_t head_dim = 0;
   std::int32_t element_bytes = 0;
@@ -158,7 +160,7 @@ struct PagedKV {
     PagedKV view = *this;
     view.device.move_to(layer);
     view.host.move_to(layer);
-    view.staged.move_to(layer % staged_layers);
+    view.staged.move_to((staged_first + layer) % staged_layers);
     return view;
   }
 
@@ -190,17 +192,15 @@ constexpr int log2_exact(int value) {
 
 inline PagedKV make_paged_kv(const SlabView& device, const SlabView& host, std::int32_t split_block,
                              const KVGeometry& geometry) {
-  return PagedKV{device,
-                 host,
-                 {},
-                 host.base == nullptr ? kNoSplit : split_block,
-                 kNoSplit,
-                 1,
-                 geometry.num_kv_heads,
-                 geometry.head_dim,
-                 geometry.element_bytes,
-                 geometry.block_size,
-                 log2_exact(geometry.block_size)};
+  return PagedKV{.device = device,
+                 .host = host,
+                 .staged = {},
+                 .split_block = host.base == nullptr ? kNoSplit : split_block,
+                 .num_kv_heads = geometry.num_kv_heads,
+                 .head_dim = geometry.head_dim,
+                 .element_bytes = geometry.element_bytes,
+                 .block_size = geometry.block_size,
+                 .log2_block_size = log2_exact(geometry.block_size)};
 }
 
 // Blocks of each sequence in the order of its tokens.

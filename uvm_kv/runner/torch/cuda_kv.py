@@ -3,8 +3,9 @@
 Everything of the model runs on one compute stream. Memory ops run on two copy streams of their own: what is issued
 before a layer waits for the work before it, and the layer that needs it waits for its event. Demand paging has no ops.
 
-A staged copy (prefetch_ahead, bandwidth_balanced) goes to a ring with room for lead + 1 layers; attention then finds
-the block there, under an id of its own. A block that is not staged for every layer of a step is read in place.
+A staged copy (prefetch_ahead, bandwidth_balanced) goes to a ring with room for lead + 1 layers, which goes on from the
+last layer of a step to the first of the next; attention then finds the block there, under an id of its own. A block
+that is not staged for every layer of a step is read in place.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class CudaKV(KVBackend):
         self._ordinal = ordinal = device.index or 0
         name = str(dtype).removeprefix("torch.")
         self._memory = KVMemory(memory, spec, *capacity, device=ordinal, allow_oversubscription=allow_oversubscription)
-        self._first_host = capacity.num_device_blocks if self._memory.host is not None else sum(capacity)
+        self._num_blocks = sum(capacity)
+        self._first_host = capacity.num_device_blocks if self._memory.host is not None else self._num_blocks
         # On the CPU the extension is a stand-in that takes host memory, and there is no stream of torch's to share.
         self._compute = torch.cuda.Stream(device) if device.type == "cuda" else new_stream()
         self._handle = stream_handle(self._compute)
@@ -96,29 +98,34 @@ class CudaKV(KVBackend):
         self._arrivals: dict[int, list[Any]] = {}
         """Layer -> events it waits for; those of the next step's layers stay for it."""
         self._waits: list[tuple[Any, Any]] = []
+        self._reads_host = False
+        """Whether kernels of this step read KV over the link: how long they wait for it, nothing tells."""
         self._issued: Issued = {}
 
     # ---- whole blocks
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """One after the other: the compute stream waits for each, and the next waits for the compute stream."""
-        begun = self._event(self._compute)
-        into_host = [(a, b) for a, b in zip(sources, targets, strict=True) if b >= self._first_host > a]
-        into_device = [(a, b) for a, b in zip(sources, targets, strict=True) if a >= self._first_host > b]
-        within = [(a, b) for a, b in zip(sources, targets, strict=True) if (a, b) not in (*into_host, *into_device)]
-        near, far, first = self._memory.device, self._memory.host, self._first_host
-        for pairs, source, target, label, stream in (
-            ([(a, b - first) for a, b in into_host], near, far, "d2h", self._out),
-            ([(a - first, b) for a, b in into_device], far, near, "h2d", self._in),
-        ):
-            if pairs:
+        """The compute stream waits for all of it. Sources and targets are different blocks."""
+        begun, first = self._timing_event(), self._first_host
+        crossing: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+        within: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+        for a, b in zip(sources, targets, strict=True):
+            pairs = within if (a < first) == (b < first) else crossing
+            pairs[b >= first].append((a - first if a >= first else a, b - first if b >= first else b))
+        tiers = {False: self._memory.device, True: self._memory.host}
+        for to_host, label, stream in ((True, "d2h", self._out), (False, "h2d", self._in)):
+            if pairs := crossing[to_host]:
+                source, target = tiers[not to_host], tiers[to_host]
                 assert source is not None and target is not None
                 begun.wait(stream=stream.handle)
                 self._counters.copy_blocks(label, source, target, pairs, stream=stream)
                 self._event(stream).wait(stream=self._handle)
-        for a, b in within:
-            (source, i), (target, j) = self._memory.locate(a), self._memory.locate(b)
-            copy_blocks(source, target, [(i, j)], stream=self._compute)
+        for is_host, pairs in within.items():
+            if pairs:
+                placed = tiers[is_host]
+                assert placed is not None
+                copy_blocks(placed, placed, pairs, stream=self._compute)
+        self._waits.append((begun, self._timing_event()))
 
     def poison(self, blocks: Sequence[int]) -> None:
         if not blocks:
@@ -167,12 +174,14 @@ class CudaKV(KVBackend):
         staged = frozenset[int]()
         if self._staging is not None:
             staged = self._staging.begin_step(issued, self._spec.num_layers)
+            self._view.set_staged_first(self._staging.place(0))
         step = _lay_out(batch, self._spec.block_size, staged, self._staging)
         homes, table, seqs, positions, again, rows = self._tables.send(
             step.homes, step.table, step.seqs, step.positions, step.seqs_again, step.rows
         )
         with self.scope():
             part = None if len(step.rows) == len(step.seqs) else rows.long()
+        self._reads_host |= self._is_on_host(step.table)
         self._step = _Bound(
             homes, table, seqs, positions, again if step.writes_again else None, part, step.fresh, self._attention
         )
@@ -239,8 +248,12 @@ class CudaKV(KVBackend):
             block_table=tables.homes,
             stream=self._compute,
         )
+        self._reads_host |= self._is_on_host(tables.homes)
         homes, seqs, positions = padded.views
         self._step = _Bound(homes, homes, seqs, positions, None, None, [], padded.attention)
+
+    def _is_on_host(self, table: npt.NDArray[np.int32]) -> bool:
+        return bool(((table >= self._first_host) & (table < self._num_blocks)).any())
 
     def end_step(self) -> MemoryCounters:
         """Called when the step's tokens have been read, so that its events are over."""
@@ -251,6 +264,7 @@ class CudaKV(KVBackend):
         self._waits.clear()
         moved = self._moved()
         managed = self._kind is MemoryKind.MANAGED
+        waits_unseen, self._reads_host = managed or self._reads_host, False
         return MemoryCounters(
             h2d_copy_bytes=moved.get("h2d", 0),
             h2d_fault_bytes=None if managed else 0,
@@ -262,7 +276,7 @@ class CudaKV(KVBackend):
             d2h_remote_write_bytes=None if self._memory.host is not None or managed else 0,
             gpu_fault_groups=None if managed else 0,
             evicted_chunks=None if managed else 0,
-            stall_ns=stall_ns,
+            stall_ns=None if waits_unseen else stall_ns,
         )
 
     def _moved(self) -> dict[str, int]:
@@ -290,12 +304,12 @@ class CudaKV(KVBackend):
         for stream in (self._in, self._out):
             begun.wait(stream=stream.handle)
         for op, data_layer in ops:
-            at = data_layer % self._spec.num_layers
             with mark("evict" if op.kind is OpKind.EVICT else "prefetch"):
-                self._issue_one(layer, op, at)
+                self._issue_one(layer, op, data_layer)
 
-    def _issue_one(self, layer: int, op: MemoryOp, at: int) -> None:
-        """Of the data of the layer `at`."""
+    def _issue_one(self, layer: int, op: MemoryOp, data_layer: int) -> None:
+        """Of the data of a layer; those from `num_layers` on are the next step's."""
+        at = data_layer % self._spec.num_layers
         if op.kind is OpKind.EVICT:
             self._migrate("evict", op, at, host_place(), self._out)
             if self._waits_for_evictions:
@@ -304,20 +318,19 @@ class CudaKV(KVBackend):
         if op.kind is OpKind.PREFETCH:
             self._migrate("prefetch", op, at, device_place(self._ordinal), self._in)
         elif op.kind is OpKind.COPY_IN and self._staging is not None:
-            self._stage(op, at)
+            self._stage(op, data_layer)
         else:
             raise ValueError(f"op {op.kind} is not served by runner=cuda with memory={self._kind}")
         self._arrivals.setdefault(at, []).append(self._event(self._in))
 
-    def _stage(self, op: MemoryOp, layer: int) -> None:
+    def _stage(self, op: MemoryOp, data_layer: int) -> None:
         staging, far = self._staging, self._memory.host
         assert staging is not None and far is not None
         pairs = [(b - self._first_host, staging.slots[b]) for b in op.blocks if b in staging.slots]
         if pairs:
-            source = (layer, layer + 1)
-            ring = layer % staging.num_layers
+            layer, place = data_layer % self._spec.num_layers, staging.place(data_layer)
             self._counters.copy_blocks(
-                "h2d", far, staging.placed, pairs, layers=source, target_layer=ring, stream=self._in
+                *("h2d", far, staging.placed, pairs), layers=(layer, layer + 1), target_layer=place, stream=self._in
             )
 
     def _migrate(self, label: str, op: MemoryOp, layer: int, to: Any, stream: Any) -> None:
@@ -328,12 +341,16 @@ class CudaKV(KVBackend):
         arrivals = self._arrivals.pop(layer, ())
         if not arrivals:
             return
-        begin, end = (new_event(timing=True, device=self._ordinal) for _ in range(2))
-        begin.record(stream=self._handle)
+        begin = self._timing_event()
         for event in arrivals:
             event.wait(stream=self._handle)
-        end.record(stream=self._handle)
-        self._waits.append((begin, end))
+        self._waits.append((begin, self._timing_event()))
+
+    def _timing_event(self) -> Any:
+        """Of what the compute stream has been given so far."""
+        event = new_event(timing=True, device=self._ordinal)
+        event.record(stream=self._handle)
+        return event
 
     def _event(self, stream: Any) -> Any:
         """Of what the stream has been given so far."""
@@ -396,7 +413,7 @@ class _Staging:
         ring = replace(spec, num_layers=num_layers, layout=Layout.LAYER_MAJOR)
         layout = slab_layout(ring, num_blocks=self._num_slots)
         self.placed = Placed(Slab.device(slab_bytes(ring, self._num_slots), device=device), layout)
-        self._first_id = sum(capacity)
+        self._first_id, self._first_place = sum(capacity), 0
         self._free = list(range(self._num_slots))
         self.slots: dict[int, int] = {}
         self._ahead: dict[int, set[int]] = {}
@@ -404,6 +421,7 @@ class _Staging:
 
     def begin_step(self, issued: Issued, num_layers: int) -> frozenset[int]:
         """Blocks that every layer of this step will find staged."""
+        self._first_place = self.place(num_layers)  # Where the last step has put what it brought for this one.
         staged, ahead = self._ahead, dict[int, set[int]]()
         for ops in issued.values():
             for op, layer in ops:
@@ -420,6 +438,10 @@ class _Staging:
         # What has no slot now is not copied, and must not be taken for staged when it gets one.
         self._ahead = {layer: blocks & self.slots.keys() for layer, blocks in ahead.items()}
         return frozenset(everywhere & self.slots.keys())
+
+    def place(self, data_layer: int) -> int:
+        """In the ring, of a layer of this step, or from `num_layers` on of the next."""
+        return (self._first_place + data_layer) % self.num_layers
 
     @property
     def is_empty(self) -> bool:

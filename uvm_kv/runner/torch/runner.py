@@ -87,8 +87,8 @@ class TorchRunner(ModelRunner):
         context = StepContext(self._kv, self._max_tokens, probing=True)
         name = type(self._model).__name__
         self._kv.acquire([0])
-        self._kv.begin_step([SequenceRows(0, 1, 0, [0], False)], {})
         with torch.inference_mode(), self._kv.scope(), step_context(context), eagerly():
+            self._kv.begin_step([SequenceRows(0, 1, 0, [0], False)], {})
             try:
                 check_positions(self._model.config, self._max_tokens)
                 self._call([0], [0], [0])

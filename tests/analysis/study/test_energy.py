@@ -71,3 +71,24 @@ def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
         [path.read_bytes() for path in save_figure(STUDY.draw(runs(0.8), ()).figure, tmp_path / name)] for name in "ab"
     ]
     assert files[0] == files[1]
+
+
+def test_measured_energies_count_where_their_repeats_decide() -> None:
+    def measured(*factors: float) -> str:
+        made = runs(0.8).assign(origin="measured")
+        names = ["energy_j_per_output_token", "energy_j_per_output_token_above_idle"]
+        return said(pd.concat([made.assign(**{name: made[name] * x for name in names}) for x in factors]))
+
+    assert measured(0.999, 1.0, 1.001).count("takes less than the card alone: ") == 2
+    assert "is AMBIGUOUS, which needs 3 repeats on both sides to be told from noise: 0.8 J" in measured(1.0)
+    assert measured(0.5, 1.0, 1.5).count("takes less than the card alone is AMBIGUOUS (95 % interval") == 2
+
+
+def test_cards_and_origins_are_told_apart() -> None:
+    drawn = STUDY.draw(pd.concat([runs(0.8), runs(0.8).assign(hardware="h100", idle_power_w=70.0)]), ())
+    assert drawn.figure.legends[0].get_title().get_text() == "h100, at rest 70 W; rtx3090, at rest 30 W"
+    titles = {axis.get_title(loc="left").partition("\n")[2] for axis in drawn.figure.axes} - {""}
+    assert titles == {"on a simulated h100", "on a simulated rtx3090"} and set(drawn.table["hardware"]) == {
+        "h100",
+        "rtx3090",
+    }

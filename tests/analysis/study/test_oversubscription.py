@@ -10,7 +10,7 @@ import pytest
 
 from tests.analysis.study.made import run, table
 from uvm_kv.analysis.study.oversubscription import STUDY
-from uvm_kv.analysis.style import save_figure
+from uvm_kv.analysis.style import STYLES, save_figure
 
 
 def curve(mechanism: str, speeds: dict[float, float], **more: Any) -> list[dict[str, Any]]:
@@ -92,3 +92,49 @@ def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
     made = table(*curve("managed_demand", CLIFF), *curve("pinned_zero_copy", GENTLE, layout="block_major"))
     files = [[path.read_bytes() for path in save_figure(STUDY.draw(made, ()).figure, tmp_path / name)] for name in "ab"]
     assert files[0] == files[1]
+
+
+HOST = {"memory": "managed", "placement": "demand", "hints.preferred_location": "host", "hints.accessed_by": True}
+
+
+def test_lines_that_are_not_the_same_within_the_capacity_are_named() -> None:
+    text = said(curve("managed_demand", CLIFF), curve("pinned_prefetch_ahead", GENTLE))
+    assert (
+        "Within the capacity every line makes the same throughput within 0.0% of the fastest (60 to 100 tok/s)." in text
+    )
+    slow = {0.5: 30.0, 1.0: 40.0, 2.0: 45.0}
+    text = said(curve("managed_demand", CLIFF), curve("pinned_zero_copy", GENTLE), curve("custom", slow, **HOST))
+    assert "prefer host, accessed_by, layer_major, makes 30 to 40 tok/s and moves up to 1 MB per output token;" in text
+    assert "every other line makes the same throughput within 0.0% of the fastest (60 to 100 tok/s)." in text
+    assert "every line is the same" not in STUDY.how_to_read
+
+
+def test_lines_that_lie_on_each_other_are_both_to_be_seen() -> None:
+    drawn = STUDY.draw(table(*curve("managed_by_tier", GENTLE), *curve("pinned_zero_copy", GENTLE)), ())
+    lines = {line.get_color(): (line.get_linewidth(), line.get_zorder()) for line in drawn.figure.axes[0].lines}
+    under, over = lines[STYLES["managed_by_tier"][0]], lines[STYLES["pinned_zero_copy"][0]]
+    assert under[0] > 2 * over[0]
+    colours = [line.get_color() for line in drawn.figure.axes[0].lines]
+    assert colours.index(STYLES["managed_by_tier"][0]) < colours.index(STYLES["pinned_zero_copy"][0])
+    apart = STUDY.draw(table(*curve("managed_by_tier", CLIFF), *curve("pinned_zero_copy", GENTLE)), ())
+    assert len({line.get_linewidth() for line in apart.figure.axes[0].lines[:2]}) == 1
+
+
+def test_the_enlarged_panel_ends_where_its_points_end() -> None:
+    figure = STUDY.draw(
+        table(*curve("managed_demand", {0.5: 1.0, 0.95: 2.0, 1.0: 2.0, 1.09: 1.0, 2.0: 1.0})), ()
+    ).figure
+    assert figure.axes[1].get_xlim() == pytest.approx((0.94, 1.10))
+
+
+def test_measured_gains_count_where_their_repeats_decide() -> None:
+    def measured(*factors: float) -> str:
+        lines = [
+            [row for x in factors for row in curve(name, {r: v * x for r, v in speeds.items()}, origin="measured")]
+            for name, speeds in (("managed_demand", CLIFF), ("pinned_prefetch_ahead", GENTLE))
+        ]
+        return said(*lines).splitlines()[0]
+
+    assert "whether any raises it is AMBIGUOUS, the best reaches 1.04 times that" in measured(1.0)
+    assert "whether any raises it is AMBIGUOUS" in measured(0.8, 1.0, 1.2)
+    assert "the best raises it to 1.04 times that" in measured(0.999, 1.0, 1.001)

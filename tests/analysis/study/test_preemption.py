@@ -28,6 +28,7 @@ def made(
                     {
                         "model": "llama_7b",
                         "hardware": "rtx3090",
+                        "origin": "simulated",
                         "mechanism": mechanism,
                         "prompt_tokens": prompt,
                         "output_tokens": 256,
@@ -104,11 +105,64 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         STUDY.draw(runs[runs["mechanism"] == "pinned_swap"], [])
     with pytest.raises(ValueError, match="no run preempted anything"):
         STUDY.draw(made(preemptions=0), [])
-    with pytest.raises(ValueError, match="several runs of pinned_swap"):
-        STUDY.draw(pd.concat([runs, runs]), [])
+    other = runs.assign(setting=[setting | {"model.head_dim": 64} for setting in runs["setting"]])
+    with pytest.raises(ValueError, match=r"preemption: several runs of mechanism pinned_swap, .* differ in setting"):
+        STUDY.draw(pd.concat([runs, other]), [])
+    with pytest.raises(ValueError, match=r"several origins \(measured, simulated\)"):
+        STUDY.draw(pd.concat([runs, runs.assign(origin="measured")]), [])
+    unequal = runs.copy()
+    unequal.loc[unequal["mechanism"] == "pinned_swap", "preemptions"] = 20
+    with pytest.raises(ValueError, match="at no point the two preempt as often, within 5%"):
+        STUDY.draw(unequal, [])
     with pytest.raises(ValueError, match="several models"):
         STUDY.draw(pd.concat([runs, runs.assign(model="llama3_8b")]), [])
     apart = runs.copy()
     apart.loc[apart["mechanism"] == "pinned_swap", "block_size"] = 4096
     with pytest.raises(ValueError, match="in common"):
         STUDY.draw(apart.drop_duplicates(["mechanism", "prompt_tokens", "block_size"]), [])
+
+
+def test_points_that_preempt_unequally_often_say_nothing_of_one_preemption() -> None:
+    """42 swaps beside 30 recomputations: an absurd ratio there is in no claim, and in the picture an open marker."""
+    runs = made()
+    at = (runs["prompt_tokens"] == 64) & (runs["block_size"] == 16)
+    runs.loc[at & (runs["mechanism"] == "pinned_swap"), ["preemptions", "stall_s"]] = [42, 0.0042]
+    runs.loc[at & (runs["mechanism"] == "device_recompute"), "preemptions"] = 30
+    drawn = STUDY.draw(runs, [])
+    said = drawn.claims
+    assert "costs 4 to 4 times one by swap" in said[0]
+    assert (
+        "At 1 of 6 points the two preempt unequally often, by more than 5% (prompt 64, block 16: 42 by swap, 30 by"
+        in (said[1])
+    )
+    assert drawn.table["is_comparable"].tolist() == [True, False, True, True, True, True]
+    assert "of 5 points" in said[-1]
+    open_ = [line for line in drawn.figure.axes[1].lines if line.get_markerfacecolor() == "white"]
+    assert [list(line.get_xdata()) for line in open_] == [[16], [16]]
+    assert "preempt unequally often" in [text.get_text() for text in drawn.figure.legends[0].get_texts()]
+    almost = made(preemptions=100)
+    almost.loc[almost["mechanism"] == "pinned_swap", "preemptions"] = 96
+    assert STUDY.draw(almost, []).table["is_comparable"].all()
+
+
+def test_what_is_drawn_as_a_crossing_is_in_the_table() -> None:
+    drawn = STUDY.draw(made(recompute_ms=10.0), [])
+    rings = [float(line.get_xdata()[0]) for line in drawn.figure.axes[1].lines if line.get_markersize() == 6]
+    told = drawn.table.drop_duplicates("prompt_tokens")
+    assert told["crossings"].tolist() == ["", ""]
+    assert [float(x) for x in told["crossings_call_a_piece"]] == pytest.approx(rings, rel=1e-3)
+
+
+def test_repeats_count_by_their_median_and_measured_ones_may_be_ambiguous() -> None:
+    def repeated(*factors: float) -> pd.DataFrame:
+        runs = made().assign(origin="measured")
+        return pd.concat([runs.assign(duration_s=runs["duration_s"] * x, stall_s=runs["stall_s"] * x) for x in factors])
+
+    table = STUDY.draw(repeated(0.9, 1.0, 7.0), []).table
+    assert table["recompute_ms"].tolist() == pytest.approx([20.0] * 6) and set(table["num_runs_swap"]) == {3}
+    quiet = claims(repeated(0.9999, 1.0, 1.0001))
+    assert "AMBIGUOUS" not in quiet and "bound of 20 % holds" in quiet
+    noisy = claims(repeated(0.5, 1.0, 1.5))
+    assert "AMBIGUOUS at 6 of 6 points" in noisy and "bound of 20 % is AMBIGUOUS here end to end." in noisy
+    single = claims(repeated(1.0))
+    assert "AMBIGUOUS at 6 of 6 points" in single and "for which it takes 3 repeats" in single

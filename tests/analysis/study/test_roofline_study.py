@@ -89,3 +89,14 @@ def test_what_cannot_be_drawn_is_refused(runs: pd.DataFrame) -> None:
         STUDY.draw(runs.assign(hardware="h100"), [])
     with pytest.raises(ValueError, match="several models"):
         STUDY.draw(pd.concat([runs, runs.assign(model="llama3_8b")]), [])
+
+
+def test_what_is_drawn_is_in_the_table(runs: pd.DataFrame) -> None:
+    drawn = STUDY.draw(runs, [])
+    table = drawn.table[(drawn.table["hardware"] == "rtx3090") & drawn.table["drawn_in"].str.contains("roof")]
+    roof, *lines = drawn.figure.axes[3].lines
+    assert max(roof.get_ydata()) == pytest.approx(table["peak_ops_per_s"].iloc[0] / 1e12)
+    assert roof.get_ydata()[0] / roof.get_xdata()[0] == pytest.approx(table["hbm_bytes_per_s"].iloc[0] / 1e12)
+    decode = table[table["stage"] == "decode"].sort_values("batch_size")
+    assert list(lines[0].get_ydata()) == pytest.approx(list(decode["parts.attention.attained_ops_per_s"] / 1e12))
+    assert list(lines[3].get_ydata()) == pytest.approx(list(decode["parts.projections.attained_ops_per_s"] / 1e12))

@@ -9,8 +9,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from uvm_kv.analysis.statistics import judge
 from uvm_kv.analysis.study.base import Drawn, Study
 from uvm_kv.analysis.style import PAGE_IN, SMALL, SPARE
+from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED, interval
 
 PARTS = {
     "token_states": "token states",
@@ -60,9 +62,10 @@ def shares(runs: pd.DataFrame) -> pd.DataFrame:
     settings = pd.DataFrame(list(runs["setting"]), index=runs.index)
     loads = settings.drop(columns=[c for c in ("allocation", "workload.request_rate") if c in settings])
     several = [str(c) for c in loads if loads[c].map(repr).nunique() > 1]
-    if several or runs["model"].nunique() > 1 or runs["workload"].nunique() > 1:
+    several += [name for name in ("origin", "hardware", "model", "workload") if runs[name].nunique() > 1]
+    if several:
         raise ValueError(
-            f"allocation: the runs differ in more than allocation and request rate ({', '.join(several) or 'model'}); "
+            f"allocation: the runs differ in more than allocation and request rate ({', '.join(several)}); "
             f"give it runs of one setting"
         )
     total = runs["device_kv_bytes"].astype(float)
@@ -175,12 +178,15 @@ def _claims(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
             text += f"; {', '.join(idle)} keeps up with that rate here, and so has fewer requests than memory allows"
         claims.append(text + ".")
     if {"on_demand", "paged"} <= set(full.index):
-        gain = full["output_tokens_per_s"]["paged"] / full["output_tokens_per_s"]["on_demand"]
+        at_rate = runs[runs["request_rate"].astype(float) == saturated].groupby("allocation")["output_tokens_per_s"]
+        sides = [at_rate.get_group(name).to_numpy(float) for name in ("paged", "on_demand")]
+        gain = judge(sides[0], sides[1], INDIFFERENT, measured=runs["origin"].iloc[0] == MEASURED)
+        doubt = f" (AMBIGUOUS{interval(gain)})" if gain.word == "AMBIGUOUS" else ""
         claims.append(
             f"A run of blocks that grows (on_demand) fills {full['token_states']['on_demand']:.1f} % of memory with "
             f"token states, but what cannot grow in place moves or is preempted "
             f"({full['preemptions']['on_demand']:.0f} times, paged {full['preemptions']['paged']:.0f}); "
-            f"paged puts out {gain:.1f} times the tokens per second."
+            f"paged puts out {gain.ratio:.1f} times the tokens per second{doubt}."
         )
     return claims
 

@@ -10,15 +10,17 @@ import pandas as pd
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from uvm_kv.analysis.load import GROUP, points
+from uvm_kv.analysis.statistics import judge
 from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import PAGE_IN, STYLES, look
-from uvm_kv.analysis.verdict import BASELINES, INDIFFERENT, is_cpu_backed
+from uvm_kv.analysis.verdict import BASELINES, INDIFFERENT, MEASURED, interval, is_cpu_backed
 
 TOTAL, ABOVE_IDLE = "energy_j_per_output_token", "energy_j_per_output_token_above_idle"
+WORDS = {"LOWER": "less than", "HIGHER": "more than", "SAME": "as much as"}
 J_TICKS = [mantissa * 10.0**power for power in range(-2, 4) for mantissa in (1, 2, 3, 5, 7)]
 PANELS = {"throughput": "output tokens/s", TOTAL: "J per output token", ABOVE_IDLE: "J per output token above idle"}
-COLUMNS = (*GROUP, "model", "label", "offered_batch", *PANELS, "power_w", "idle_power_w", "running_batch_mean",
-           "stall_s", "duration_s", "num_runs")  # fmt: skip
+COLUMNS = (*GROUP, "origin", "hardware", "model", "label", "offered_batch", *PANELS, "power_w", "idle_power_w",
+           "running_batch_mean", "stall_s", "duration_s", "num_runs")  # fmt: skip
 
 
 def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
@@ -26,7 +28,8 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     del failures
     if absent := [name for name in (TOTAL, ABOVE_IDLE) if name not in runs or runs[name].isna().all()]:
         raise ValueError(f"energy: no run has {absent[0]}: without a power model or the card's counter there is none")
-    table = points(runs[runs[TOTAL].notna()])
+    table = points(runs[runs[TOTAL].notna()], keep=(TOTAL, ABOVE_IDLE))
+    several = table[["origin", "hardware"]].drop_duplicates().shape[0] > 1
     groups = [part for _, part in table.groupby(GROUP, sort=True)]
     figure, axes = plt.subplots(len(groups), 3, figsize=(PAGE_IN, 1.9 * len(groups) + 0.75), squeeze=False)
     others = sorted(set(table["label"]) - set(STYLES))
@@ -46,7 +49,8 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
                 axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
                 axis.yaxis.set_minor_formatter(NullFormatter())
         row[0].set_ylim(bottom=0)
-        row[0].set_title(part["title"].iloc[0].partition(", on a ")[0])
+        title = part["title"].iloc[0]
+        row[0].set_title(title.replace(", on a ", "\non a ") if several else title.partition(", on a ")[0])
     for axis in axes[-1]:
         axis.set_xlabel("offered batch (clients)")
     order = [name for name in (*STYLES, *others) if name in shown]
@@ -55,7 +59,10 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         [f"{name} (baseline)" if name in BASELINES else name for name in order],
         loc="outside upper center",
         ncols=4,
-        title=f"{runs['hardware'].iloc[0]}, at rest {table['idle_power_w'].median():.0f} W",
+        title="; ".join(
+            f"{card}, at rest {part['idle_power_w'].median():.0f} W"
+            for card, part in table.groupby("hardware", sort=True)
+        ),
     )
     drawn = table[[c for c in COLUMNS if c in table]].sort_values([*GROUP, "label", "offered_batch"])
     said = [claim for part in groups for claim in claims(part)]
@@ -72,12 +79,16 @@ def claims(part: pd.DataFrame) -> list[str]:
     said = []
     for column, name in ((TOTAL, "J per output token"), (ABOVE_IDLE, "J per output token above idle")):
         least, other = base.iloc[int(base[column].argmin())], backed.iloc[int(backed[column].argmin())]
-        change = other[column] / least[column] - 1
-        word = "less than" if change < -INDIFFERENT else "more than" if change > INDIFFERENT else "as much as"
+        sides = other[f"{column}.repeats"], least[f"{column}.repeats"]
+        found = judge(*sides, INDIFFERENT, measured=least["origin"] == MEASURED)
+        if found.word == "AMBIGUOUS":
+            head = f"whether CPU-backed KV at its best takes less than the card alone is AMBIGUOUS{interval(found)}"
+        else:
+            head = f"at its best CPU-backed KV takes {WORDS[found.word]} the card alone"
         said.append(
-            f"{title}: at its best CPU-backed KV takes {word} the card alone: {other[column]:.3g} {name} "
+            f"{title}: {head}: {other[column]:.3g} {name} "
             f"({other['label']}, batch {other['offered_batch']:.0f}) against {least[column]:.3g} ({least['label']}, "
-            f"batch {least['offered_batch']:.0f}), {percent(change)}."
+            f"batch {least['offered_batch']:.0f}), {percent(found.ratio - 1)}."
         )
     one = base.iloc[int(base["offered_batch"].argmin())]
     least = base.iloc[int(base[TOTAL].argmin())]

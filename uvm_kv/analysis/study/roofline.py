@@ -41,8 +41,9 @@ AGREES = 0.001
 COLUMNS = (
     *("hardware", "model", "counting", "stage", "bits", "batch_size", "sequence_length", "total_ms", "intensity"),
     *("attained_ops_per_s", "total_ops", "total_bytes", "parts.projections.ms", "parts.projections.intensity"),
-    *("parts.attention.ms", "parts.attention.intensity", "parts.head.ms", "parts.elementwise.ms", "required_bytes"),
-    *("card_bytes", "fits", "beyond_context", "published_ms"),
+    *("parts.projections.attained_ops_per_s", "parts.attention.ms", "parts.attention.intensity"),
+    *("parts.attention.attained_ops_per_s", "parts.head.ms", "parts.elementwise.ms", "required_bytes"),
+    *("card_bytes", "fits", "beyond_context", "published_ms", "peak_ops_per_s", "hbm_bytes_per_s", "drawn_in"),
 )
 
 
@@ -87,6 +88,7 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
     table["attained_ops_per_s"] = table["total_ops"] / table["total_ms"] * 1e3
     for name in ("projections", "attention"):
         table[f"parts.{name}.intensity"] = table[f"parts.{name}.ops"] / table[f"parts.{name}.bytes"]
+        table[f"parts.{name}.attained_ops_per_s"] = table[f"parts.{name}.ops"] / table[f"parts.{name}.ms"] * 1e3
     table["beyond_context"] = table["sequence_length"] > table["max_position_embeddings"]
     published = []
     for _, point in table.iterrows():
@@ -94,8 +96,18 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
         key = (str(point["stage"]), int(point["batch_size"]), str(point["bits"]))
         published.append(PUBLISHED_MS.get(key, np.nan) if printed else np.nan)
     table["published_ms"] = published
+    table["drawn_in"] = [_drawn_in(point) for _, point in table.iterrows()]
     order = ["hardware", "counting", "stage", "bits", "batch_size", "sequence_length"]
     return table.sort_values(order).reset_index(drop=True)
+
+
+def _drawn_in(point: pd.Series[Any]) -> str:
+    """The panels that show it: roof, times, both, or none of what is in the table for the sentences alone."""
+    if point["bits"] != FP16:
+        return ""
+    at_roof = point["sequence_length"] == PART_SEQUENCE
+    in_times = point["batch_size"] in LINES or pd.notna(point["published_ms"])
+    return " ".join(name for name, shown in (("roof", at_roof), ("times", in_times)) if shown)
 
 
 # Colour, marker, its size: attention's points lie on each other, below the first of the others, and are drawn larger.
@@ -122,7 +134,7 @@ def _roof(axis: Any, part: pd.DataFrame) -> None:
             intensity, rate = points["intensity"], points["attained_ops_per_s"]
         else:
             column = f"parts.{name.partition(': ')[2]}"
-            intensity, rate = points[f"{column}.intensity"], points[f"{column}.ops"] / points[f"{column}.ms"] * 1e3
+            intensity, rate = points[f"{column}.intensity"], points[f"{column}.attained_ops_per_s"]
         _line(axis, intensity, rate / 1e12, points["fits"], colour, marker, size)
     axis.set(xscale="log", yscale="log", ylabel="TOP/s attained")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))

@@ -47,7 +47,7 @@ def make_profile(link_gb_per_s: float = 25.0) -> HardwareProfile:
     operators = dict.fromkeys(all_work(make_geometry(), 1, 2), OperatorCost(2.0, 0.8, 0.8, 2.0))
     return HardwareProfile(
         "test_card",
-        Gpu(24 << 30, 936.0, 0.9, 71.0, 284.0, 400_000_000),
+        Gpu(24 << 30, 936.0, 0.9, 71.0, 284.0, 400_000_000, 35.5),
         Link(link_gb_per_s, link_gb_per_s, 0.9, 0.9, (1.0, 10.0), (1.0, 0.7), 0.95, 0.5, 6.0, 10.0, 20.0),
         ManagedDriver(5, 80.0, 20.0, 0.05, 0.05, 50.0, 0.5),
         Power(30.0, 350.0, 120.0),

@@ -149,6 +149,7 @@ def curves_file(
             "hbm_gb_per_s": card.hbm_gb_per_s,
             "tensor_tflop_per_s": card.tensor_tflop_per_s,
             "tensor_int8_top_per_s": card.tensor_int8_top_per_s,
+            "float32_tflop_per_s": card.float32_tflop_per_s,
         },
         "curves": curves,
     }

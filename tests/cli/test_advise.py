@@ -149,6 +149,7 @@ def test_a_moved_profile_moves_that_quantity_alone() -> None:
     faster = moved_profile(profile, "operators", 1.1)
     assert faster.gpu.hbm_bytes_per_s == pytest.approx(profile.gpu.hbm_bytes_per_s)
     assert faster.link == profile.link
+    assert faster.gpu.float32_tflop_per_s == pytest.approx(1.1 * 35.6)
     assert moved_profile(profile, "HBM", 2.0).gpu.hbm_efficiency == 1.0
     assert moved_profile(profile, "link", 0.9).link.h2d_gb_per_s == pytest.approx(0.9 * profile.link.h2d_gb_per_s)
 

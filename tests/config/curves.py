@@ -84,6 +84,7 @@ def curves_of(
             "hbm_gb_per_s": gpu.hbm_gb_per_s,
             "tensor_tflop_per_s": gpu.tensor_tflop_per_s,
             "tensor_int8_top_per_s": gpu.tensor_int8_top_per_s,
+            "float32_tflop_per_s": gpu.float32_tflop_per_s,
         },
         "model": {**dataclasses.asdict(MODEL), "dtype": "float16"},
         "curves": {

@@ -156,6 +156,15 @@ def test_every_number_says_where_it_is_from(tmp_path: Path) -> None:
         assert quantities_of(profile)[path] == quantities_of(base)[path]
 
 
+def test_a_float32_rate_that_the_curves_do_not_tell_is_not_another_cards(tmp_path: Path) -> None:
+    raw = json.loads(generated("a30", 0.0, ("copy",)))
+    assert recover(tmp_path, raw)[0].gpu.float32_tflop_per_s == 10.3
+    del raw["card"]["float32_tflop_per_s"]
+    profile, _, rows = recover(tmp_path, raw)
+    assert profile.gpu.float32_tflop_per_s is None
+    assert "gpu.float32_tflop_per_s" not in rows and "gpu.float32_tflop_per_s" not in profile.sources
+
+
 def test_generated_curves_are_never_called_measured(tmp_path: Path) -> None:
     profile, _, _ = recover(tmp_path, generated("a30", 0.0))
     for path, source in profile.sources.items():
@@ -303,6 +312,12 @@ def put(path: str, value: Any) -> Any:
     return change
 
 
+def float32_unknown(raw: Any) -> Any:
+    del raw["card"]["float32_tflop_per_s"]
+    raw["model"]["dtype"] = "float32"
+    return raw
+
+
 POINT = {"direction": "h2d", "bytes": 4096, "seconds": [1e-5]}
 BAD = [
     (lambda _: "{", "not JSON"),
@@ -321,6 +336,7 @@ BAD = [
     (put("card.hbm_gb_per_s", put), "card has no hbm_gb_per_s"),
     (put("card.memory_bytes", 1.5), "card.memory_bytes is 1.5; it must be a whole number"),
     (put("card", []), "card is not a JSON object"),
+    (put("card.float32_tflop_per_s", "fast"), "card.float32_tflop_per_s is 'fast'; it must be a positive number"),
     (put("colour", "red"), "the field of the file 'colour' is unknown"),
     (put("curves", {}), "curves holds no curve; allowed: link, copy"),
     (put("curves", []), "curves holds no curve"),
@@ -351,6 +367,7 @@ BAD = [
     (put("model.num_heads", 7), "model.num_heads=7 is not a multiple"),
     (put("model.rope", 1), "model.rope is 1; it is true or false"),
     (put("model.dtype", "int4"), "model.dtype 'int4' is unknown"),
+    (float32_unknown, "model.dtype is float32, so that card must have float32_tflop_per_s"),
     (put("curves.operators.0.layer_name", "qkv"), "curves.operators has 1 points of qkv; it needs at least 3"),
 ]
 

@@ -121,6 +121,7 @@ def test_the_cards_are_those_of_the_hardware_profiles(card: Any) -> None:
     assert card.hbm_gb_per_s == gpu.hbm_gb_per_s
     assert card.tensor_tflop_per_s == gpu.tensor_tflop_per_s
     assert card.tensor_int8_top_per_s == gpu.tensor_int8_top_per_s
+    assert card.float32_tflop_per_s == gpu.float32_tflop_per_s
     assert card.memory_gib * GIB == gpu.memory_bytes
     raw = yaml.safe_load((CONF / "hardware" / f"{card.profile}.yaml").read_text())
     assert "gpu.hbm_gb_per_s" in raw["sources"]

@@ -10,10 +10,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from tests.helpers import CONF
-from tests.jobs import composed
+from tests.jobs import composed, resolved
 from uvm_kv.config.names import groups
+from uvm_kv.config.profile_file import profile_yaml
 from uvm_kv.config.resolve import build_profile
 from uvm_kv.hw.profile import HardwareProfile
+from uvm_kv.hw.roofline import peak_ops_per_s
 
 CARDS = ("rtx3090", "rtx2080ti", "rtx4090", "a6000", "a30", "a100_40g", "a100_80g", "h100", "h200")
 FILES = sorted((CONF / "hardware").glob("*.yaml"))
@@ -97,7 +99,45 @@ def test_memory_and_rates_rise_where_they_should() -> None:
     for name, profile in cards.items():
         gpu, link = profile.gpu, profile.link
         assert 1.9 < gpu.tensor_int8_top_per_s / gpu.tensor_tflop_per_s < 4.1, name
+        assert gpu.float32_tflop_per_s is not None, name
+        assert 0.05 < gpu.float32_tflop_per_s / gpu.tensor_tflop_per_s < 0.51, name
         assert link.zero_copy_bytes_per_s(0) <= link.h2d_bytes_per_s < gpu.hbm_bytes_per_s / 10, name
         assert profile.power.idle_w < profile.power.waiting_w < profile.power.active_w, name
     assert cards["h100"].link.zero_copy_bytes_per_s(2**40) == pytest.approx(35e9)
     assert cards["rtx2080ti"].link.h2d_gb_per_s < cards["a30"].link.h2d_gb_per_s < cards["h100"].link.h2d_gb_per_s
+
+
+def test_float32_runs_at_the_rate_of_the_plain_cores() -> None:
+    """Of an A100 a sixteenth of the tensor cores', of a GeForce of 2020 a half: no share of one tells the other."""
+    rates = {name: peak_ops_per_s(load(name), 32) / 1e12 for name in CARDS}
+    assert (rates["a100_80g"], rates["a30"], rates["h100"]) == (19.5, 10.3, 67.0)
+    assert rates["rtx3090"] == pytest.approx(peak_ops_per_s(load("rtx3090"), 16) / 2e12, rel=0.01)
+
+
+def without_float32(name: str) -> HardwareProfile:
+    profile = load(name)
+    return dataclasses.replace(profile, gpu=dataclasses.replace(profile.gpu, float32_tflop_per_s=None))
+
+
+def test_float32_is_refused_where_its_rate_is_not_known() -> None:
+    unknown = without_float32("a30")
+    assert peak_ops_per_s(unknown, 16) == 165e12
+    with pytest.raises(ValueError, match=r"^hardware=a30 has no float32 rate; add hardware\.gpu\.float32_tflop_per_s"):
+        peak_ops_per_s(unknown, 32)
+    with pytest.raises(ValueError, match=r"add hardware\.gpu\.float32_tflop_per_s"):
+        resolved("hardware=a30", "hardware.gpu.float32_tflop_per_s=null", "dtype=float32", "model=smollm2_135m")
+    assert "  float32_tflop_per_s" not in profile_yaml(unknown, [])
+
+
+def test_the_float32_rate_is_part_of_a_float32_run_only() -> None:
+    """Runs in half precision are what they were before profiles had it."""
+
+    def settings(*more: str) -> list[object]:
+        rates = ("35.6", "30.0", "null") if "dtype=float32" not in more else ("35.6", "30.0")
+        given = (f"hardware.gpu.float32_tflop_per_s={rate}" for rate in rates)
+        return [resolved("model=smollm2_135m", one, *more).determining() for one in given]
+
+    first, *others = settings()
+    assert all(other == first for other in others)
+    one, other = settings("dtype=float32")
+    assert one != other

@@ -277,7 +277,8 @@ def moved_profile(profile: HardwareProfile, quantity: str, factor: float) -> Har
             return dataclasses.replace(profile, gpu=dataclasses.replace(gpu, hbm_efficiency=share))
         case "operators":
             # Their efficiencies cannot rise above 1, so the peaks move; the rate of plain reads, HBM's, is held.
-            peaks = dict.fromkeys(("hbm_gb_per_s", "tensor_tflop_per_s", "tensor_int8_top_per_s"), factor)
+            names = ("hbm_gb_per_s", "tensor_tflop_per_s", "tensor_int8_top_per_s", "float32_tflop_per_s")
+            peaks = {name: factor for name in names if getattr(gpu, name) is not None}
             share = min(1.0, gpu.hbm_efficiency / factor)
             gpu = dataclasses.replace(scaled(gpu, **peaks), hbm_efficiency=share)
             operators = {name: scaled(cost, overhead_us=1 / factor) for name, cost in profile.operators.items()}

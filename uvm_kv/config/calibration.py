@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uvm_kv.config.curves import Curves, Point
+from uvm_kv.config.curves import CARD_OPTIONAL, Curves, Point
 from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.fit import all_work, fit_operators
 from uvm_kv.hw.profile import HardwareProfile
@@ -29,7 +29,7 @@ from uvm_kv.runner.sim.uvm.block import FULL, Access, Counts, CpuAccess, Locatio
 from uvm_kv.runner.sim.uvm.cost import fault_s, prefetch_s
 from uvm_kv.runner.sim.uvm.driver import UvmDriver
 from uvm_kv.runner.sim.uvm.replay import Study, run_study
-from uvm_kv.types import DTYPE_BYTES
+from uvm_kv.types import DTYPE_BYTES, GIB
 
 Vector = NDArray[np.float64]
 
@@ -175,8 +175,9 @@ def calibrate(curves: Curves, base: HardwareProfile, name: str) -> Calibration:
 class _Calibrator:
     def __init__(self, curves: Curves, base: HardwareProfile, name: str) -> None:
         self.curves = curves
-        self.base = base
-        self.profile = dataclasses.replace(base, name=name)
+        untold = dict.fromkeys(CARD_OPTIONAL.keys() - curves.nominal.keys())
+        self.base = _with(base, "gpu", untold)  # What the curves do not tell of a card is no other card's.
+        self.profile = dataclasses.replace(self.base, name=name)
         self.quantities: dict[str, Quantity] = {}
         self.reports: list[CurveReport] = []
 
@@ -194,7 +195,7 @@ class _Calibrator:
             row = self.quantities.pop(path, None) or Quantity(path, None, base, None, None, "not measured")
             rows.append(row)
             sources[path] = self._source(row)
-        for path, row in self.quantities.items():  # Operators that the base does not have.
+        for path, row in self.quantities.items():  # What the base does not have.
             rows.append(row)
             sources[path] = self._source(row)
         return Calibration(dataclasses.replace(self.profile, sources=sources), rows, self.reports)
@@ -254,7 +255,7 @@ class _Calibrator:
         checked = [self._share("link.zero_copy_share", share, "zero_copy") for share in shares]
         link = dataclasses.replace(
             self.profile.link,
-            zero_copy_gib=tuple(_rounded(s / 2**30) for s in size),
+            zero_copy_gib=tuple(_rounded(s / GIB) for s in size),
             zero_copy_share=tuple(_rounded(s) for s in checked),
         )
         self.profile = dataclasses.replace(self.profile, link=link)
@@ -491,7 +492,8 @@ def quantities_of(profile: HardwareProfile) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for group in ("gpu", "link", "managed", "power"):
         node = getattr(profile, group)
-        found |= {f"{group}.{f.name}": getattr(node, f.name) for f in dataclasses.fields(node)}
+        values = {f"{group}.{f.name}": getattr(node, f.name) for f in dataclasses.fields(node)}
+        found |= {path: value for path, value in values.items() if value is not None}
     return found | {f"operators.{name}": cost for name, cost in profile.operators.items()}
 
 
@@ -500,7 +502,7 @@ def source_of(profile: HardwareProfile, path: str) -> str:
     return profile.sources[max((k for k in profile.sources if path == k or path.startswith(k + ".")), key=len)]
 
 
-def _with(profile: HardwareProfile, group: str, changes: Mapping[str, float]) -> HardwareProfile:
+def _with(profile: HardwareProfile, group: str, changes: Mapping[str, float | None]) -> HardwareProfile:
     return dataclasses.replace(profile, **{group: dataclasses.replace(getattr(profile, group), **changes)})
 
 

@@ -48,6 +48,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 MIN_POINTS = {"link": 2, "copy": 2, "zero_copy": 1, "hbm": 2, "prefetch": 2, "fault": 2, "operators": 3}
 """Of `operators` by operator."""
 CARD = {"memory_bytes": int, "hbm_gb_per_s": float, "tensor_tflop_per_s": float, "tensor_int8_top_per_s": float}
+CARD_OPTIONAL = {"float32_tflop_per_s": float}
+"""Without it the profile serves no float32."""
 MAX_NUM_CHUNKS = 1 << 20
 MAX_RANDOM_BYTES = GIB
 """Of a working set that is walked at random: the driver model takes such a walk fault by fault."""
@@ -300,7 +302,7 @@ class _Reader:
                 raise self.error(f"{key} is {given!r}; this version reads {expected!r}")
         top = ("format", "schema_version", "origin", "date", "tool", "commit", "card", "curves")
         self.object(raw, "the file", dict.fromkeys(top), ("model",))
-        card = self.object(raw["card"], "card", {"name": str, "driver": str, **CARD})
+        card = self.object(raw["card"], "card", {"name": str, "driver": str, **CARD}, tuple(CARD_OPTIONAL))
         if not isinstance(raw["curves"], dict) or not raw["curves"]:
             raise self.error(f"curves holds no curve; allowed: {', '.join(FIELDS)}")
         curves = {}
@@ -309,6 +311,9 @@ class _Reader:
                 raise self.error(str(unknown("curve", curve, FIELDS)))
             curves[curve] = self.points(points, curve)
         model, dtype = self.model(raw)
+        nominal = CARD | {name: kind for name, kind in CARD_OPTIONAL.items() if name in card}
+        if dtype == "float32" and "float32_tflop_per_s" not in nominal:
+            raise self.error("model.dtype is float32, so that card must have float32_tflop_per_s")
         try:
             day = date.fromisoformat(raw["date"]).isoformat()
         except (TypeError, ValueError):
@@ -322,7 +327,7 @@ class _Reader:
             self.optional_text(raw["commit"], "commit"),
             self.text(card["name"], "card.name"),
             self.optional_text(card["driver"], "card.driver"),
-            {name: self.number(card[name], f"card.{name}", kind) for name, kind in CARD.items()},
+            {name: self.number(card[name], f"card.{name}", kind) for name, kind in nominal.items()},
             curves,
             model,
             dtype,

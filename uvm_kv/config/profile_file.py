@@ -72,7 +72,8 @@ def profile_yaml(profile: HardwareProfile, comment: list[str], measured_on: str 
     for group in ("gpu", "link", "managed", "power"):
         lines.append(f"{group}:")
         node = getattr(profile, group)
-        lines += [f"  {f.name}: {_number(getattr(node, f.name))}" for f in dataclasses.fields(node)]
+        values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+        lines += [f"  {name}: {_number(value)}" for name, value in values.items() if value is not None]
     lines.append("operators:")
     for name, cost in profile.operators.items():
         costs = ", ".join(f"{key}: {_number(value)}" for key, value in dataclasses.asdict(cost).items())

@@ -31,6 +31,7 @@ from uvm_kv.hw.budget import MemoryBudget, memory_budget
 from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.model import ModelGeometry, check_dense
 from uvm_kv.hw.profile import Gpu, HardwareProfile, Link, ManagedDriver, OperatorCost, Power
+from uvm_kv.hw.roofline import peak_ops_per_s
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.placement.registry import POLICIES, check_served
@@ -116,6 +117,8 @@ class Resolved:
         if not is_peer(self.config):
             del tree["engine"], tree["peer"]  # Runs of ours are what they were before there were peers.
         tree["hardware"].pop("sources")
+        if self.config.dtype != "float32":
+            del tree["hardware"]["gpu"]["float32_tflop_per_s"]
         tree["model"] = dataclasses.asdict(self.model)
         del tree["working_set_ratio"]  # It is resolved to batch_size.
         if self.config.model.weight_bits is not None:
@@ -184,6 +187,8 @@ def resolve(composed: DictConfig) -> Resolved:
         # float16 is slow on a CPU, and parity is in float32.
         config.dtype = "float32" if served and card is None else "float16"
     precision = _precision(config, served=served)
+    if not is_peer(config):
+        peak_ops_per_s(profile, precision.activation_bits)  # That of float32 may not be known.
     memory = MemoryKind(config.memory.kind)
     check_served(config.placement.name, memory)
     _check_axes(config, memory)

@@ -22,6 +22,7 @@ class GpuSchema:
     tensor_tflop_per_s: float = MISSING
     tensor_int8_top_per_s: float = MISSING
     context_bytes: int = MISSING
+    float32_tflop_per_s: float | None = None
 
 
 @dataclass

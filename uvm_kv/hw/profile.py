@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
 
+from uvm_kv.types import GIB
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -19,6 +21,8 @@ class Gpu:
     """Dense int8 peak."""
     context_bytes: int
     """CUDA context and libraries, taken before anything is allocated."""
+    float32_tflop_per_s: float | None = None
+    """Peak of the plain cores, which no rate of the tensor cores tells. None: not known, and float32 is refused."""
 
     @property
     def hbm_bytes_per_s(self) -> float:
@@ -52,7 +56,7 @@ class Link:
         return self.d2h_gb_per_s * 1e9
 
     def zero_copy_bytes_per_s(self, footprint_bytes: float) -> float:
-        x = footprint_bytes / 2**30
+        x = footprint_bytes / GIB
         xs, ys = self.zero_copy_gib, self.zero_copy_share
         if x <= xs[0]:
             return self.h2d_bytes_per_s * ys[0]
@@ -146,4 +150,4 @@ def _quantities(node: object, prefix: str = "") -> list[tuple[str, float | tuple
         items = [(f.name, getattr(node, f.name)) for f in fields(node) if f.name not in ("name", "sources")]
     else:
         return [(prefix.rstrip("."), node)]  # type: ignore[list-item]
-    return [q for key, value in items for q in _quantities(value, f"{prefix}{key}.")]
+    return [q for key, value in items if value is not None for q in _quantities(value, f"{prefix}{key}.")]

@@ -19,11 +19,20 @@ from uvm_kv.hw.profile import HardwareProfile, OperatorCost
 
 
 def peak_ops_per_s(profile: HardwareProfile, bits: int) -> float:
-    """The card's rate for operands of `bits`: int8 up to 8, half precision up to 16."""
+    """The card's rate for operands of `bits`: int8 up to 8, half precision up to 16, else the plain cores' float32.
+
+    ValueError for a card whose rate is not known.
+    """
     if bits <= 8:
         return profile.gpu.tensor_int8_top_per_s * 1e12
-    # float32 runs on the plain cores of a tensor-core card at about half its fp16-with-fp32-accumulate rate.
-    return profile.gpu.tensor_tflop_per_s * 1e12 * (1.0 if bits <= 16 else 0.5)
+    if bits <= 16:
+        return profile.gpu.tensor_tflop_per_s * 1e12
+    if profile.gpu.float32_tflop_per_s is None:
+        raise ValueError(
+            f"hardware={profile.name} has no float32 rate; add hardware.gpu.float32_tflop_per_s, the peak of its plain "
+            f"cores, or use dtype=float16 or bfloat16"
+        )
+    return profile.gpu.float32_tflop_per_s * 1e12
 
 
 def operand_bits(operator: str, precision: Precision) -> int:

@@ -13,8 +13,15 @@ LEARNED_POSITIONS = ("opt", "gpt2", "gpt_bigcode", "gpt_neo")
 """`model_type`s of Hugging Face whose positions are a table of weights."""
 UNGATED = (*LEARNED_POSITIONS, "gpt_neox", "gptj", "codegen", "falcon", "phi", "starcoder2")
 """Those with two matrices in the MLP; all others have three."""
-TIED = (*LEARNED_POSITIONS, "falcon", "gemma", "gemma2", "gemma3_text")
-"""Those whose config leaves `tie_word_embeddings` out where it is true."""
+TIED = (
+    *(*LEARNED_POSITIONS, "falcon", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"),
+    *("vaultgemma", "starcoder2", "cohere", "cohere2", "cohere_compass_text", "smollm3", "ernie4_5", "granite_swa"),
+    *("lfm2", "lfm3", "zamba", "zamba2", "biogpt", "ctrl", "openai-gpt", "gpt_neox_japanese", "modernbert-decoder"),
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+    *("roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+"""Those whose config leaves `tie_word_embeddings` out where it is true: transformers' defaults, of all types whose
+counts are read (a test compares)."""
 
 
 @dataclass(frozen=True)

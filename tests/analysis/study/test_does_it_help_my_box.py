@@ -67,7 +67,7 @@ def test_measured_gains_count_where_their_repeats_decide() -> None:
     assert "of 2 of 2 cards" in claim and "AMBIGUOUS" not in claim
     drawn = draw(made(1.2, origin="measured"), ())
     assert "of none of 2 cards" in drawn.claims[0] and "rtx3090 (fewer than 3 repeats)" in drawn.claims[0]
-    assert set(drawn.table["says"]) == {"AMBIGUOUS"}
+    assert set(drawn.table["word"]) == {"AMBIGUOUS"}
     texts = [text.get_text() for text in drawn.figure.axes[0].texts]
     assert texts == ["+20.0 % ?"] * 2
 

@@ -32,11 +32,11 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         axis.barh(at, rows["gain"], height=0.9 * height, color=colour, label=mechanism, hatch=place * "//")
         spread = np.abs(rows[["gain_low", "gain_high"]].to_numpy(float).T - rows["gain"].to_numpy(float))
         axis.errorbar(rows["gain"], at, xerr=spread, fmt="none", ecolor="black", elinewidth=0.8)
-        ends = zip(rows["gain"], rows["says"], rows["gain_low"], rows["gain_high"], strict=True)
-        for y, (gain, says, low, high) in zip(at, ends, strict=True):
+        ends = zip(rows["gain"], rows["word"], rows["gain_low"], rows["gain_high"], strict=True)
+        for y, (gain, word, low, high) in zip(at, ends, strict=True):
             if pd.notna(gain):
                 end = np.nanmin([gain, low]) if gain < 0 else np.nanmax([gain, high])
-                text = percent(gain) + (" ?" if says == "AMBIGUOUS" else "")
+                text = percent(gain) + (" ?" if word == "AMBIGUOUS" else "")
                 axis.annotate(text, (end, y), (-2 if gain < 0 else 2, 0), textcoords="offset points", va="center",
                               ha="right" if gain < 0 else "left")  # fmt: skip
     axis.axvspan(-INDIFFERENT, INDIFFERENT, color="black", alpha=0.1, linewidth=0)
@@ -47,7 +47,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     axis.margins(x=0.25)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    doubt = "; ?: AMBIGUOUS" if (table["says"] == "AMBIGUOUS").any() else ""
+    doubt = "; ?: AMBIGUOUS" if (table["word"] == "AMBIGUOUS").any() else ""
     axis.set_xlabel(f"gain over the best that the card does alone\n(grey: no difference{doubt})")
     axis.set_title(f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}")
     figure.legend(loc="outside upper center", ncols=len(mechanisms))
@@ -89,7 +89,7 @@ def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
                     "gain": ratio.ratio - 1,
                     "gain_low": ratio.low - 1,
                     "gain_high": ratio.high - 1,
-                    "says": ratio.word,
+                    "word": ratio.word,
                 }
             )
     if not rows:
@@ -111,10 +111,10 @@ def _claims(table: pd.DataFrame) -> list[str]:
 
 def _sentence(table: pd.DataFrame, *, of_several: bool) -> str:
     # Of a card the largest gain that is certain; without any the largest.
-    ranked = table.assign(certain=table["says"] == "HIGHER").sort_values(["certain", "gain"], kind="stable")
+    ranked = table.assign(certain=table["word"] == "HIGHER").sort_values(["certain", "gain"], kind="stable")
     best = ranked.groupby("hardware", sort=False).tail(1).set_index("hardware")
     best = best.loc[list(dict.fromkeys(table["hardware"]))]
-    helped, unclear = int((best["says"] == "HIGHER").sum()), best[best["says"] == "AMBIGUOUS"]
+    helped, unclear = int((best["word"] == "HIGHER").sum()), best[best["word"] == "AMBIGUOUS"]
     what = f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}"
     cards = f"{len(best)} {table['origin'].iloc[0]} cards" if of_several else f"{len(best)} cards"
     each = ", ".join(f"{card} {percent(row['gain'])} ({row['mechanism']})" for card, row in best.iterrows())

@@ -459,14 +459,11 @@ def test_bytes_are_conserved(seed: int) -> None:
         assert sum(driver.state(block).gpu.bit_count() for block in range(6)) == came - went
 
 
-def test_batched_calls_are_calls_of_each_range() -> None:
-    one, both = touched_by_cpu(6, 6), touched_by_cpu(6, 6)
-    ranges = [range(2), range(3, 6)]
-    counts = both.prefetch_batch(ranges, Location.DEVICE)
-    assert counts == Counts(*map(sum, zip(*(one.prefetch(r, Location.DEVICE) for r in ranges), strict=True)))
-    assert both.victims() == one.victims() == [0, 1, 3, 4, 5]
-    dead = touched_by_cpu(6, 6).discard_and_prefetch_batch(ranges, Location.DEVICE)
-    assert dead.h2d_prefetch_pages == 0 and dead.zeroed_pages == 5 * BLOCK_PAGES
+def test_what_was_discarded_is_prefetched_without_a_copy() -> None:
+    driver = touched_by_cpu(5, 5)
+    driver.discard(range(5))
+    counts = driver.prefetch(range(5), Location.DEVICE)
+    assert counts.h2d_prefetch_pages == 0 and counts.zeroed_pages == 5 * BLOCK_PAGES
 
 
 def test_tables_are_rebuilt_without_a_change(monkeypatch: pytest.MonkeyPatch) -> None:

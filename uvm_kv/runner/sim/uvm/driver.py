@@ -238,19 +238,6 @@ class UvmDriver:
         self.do(blocks, Prefetch(to))
         return Counts(*(self._totals - before).tolist())
 
-    def prefetch_batch(self, ranges: Sequence[range], to: Location) -> Counts:
-        """cudaMemPrefetchBatchAsync: one call, and each range is walked as by a call of its own."""
-        before = self._totals.copy()
-        for blocks in ranges:
-            self.prefetch(blocks, to)
-        return Counts(*(self._totals - before).tolist())
-
-    def discard_and_prefetch_batch(self, ranges: Sequence[range], to: Location) -> Counts:
-        """cudaMemDiscardAndPrefetchBatchAsync: resident and mapped there, with nothing copied."""
-        for blocks in ranges:
-            self.discard(blocks)
-        return self.prefetch_batch(ranges, to)
-
     def advise(self, blocks: range, policy: Policy) -> None:
         if policy.read_mostly:
             for block in blocks:

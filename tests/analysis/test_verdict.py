@@ -178,4 +178,5 @@ def test_measured_runs_are_judged_by_their_repeats() -> None:
     (single,) = verdicts(points(measured(rows, [1.0])))
     assert "AMBIGUOUS" in single.line() and "needs 3 repeats on both sides" in single.line()
     (simulated,) = verdicts(points(table(rows)))
-    assert simulated.judged is not None and simulated.judged.word == "HIGHER" and ": yes, CPU-backed KV" in simulated.line()
+    assert simulated.judged is not None and simulated.judged.word == "HIGHER"
+    assert ": yes, CPU-backed KV" in simulated.line()

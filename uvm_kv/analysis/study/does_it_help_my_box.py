@@ -44,7 +44,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     several = table["origin"].nunique() > 1
     axis.set_yticks(range(len(cards)), [f"{card}\n{origin}" if several else card for card, origin in cards])
     axis.invert_yaxis()
-    axis.margins(x=0.25)
+    axis.margins(x=0.3)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     doubt = "; ?: AMBIGUOUS" if (table["word"] == "AMBIGUOUS").any() else ""
@@ -94,8 +94,11 @@ def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
             )
     if not rows:
         raise ValueError("does_it_help_my_box: there is no run of a CPU-backed mechanism; run one")
-    order = ["baseline_throughput", "hardware", "origin", "mechanism"]
-    return pd.DataFrame(rows).sort_values(order, kind="stable").reset_index(drop=True)
+    table = pd.DataFrame(rows)
+    # A card's origins stay together.
+    table["slowest"] = table.groupby("hardware")["baseline_throughput"].transform("min")
+    table = table.sort_values(["slowest", "hardware", "origin", "mechanism"], kind="stable")
+    return table.drop(columns="slowest").reset_index(drop=True)
 
 
 def _best(tried: pd.DataFrame) -> pd.Series[Any]:

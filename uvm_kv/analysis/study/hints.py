@@ -327,8 +327,9 @@ def _about(runs: pd.DataFrame, design: Design, table: pd.DataFrame) -> str:
     where = f"{runs['model'].iloc[0]} on a {runs['origin'].iloc[0]} {runs['hardware'].iloc[0]}"
     return (
         f"{where}, {num} of {of} combinations of {len(design.factors)} factors{repeats}; main effects and two-way "
-        f"interactions explain {100 * explained:.1f} % of the variance of log throughput. Lenth's pseudo standard error "
-        f"of them is {pse:.3g} (margin x{np.exp(lenths):.3g}), the root mean square of the contrasts of three factors and more {rms:.3g} (margin x"
+        f"interactions explain {100 * explained:.1f} % of the variance of log throughput. Lenth's pseudo standard "
+        f"error of them is {pse:.3g} (margin x{np.exp(lenths):.3g}), the root mean square of the contrasts of three "
+        f"factors and more {rms:.3g} (margin x"
         f"{np.exp(beyond):.3g}); an effect stands out beyond the larger margin."
     )
 

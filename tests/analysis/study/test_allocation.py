@@ -129,3 +129,11 @@ def test_the_lengths_have_the_published_means() -> None:
             assert np.interp(p, side.probabilities, side.values) == pytest.approx(
                 -scale * np.log(1 - p), rel=0.03, abs=2
             )
+
+
+def test_measured_rates_count_where_their_repeats_decide_and_origins_are_not_put_together() -> None:
+    measured = as_published().assign(origin="measured")
+    assert "AMBIGUOUS, which needs 3 repeats" in STUDY.draw(measured, []).claims[-1]
+    assert "AMBIGUOUS" not in STUDY.draw(pd.concat([measured] * 3, ignore_index=True), []).claims[-1]
+    with pytest.raises(ValueError, match=r"differ in more than allocation and request rate \(origin\)"):
+        STUDY.draw(pd.concat([measured, as_published()], ignore_index=True), [])

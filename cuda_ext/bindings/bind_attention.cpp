@@ -173,12 +173,14 @@ void init_workspace(const KVView& view, const Slab& workspace, std::uintptr_t st
 }
 
 void attend(const KVView& view, int layer, nb::handle query, nb::handle out, nb::handle block_table, nb::handle indptr,
-            const Slab& plan, const PlanCapacity& capacity, const Slab& workspace, int num_q_heads, float scale,
-            int num_host_workers, std::uintptr_t stream) {
+            const Slab& plan, const PlanCapacity& capacity, std::int64_t num_rows, const Slab& workspace,
+            int num_q_heads, float scale, int num_host_workers, std::uintptr_t stream) {
   const cudaStream_t on = to_stream(stream);
   const std::vector<std::int64_t> rows = {-1, num_q_heads, view.kv.head_dim};
   const DeviceArray q = checked(query, "query", view, dtype_name(view.dtype), rows);
   const DeviceArray o = checked(out, "out", view, dtype_name(view.dtype), {q.shape[0], rows[1], rows[2]});
+  require(q.shape[0] >= num_rows, "query has " + std::to_string(q.shape[0]) + " rows, the plan is for " +
+                                      std::to_string(num_rows));
   require(static_cast<std::int64_t>(plan.bytes()) >= capacity.bytes(),
           "a plan of " + std::to_string(capacity.bytes()) + " B in a slab of " + text(plan.bytes()));
   AttentionArgs args;
@@ -247,10 +249,10 @@ void bind_attention(nb::module_& m) {
   m.def("init_workspace", &init_workspace, "view"_a, "workspace"_a, nb::kw_only(), "stream"_a,
         "Once, before the first attention with this workspace.");
   m.def("paged_attention", &attend, "view"_a, "layer"_a, "query"_a, "out"_a, nb::kw_only(), "block_table"_a,
-        "indptr"_a.none(), "plan"_a, "capacity"_a, "workspace"_a, "num_q_heads"_a, "scale"_a, "num_host_workers"_a,
-        "stream"_a,
-        "query, out: [tokens, num_q_heads, head_dim]. Capturable. ValueError: dtype, shape, strides, alignment, layer, "
-        "head size, block size, a workspace or plan that is too small.");
+        "indptr"_a.none(), "plan"_a, "capacity"_a, "num_rows"_a, "workspace"_a, "num_q_heads"_a, "scale"_a,
+        "num_host_workers"_a, "stream"_a,
+        "query, out: [tokens, num_q_heads, head_dim], at least the num_rows of the plan. Capturable. ValueError: dtype, "
+        "shape, strides, alignment, layer, head size, block size, a workspace or plan that is too small.");
 }
 
 }  // namespace uvm_kv::bindings

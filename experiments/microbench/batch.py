@@ -168,7 +168,7 @@ class DecodeBatch:
         self._table_views = [
             self._table_slab.view(self.tables[0].shape, "int32", offset=i * table_bytes) for i in range(len(tables))
         ]
-        options = {"split_tokens": split_tokens, "num_host_workers": num_host_workers}
+        options: dict[str, Any] = {"split_tokens": split_tokens, "num_host_workers": num_host_workers}
         self.attention = PagedAttention(self._paged, num_q_heads=shape.num_q_heads, **options)
         memory.keep(self.attention.close)
         self._plan()

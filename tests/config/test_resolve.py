@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from tests.jobs import MECHANISMS, composed, job, resolved, run
+from uvm_kv.config.build import repeats_of, workload_of
 from uvm_kv.config.command import compose_command
 from uvm_kv.config.names import CONF_DIR, check_overrides, groups, parse_overrides
 from uvm_kv.config.resolve import CHOICES, resolve
@@ -281,3 +282,20 @@ def test_free_host_memory_counts_what_is_cached(tmp_path: Path) -> None:
     meminfo.write_text("MemTotal:       65536 kB\nMemFree:         1024 kB\nMemAvailable:   32768 kB\n")
     assert free_host_bytes(meminfo) == 32 * 1024**2
     assert free_host_bytes(tmp_path / "none") > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens"),
+    [
+        (["workload.prompt_tokens=300", "workload.output_tokens=20"], 320),
+        (["workload=azure_conv", "model=llama3_1_8b", "num_repeats=2"], 15050),
+        (["workload=azure_conv", "max_model_len=1500", "num_repeats=2"], 1500),
+    ],
+)
+def test_the_longest_request_is_that_of_any_repeat(overrides: list[str], tokens: int) -> None:
+    """Not the model's context: buffers are made for it. It does not move with the seed."""
+    found = resolved(*overrides)
+    drawn = [sum(pair) for j in repeats_of(found, "test") for pair in workload_of(j).lengths]
+    assert max(drawn) <= found.longest_request <= found.max_model_len
+    assert resolved(*overrides, "seed=7").longest_request == found.longest_request
+    assert found.longest_request == tokens

@@ -22,6 +22,7 @@ from uvm_kv.memory import (
     copy_blocks,
     new_event,
     new_stream,
+    new_workspace,
     plan_capacity,
     slab_layout,
 )
@@ -238,6 +239,98 @@ def test_a_captured_step_replays_with_other_data(make: Make, kind: MemoryKind, s
                 history[s][i][n - 1 : n] = rows[1 + i][s : s + 1]
         expected = attention_in_float64(rows.query, one, seen)
         assert cache.error(out.host, expected) < TOLERANCE["float16"]
+
+
+def test_graphs_of_several_sizes_share_a_workspace(make: Make, stream: Any) -> None:
+    """Each call leaves its queues as it found them, whatever the capacity: replays and eager calls take turns."""
+    shape, longest = Shape(split_tokens=128), (600, 600, 600)
+    cache, one = make(MemoryKind.PINNED, shape, longest), np.int32([1, 1, 1])
+    rows = cache.rows(np.random.default_rng(13), 1800)
+    cache.append(rows, np.int32(longest), np.int32(longest), layer=1)
+    query, out = cache.shared(rows.query[:3]), cache.shared(np.zeros((3, 8, 128)))
+    most = [np.int32([600] * n) for n in (3, 2, 1)]
+    counted = [
+        plan_capacity(cache.kv, num_q_heads=8, query_lens=one[: len(m)], context_lens=m, split_tokens=128) for m in most
+    ]
+    workspace = new_workspace(cache.kv, 2 * MIB, stream=stream)
+    options: dict[str, Any] = {"num_q_heads": 8, "split_tokens": 128, "workspace": workspace}
+    sizes = [PagedAttention(cache.kv, capacity=capacity, **options) for capacity in counted]
+    eager, graphs = PagedAttention(cache.kv, **options), []
+
+    def plan(attention: PagedAttention, contexts: Any) -> None:
+        lengths = {"query_lens": one[: len(contexts)], "context_lens": contexts}
+        attention.plan(**lengths, block_table=cache.table.host[: len(contexts)], stream=stream)
+
+    def attend(attention: PagedAttention) -> None:
+        attention.run(1, query.device, out.device, block_table=cache.table.device, stream=stream)
+
+    for attention, contexts in zip(sizes, most, strict=True):
+        plan(attention, contexts)
+        attend(attention)
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            attend(attention)
+        finally:
+            graphs.append(stream.end_capture())
+    for turn, contexts in enumerate([[600, 1, 300], [129, 600], [500], [7, 599, 257], [400, 300, 200]]):
+        out.host.view(np.uint8)[...] = POISON
+        attention = eager if turn == 4 else sizes[3 - len(contexts)]
+        plan(attention, np.int32(contexts))
+        if turn == 4:
+            attend(eager)
+        else:
+            graphs[3 - len(contexts)].launch(stream=stream.handle)
+        stream.synchronize()
+        seen = [(rows.key[s * 600 :][:n], rows.value[s * 600 :][:n]) for s, n in enumerate(contexts)]
+        expected = attention_in_float64(rows.query[: len(contexts)], one[: len(contexts)], seen)
+        assert cache.error(out.host[: len(contexts)], expected) < TOLERANCE["float16"]
+        assert (out.host[len(contexts) :].view(np.uint8) == POISON).all()
+    assert not any(attention._workspace for attention in (*sizes, eager))
+    plan(tight := PagedAttention(cache.kv, num_q_heads=8, split_tokens=128, workspace=workspace), np.int32([600] * 3))
+    assert tight._workspace is None
+    for attention in (*sizes, eager, tight):
+        attention.close()
+    workspace.close()
+
+
+def test_a_query_has_at_least_the_planned_rows(make: Make, stream: Any) -> None:
+    cache = make(MemoryKind.DEVICE, Shape(), (40, 40))
+    rows, expected = whole(cache, np.random.default_rng(14), (2, 1), (40, 20))
+    with pytest.raises(ValueError, match="query has 2 rows, the plan is for 3"):
+        cache.attend(Rows(*(values[:2] for values in rows)), layer=1)
+    out = cache.attend(Rows(*(np.concatenate([values, values[:1]]) for values in rows)), layer=1)
+    assert cache.error(out[:3], expected) < TOLERANCE["float16"]
+    assert (out[3:].view(np.uint8) == POISON).all()
+
+
+@pytest.mark.parametrize("failing", ["plan", "staging", "workspace"])
+def test_memory_that_ran_out_leaves_attention_of_use(
+    c: Any, make: Make, failing: str, stream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that found no room is no plan; a smaller one afterwards is served."""
+    cache = make(MemoryKind.DEVICE, Shape(), (400,))
+    rows, expected = whole(cache, np.random.default_rng(15), (1,), (400,))
+    num_calls = 0
+
+    def full(*given: Any, **options: Any) -> Slab:
+        nonlocal num_calls
+        num_calls += 1
+        if failing == "workspace" and num_calls == 1:
+            return Slab(c.DeviceResource(device=0), given[0])
+        raise c.OutOfMemoryError("the card is full")
+
+    batch = 1 << 16  # More than 2 MiB of plan and of partials.
+    large = {"query_lens": np.ones(batch, np.int32), "context_lens": np.full(batch, 400, np.int32)}
+    table = np.repeat(cache.table.host, batch, axis=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Slab, "pinned" if failing == "staging" else "device", full)
+        with pytest.raises(c.OutOfMemoryError, match="the card is full"):
+            cache.attention.plan(**large, block_table=table, stream=stream)
+    with pytest.raises(ValueError, match=r"run\(\) before plan\(\)"):
+        cache.attend(rows, layer=1)
+    cache.plan(np.int32([1]), np.int32([400]))
+    assert cache.error(cache.attend(rows, layer=1), expected) < TOLERANCE["float16"]
 
 
 def test_a_graph_waits_for_blocks_copied_outside_it(make: Make, stream: Any) -> None:

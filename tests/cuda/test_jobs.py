@@ -21,7 +21,7 @@ from uvm_kv.config.names import parse_overrides
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.config.worker import Reach, explain, reach_of
-from uvm_kv.memory import Slab, capabilities
+from uvm_kv.memory import Slab, capabilities, decode_workspace_bytes, new_workspace
 from uvm_kv.runner.torch.cuda_kv import CudaKV
 from uvm_kv.types import CHUNK_BYTES, MIB
 
@@ -189,6 +189,37 @@ def test_a_profile_of_it_has_every_range(
     assert "runner=cuda: 4 steps after 2" in out
     assert ("device ms/step" in out) == torch.cuda.is_available()
     assert "\nThe rest:\n" in out
+
+
+@pytest.mark.parametrize("graphs", ["true", "false"])
+def test_the_workspace_of_the_longest_requests_is_in_the_account(
+    graphs: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the workload's, not of the model's context; and that is what is allocated, with graphs and without."""
+    counted: list[dict[str, Any]] = []
+    made: list[int] = []
+
+    def count(spec: Any, **shape: Any) -> int:
+        counted.append(shape)
+        return decode_workspace_bytes(spec, **shape) + 4 * MIB
+
+    def make(kv: Any, num_bytes: int, **options: Any) -> Any:
+        made.append(num_bytes)
+        return new_workspace(kv, num_bytes, **options)
+
+    monkeypatch.setattr(cuda, "decode_workspace_bytes", count)
+    monkeypatch.setattr("uvm_kv.runner.torch.cuda_kv.decode_workspace_bytes", count)
+    monkeypatch.setattr("uvm_kv.runner.torch.cuda_kv.new_workspace", make)
+    monkeypatch.setattr("uvm_kv.memory.attention.new_workspace", make)
+    axes = ("mechanism=device_resident", f"cuda_graphs={graphs}", "max_model_len=512")
+    (job,) = jobs_of(resolve(compose(folder, tmp_path, *axes)), "test")
+    run_job(job, argv=["test"], load=models.load_served)
+    assert dict(job.resolved.memory_account)["attention workspace"] == -6 * MIB
+    assert made == [6 * MIB]
+    assert {(s["num_seqs"], s["max_tokens"], s["num_q_heads"]) for s in counted} == {(3, 24, 4)}
+    card = capabilities().total_bytes
+    with pytest.raises(ValueError, match=r"weights .* \+ activation peak .* \+ attention workspace .* \+ KV .* exceed"):
+        resolve(compose(folder, tmp_path, *axes, f"memory.device_kv_bytes={card}"))
 
 
 def test_planned_evictions_are_never_shown_as_the_drivers(folder: Path, tmp_path: Path) -> None:

@@ -30,11 +30,13 @@ from tests.runner.torch_cpu.models import (
 from tests.runner.torch_cpu.test_torch_same_tokens import FAST_LINK_GB_PER_S, assert_it_happened
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import OpKind
+from uvm_kv.memory import attention
 from uvm_kv.placement.base import PlacementContext
+from uvm_kv.runner.torch import cuda_kv
 from uvm_kv.runner.torch.cuda_kv import CudaKV
 from uvm_kv.runner.torch.graphs import DecodeGraphs, padded_sizes
 from uvm_kv.sched.request import Request
-from uvm_kv.types import KIB, Hints, Layout, MemoryKind
+from uvm_kv.types import KIB, MIB, Hints, Layout, MemoryKind
 
 SERVED = [name for name in MECHANISMS if name != "pageable_swap"]
 """Ordinary host memory is simulated only."""
@@ -196,6 +198,27 @@ def test_graphs_put_out_the_same_tokens(
     if quiet:
         assert len(replays) >= num_decodes - 1
         assert {5, 3} & set(replays), "none of them was padded"
+
+
+def test_all_sizes_and_eager_steps_share_one_workspace(
+    model: Any, folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    new_workspace = attention.new_workspace
+
+    def count(kv: Any, num_bytes: int, **options: Any) -> Any:
+        made.append(num_bytes)
+        return new_workspace(kv, num_bytes, **options)
+
+    monkeypatch.setattr(attention, "new_workspace", count)
+    monkeypatch.setattr(cuda_kv, "new_workspace", count)
+    axes, requests = axes_of("device_resident"), few()
+    context = context_for(
+        model, folder, axes, KVCapacity(60, 0), block_size=8, num_layers_ahead=1, link_gb_per_s=FAST_LINK_GB_PER_S
+    )
+    run(model, context, "device_resident", requests, batch=6, chunk=64, graph_seqs=6)
+    assert made == [2 * MIB]
+    assert_same_tokens(reference, requests)
 
 
 NARROW = ("float16", "bfloat16")

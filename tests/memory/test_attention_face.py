@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from uvm_kv.kvcache.spec import KVCacheSpec
-from uvm_kv.memory import ExtensionMissingError, PagedAttention, PagedKV, append_kv, extension, num_devices
+from uvm_kv.memory import (
+    ExtensionMissingError,
+    PagedAttention,
+    PagedKV,
+    append_kv,
+    decode_workspace_bytes,
+    extension,
+    num_devices,
+)
 from uvm_kv.memory import plan_capacity as capacity_of
 from uvm_kv.memory.layout import slab_layout
 from uvm_kv.types import MIB, Layout
@@ -122,7 +130,7 @@ def filled(c: Any, kv: PagedKV, batch: Batch, *, num_q_heads: int = 4, capacity:
     capacity = capacity or c.count_plan(kv.raw, **shape, **lengths)
     out = np.full(capacity.plan_bytes, 0xA5, np.uint8)
     indptr = None if batch.indptr is None else np.int32(batch.indptr)
-    flags = None if batch.block_on_host is None else np.uint8(batch.block_on_host)
+    flags = None if batch.block_on_host is None else np.asarray(batch.block_on_host, np.uint8)
     table = {"block_table": np.int32(batch.block_table), "indptr": indptr, "block_on_host": flags}
     c.fill_plan(kv.raw, **shape, **lengths, **table, capacity=capacity, out=out)
     return out
@@ -143,6 +151,16 @@ def test_pieces_of_the_host_tier_are_known_by_their_blocks_or_by_flags(c: Any) -
     one = view(c, spec_of(), far=None)
     assert one.raw.num_blocks == DEVICE_BLOCKS
     assert num_host_items(filled(c, one, Batch([1], [20], [near]))) == 0
+
+
+def test_a_staged_copy_has_no_flag(c: Any) -> None:
+    """Its id lies behind the flags: what memory holds there is not read. It lies on the device."""
+    num_blocks = DEVICE_BLOCKS + HOST_BLOCKS
+    staged = {"staged": slab_layout(spec_of(), num_blocks=4), "staged_slab": 5 << 40}
+    flags = np.ones(num_blocks + 4, np.uint8)
+    flags[:num_blocks] = 0
+    batch = Batch([1], [20], [[0, num_blocks + 3]], None, flags[:num_blocks])
+    assert num_host_items(filled(c, view(c, spec_of(), **staged), batch)) == 0
 
 
 @pytest.mark.parametrize(
@@ -184,6 +202,25 @@ def test_a_fixed_capacity_is_a_limit(c: Any) -> None:
 def test_lengths_must_be_integers(c: Any) -> None:
     with pytest.raises(TypeError, match="Cannot cast"):
         capacity_of(view(c, spec_of()), num_q_heads=4, query_lens=np.float32([1]), context_lens=np.int32([2]))
+
+
+@pytest.mark.parametrize("length", [2**32 + 16, -(2**31) - 1, np.uint64(2**63)])
+def test_lengths_beyond_int32_are_not_wrapped(c: Any, length: Any) -> None:
+    lengths = {"query_lens": np.int64([1]), "context_lens": np.array([length])}
+    with pytest.raises(ValueError, match=f"lengths and blocks are int32; given are {length} to {length}"):
+        capacity_of(view(c, spec_of()), num_q_heads=4, **lengths)
+    lengths["context_lens"] = np.array([16], lengths["context_lens"].dtype)
+    assert capacity_of(view(c, spec_of()), num_q_heads=4, **lengths).narrow_items == 1
+
+
+@pytest.mark.parametrize("max_tokens", [100, 1025, 131072])
+def test_the_workspace_of_decode_steps_is_known_without_memory(c: Any, max_tokens: int) -> None:
+    spec = spec_of(kv_heads=8, head_dim=128)
+    lengths = {"query_lens": np.ones(64, np.int32), "context_lens": np.full(64, max_tokens, np.int32)}
+    exact = capacity_of(view(c, spec), num_q_heads=32, **lengths).workspace_bytes(128)
+    told = decode_workspace_bytes(spec, dtype="float16", num_q_heads=32, num_seqs=64, max_tokens=max_tokens)
+    assert told % (2 * MIB) == 0
+    assert exact <= told < exact + 2 * MIB
 
 
 def test_attention_before_a_plan_is_refused(c: Any) -> None:

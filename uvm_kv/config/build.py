@@ -218,7 +218,7 @@ def build_runner(
             resolved.spec,
             resolved.capacity,
             resolved.memory,
-            max_tokens=resolved.max_model_len,
+            max_tokens=resolved.longest_request,
             kv=build_kv(resolved, model) if config.runner == "cuda" else None,
             graph_seqs=config.batch_size if config.runner == "cuda" and config.cuda_graphs else 0,
             sampling=Sampling(config.sampling.temperature, seed),

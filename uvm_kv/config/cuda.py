@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from uvm_kv.config.card import ask_card
+from uvm_kv.config.peers import is_peer
 from uvm_kv.config.schema import ConfigSchema
 from uvm_kv.config.serving import free_host_bytes
 from uvm_kv.hw.budget import memory_budget
@@ -19,7 +20,7 @@ from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.spec import KVCacheSpec
-from uvm_kv.memory import Capabilities, ExtensionMissingError, extension
+from uvm_kv.memory import Capabilities, ExtensionMissingError, decode_workspace_bytes, extension
 from uvm_kv.memory.counters import Nvml
 from uvm_kv.telemetry.energy import EnergyMeter
 from uvm_kv.types import CHUNK_BYTES, DTYPE_BYTES, Hints, MemoryKind
@@ -94,13 +95,19 @@ def size_tiers(
     model: ModelGeometry,
     spec: KVCacheSpec,
     lengths: list[int],
+    longest: int,
     card: Capabilities,
 ) -> list[tuple[str, int]]:
     """Fill in the sizes of both tiers; the account of this card's memory.
 
-    The device tier is what the card leaves, as on the simulator; the host tier what the `batch_size` longest requests
-    need, at most half of what the host has free.
+    The device tier is what the card leaves, as on the simulator, less the workspace of decode steps of `batch_size`
+    sequences of `longest` tokens; the host tier what the `batch_size` longest requests need, at most half of what the
+    host has free.
     """
+    workspace = 0
+    if not is_peer(config):
+        most = {"num_seqs": config.batch_size, "max_tokens": longest}
+        workspace = decode_workspace_bytes(spec, dtype=config.dtype, num_q_heads=model.num_heads, **most)
     here = dataclasses.replace(
         profile, name=card.name, gpu=dataclasses.replace(profile.gpu, memory_bytes=card.total_bytes)
     )
@@ -112,11 +119,12 @@ def size_tiers(
         batch_size=config.batch_size,
         utilization=config.memory.gpu_memory_utilization,
         device_kv_bytes=config.memory.device_kv_bytes,
+        workspace_bytes=workspace,
     )
     config.memory.device_kv_bytes = budget.kv_bytes
     free = free_host_bytes()
-    longest = sorted(lengths, reverse=True)[: config.batch_size]
-    needed = sum(spec.num_blocks(tokens) for tokens in longest) * spec.block_bytes
+    batch = sorted(lengths, reverse=True)[: config.batch_size]
+    needed = sum(spec.num_blocks(tokens) for tokens in batch) * spec.block_bytes
     if config.memory.host_kv_bytes is None:
         has_host = config.memory.kind != MemoryKind.DEVICE
         config.memory.host_kv_bytes = min(needed, free // 2) if has_host else 0
@@ -126,7 +134,8 @@ def size_tiers(
             f"lower it, or batch_size"
         )
     if budget.kv_is_given:
-        _check_cap_binds(config, needed, card.free_bytes - budget.weight_bytes - budget.activation_bytes)
+        fixed = budget.weight_bytes + budget.activation_bytes + budget.workspace_bytes
+        _check_cap_binds(config, needed, card.free_bytes - fixed)
     return [*budget.rows(), ("host tier", config.memory.host_kv_bytes)]
 
 
@@ -171,7 +180,7 @@ def build_kv(resolved: Resolved, model: Any) -> Any:
     stages |= placement.name == "bandwidth_balanced" and placement.reach != "in_place"
     c = extension()
     try:
-        return CudaKV(
+        kv = CudaKV(
             resolved.spec,
             resolved.capacity,
             resolved.memory,
@@ -183,6 +192,8 @@ def build_kv(resolved: Resolved, model: Any) -> Any:
             waits_for_evictions=placement.name == "demand_capped",
             allow_oversubscription=config.memory.allow_oversubscription,
         )
+        kv.reserve_decode(config.batch_size, resolved.longest_request)
+        return kv
     except (c.OutOfMemoryError, c.OversubscriptionError) as error:
         raise ValueError(
             f"no room for memory.device_kv_bytes={config.memory.device_kv_bytes} and memory.host_kv_bytes="

@@ -26,7 +26,7 @@ from uvm_kv.config.schema import (
     PlacementSchema,
 )
 from uvm_kv.config.serving import Serving, model_folder, prepare, tier_bytes
-from uvm_kv.config.workload import build_workload
+from uvm_kv.config.workload import build_workload, longest_request
 from uvm_kv.hw.budget import MemoryBudget, memory_budget
 from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.model import ModelGeometry, check_dense
@@ -106,6 +106,8 @@ class Resolved:
     memory_account: list[tuple[str, int]]
     """Where the memory goes, in bytes: the table that is printed."""
     max_model_len: int
+    longest_request: int
+    """Tokens, prompt and output, of the longest request that any repeat of the job may have."""
     serving: Serving | None
     """What a real model serves; None on the simulator."""
 
@@ -221,10 +223,10 @@ def resolve(composed: DictConfig) -> Resolved:
     if config.workload.num_requests is None and config.workload.path is None and config.workload.name != "prompts":
         config.workload.num_requests = 8 * config.batch_size
     workload = build_workload(config, max_model_len, None if serving is None else serving.prompts)
-    lengths = [sum(pair) for pair in workload.lengths]
+    lengths, longest = [sum(pair) for pair in workload.lengths], longest_request(config, max_model_len, workload)
     if card is not None:
         check_shape(model)
-        account = size_tiers(config, profile, model, spec, lengths, card)
+        account = size_tiers(config, profile, model, spec, lengths, longest, card)
     elif serving is not None:
         unit = dataclasses.replace(spec, block_size=page_size(config))
         config.memory.device_kv_bytes, config.memory.host_kv_bytes = tier_bytes(config, unit, lengths)
@@ -240,7 +242,8 @@ def resolve(composed: DictConfig) -> Resolved:
         capacity = capacity_of(config, spec)
     if memory is MemoryKind.MANAGED and not config.driver.concurrent_managed_access:
         _check_without_concurrent_access(config)
-    return Resolved(config, profile, model, precision, memory, spec, capacity, account, max_model_len, serving)
+    tokens = (max_model_len, longest)
+    return Resolved(config, profile, model, precision, memory, spec, capacity, account, *tokens, serving)
 
 
 def _precision(config: ConfigSchema, *, served: bool) -> Precision:

@@ -20,6 +20,14 @@ class Workload:
     """Requests drawn again, or dropped from a trace, because they exceed the model's context."""
 
 
+def longest_request(config: ConfigSchema, max_model_len: int, workload: Workload) -> int:
+    """Tokens of the longest one that any repeat may draw, prompt and output."""
+    drawn = config.workload.lengths
+    if drawn is None:
+        return max(sum(pair) for pair in workload.lengths)
+    return min(max_model_len, sum(max(1, round(side.values[-1])) for side in (drawn.prompt, drawn.output)))
+
+
 def build_workload(
     config: ConfigSchema, max_model_len: int, prompts: list[Prompt] | None = None, repeat: int = 0
 ) -> Workload:

@@ -14,20 +14,23 @@ LOGIT_ROWS = 256
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes. Without an explicit KV size, kv = size * utilization - context - weights - activations."""
+    """Bytes. Without an explicit KV size, kv = size * utilization - context - weights - activations - workspace."""
 
     card_bytes: int
     utilization: float
     context_bytes: int
     weight_bytes: int
     activation_bytes: int
+    workspace_bytes: int
+    """Of attention, where a kernel has one that is known before it runs."""
     kv_bytes: int
     kv_is_given: bool
 
     def rows(self) -> list[tuple[str, int]]:
         """What each line of the printed table says."""
         if self.kv_is_given:
-            rest = self.card_bytes - self.context_bytes - self.weight_bytes - self.activation_bytes - self.kv_bytes
+            fixed = self.context_bytes + self.weight_bytes + self.activation_bytes + self.workspace_bytes
+            rest = self.card_bytes - fixed - self.kv_bytes
             closing = [("KV budget (memory.device_kv_bytes)", self.kv_bytes), ("left free", rest)]
         else:
             usable = int(self.card_bytes * self.utilization)
@@ -40,6 +43,7 @@ class MemoryBudget:
             ("CUDA context and libraries", -self.context_bytes),
             ("weights", -self.weight_bytes),
             ("activation peak", -self.activation_bytes),
+            *([("attention workspace", -self.workspace_bytes)] if self.workspace_bytes else []),
             *closing,
         ]
 
@@ -53,15 +57,18 @@ def memory_budget(
     batch_size: int,
     utilization: float,
     device_kv_bytes: int | None,
+    workspace_bytes: int = 0,
 ) -> MemoryBudget:
-    """ValueError where weights, activations and KV do not fit the card."""
+    """ValueError where weights, activations, the workspace and KV do not fit the card."""
     card = profile.gpu.memory_bytes
     weights = model.weight_bytes(precision.weight_bits / 8)
     rows = max(batch_size, LOGIT_ROWS)
     activations = model.activation_bytes(max_num_batched_tokens, rows, precision.activation_bits / 8)
     fixed = f"weights {_gb(weights)} + activation peak {_gb(activations)}"
+    if workspace_bytes:
+        fixed += f" + attention workspace {_gb(workspace_bytes)}"
     if device_kv_bytes is None:
-        kv = int(card * utilization) - profile.gpu.context_bytes - weights - activations
+        kv = int(card * utilization) - profile.gpu.context_bytes - weights - activations - workspace_bytes
         if kv <= 0:
             raise ValueError(
                 f"{model.name} leaves no KV memory on {profile.name}: {fixed} + context "
@@ -70,14 +77,13 @@ def memory_budget(
             )
     else:
         kv = device_kv_bytes
-        if weights + activations + kv > card:
+        if weights + activations + workspace_bytes + kv > card:
             raise ValueError(
                 f"memory.device_kv_bytes={kv} does not fit {profile.name}: {fixed} + KV {_gb(kv)} exceed {_gb(card)}; "
-                f"at most {max(0, card - weights - activations)} is allowed"
+                f"at most {max(0, card - weights - activations - workspace_bytes)} is allowed"
             )
-    return MemoryBudget(
-        card, utilization, profile.gpu.context_bytes, weights, activations, kv, device_kv_bytes is not None
-    )
+    context, is_given = profile.gpu.context_bytes, device_kv_bytes is not None
+    return MemoryBudget(card, utilization, context, weights, activations, workspace_bytes, kv, is_given)
 
 
 def _gb(num_bytes: int) -> str:

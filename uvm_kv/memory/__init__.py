@@ -8,7 +8,14 @@ it is not built. Streams are keyword-only and mandatory: an integer handle, or a
 
 from __future__ import annotations
 
-from uvm_kv.memory.attention import PagedAttention, PagedKV, append_kv, plan_capacity
+from uvm_kv.memory.attention import (
+    PagedAttention,
+    PagedKV,
+    append_kv,
+    decode_workspace_bytes,
+    new_workspace,
+    plan_capacity,
+)
 from uvm_kv.memory.capabilities import Capabilities, PcieLink, capabilities, driver_version, num_devices, pcie_link
 from uvm_kv.memory.copies import CopyMethod, Placed, TransferCounters, TwoWayCopies, copy_blocks
 from uvm_kv.memory.extension import ExtensionMissingError, build_info, extension
@@ -51,6 +58,7 @@ __all__ = [
     "build_info",
     "capabilities",
     "copy_blocks",
+    "decode_workspace_bytes",
     "device_place",
     "discard",
     "discard_and_prefetch",
@@ -61,6 +69,7 @@ __all__ = [
     "managed_bytes_held",
     "new_event",
     "new_stream",
+    "new_workspace",
     "num_devices",
     "numa_place",
     "pcie_link",

@@ -16,7 +16,7 @@ stream, with a `capacity` fixed beforehand, so that buffers stay where they are.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.memory.copies import Placed
 from uvm_kv.memory.extension import extension
 from uvm_kv.memory.kv_memory import KVMemory
+from uvm_kv.memory.layout import slab_layout
 from uvm_kv.memory.slab import Slab
 from uvm_kv.memory.streams import new_event, stream_handle
 from uvm_kv.types import CHUNK_BYTES, DTYPE_BYTES, ceil_div
@@ -103,12 +104,33 @@ def plan_capacity(
     return extension().count_plan(kv.raw, num_q_heads=num_q_heads, split_tokens=split_tokens, **lengths)
 
 
+def decode_workspace_bytes(spec: KVCacheSpec, *, dtype: str, num_q_heads: int, num_seqs: int, max_tokens: int) -> int:
+    """Of attention in decode steps of `num_seqs` sequences of up to `max_tokens`, in whole chunks. Needs no memory."""
+    shape = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "block_size": spec.block_size}
+    none = {"far": None, "far_slab": 0, "staged": None, "staged_slab": 0, "dtype": dtype, "device": 0}
+    # At an address that nobody touches: lengths are counted, and nothing else.
+    raw = extension().KVView(near=slab_layout(spec, num_blocks=1), near_slab=CHUNK_BYTES, **shape, **none)
+    kv, one, most = PagedKV(raw, spec, dtype, 0), np.ones(num_seqs, np.int32), np.full(num_seqs, max_tokens, np.int32)
+    capacity = plan_capacity(kv, num_q_heads=num_q_heads, query_lens=one, context_lens=most)
+    return ceil_div(capacity.workspace_bytes(spec.head_dim), CHUNK_BYTES) * CHUNK_BYTES
+
+
+def new_workspace(kv: PagedKV, num_bytes: int, *, stream: object) -> Slab:
+    """Partial results of attention, and the queues of its work, which every call leaves as it found them: one will do
+    for all calls on one stream. `num_bytes`: whole chunks."""
+    workspace = Slab.device(num_bytes, device=kv.device)
+    extension().init_workspace(kv.raw, workspace.raw, stream=stream_handle(stream))
+    return workspace
+
+
 class PagedAttention:
     """Plan buffers and workspace for one stream of attention calls.
 
     Args:
         capacity: of `plan_capacity`, for the largest batch to come; buffers then never move, as a captured graph needs.
             None: buffers grow as plans do.
+        workspace: of `new_workspace`, shared with other attention on the same stream; a plan that needs more gets one
+            of its own. None: this one's own.
         split_tokens: length of a split, a multiple of 128; 0 for the default of the head size.
         num_host_workers: warps that start with the pieces read over the link; 0 for the default.
     """
@@ -119,15 +141,17 @@ class PagedAttention:
         *,
         num_q_heads: int,
         capacity: Any = None,
+        workspace: Slab | None = None,
         split_tokens: int = 0,
         num_host_workers: int = 0,
     ) -> None:
         self.kv, self.num_q_heads, self.split_tokens = kv, num_q_heads, split_tokens
         self._num_host_workers = num_host_workers
-        self._fixed, self._planned = capacity, None
+        self._fixed, self._shared = capacity, workspace
         self._staging: list[_Staging] = []
         self._plan: Slab | None = None
         self._workspace: Slab | None = None
+        self._planned: _Planned | None = None
 
     def plan(
         self,
@@ -148,6 +172,8 @@ class PagedAttention:
             block_on_host: uint8 [num_blocks], for managed memory: blocks that the caller believes to be read over the
                 link. The others' place is known. It sets the order of work and never the result.
 
+        A graph that has captured `run` reads as many query rows as its latest plan says: no more than were captured.
+
         Raises ValueError for lengths or blocks that do not fit, or a batch above the fixed capacity.
         """
         shape = {"num_q_heads": self.num_q_heads, "split_tokens": self.split_tokens}
@@ -155,11 +181,12 @@ class PagedAttention:
         table = {"block_table": _ints(block_table), "indptr": None if indptr is None else _ints(indptr)}
         flags = None if block_on_host is None else np.ascontiguousarray(block_on_host, np.uint8)
         capacity = self._fixed or extension().count_plan(self.kv.raw, **shape, **lengths)
-        plan, staging = self._room_for(capacity, stream)
+        plan, staging = self._room_for_plan(capacity)
+        workspace = self._room_for_work(capacity, stream)
         rest = {"block_on_host": flags, "capacity": capacity, "out": staging.free_bytes(capacity.plan_bytes)}
         extension().fill_plan(self.kv.raw, **shape, **lengths, **table, **rest)
         staging.send(plan, capacity.plan_bytes, stream)
-        self._planned = capacity
+        self._planned = _Planned(capacity, int(lengths["query_lens"].sum(dtype=np.int64)), plan, workspace)
 
     def run(
         self,
@@ -175,16 +202,18 @@ class PagedAttention:
         """Attention of the planned batch in one layer; causal over each sequence's own tokens.
 
         Args:
-            query, out: [tokens, num_q_heads, head_dim] of the cache's dtype, sequences one after the other.
+            query, out: [tokens, num_q_heads, head_dim] of the cache's dtype, sequences one after the other; at least
+                the planned tokens, and rows behind them are left alone.
             block_table: the planned table in device memory.
             scale: of the scores; None: 1 / sqrt(head_dim).
 
         Raises ValueError for dtype, shape, strides, alignment, layer, head size; TypeError for what is no device array.
         """
-        if self._planned is None or self._plan is None or self._workspace is None:
+        if self._planned is None:
             raise ValueError("run() before plan(): the batch is not known")
         scale = 1 / math.sqrt(self.kv.spec.head_dim) if scale is None else scale
-        buffers = {"plan": self._plan.raw, "capacity": self._planned, "workspace": self._workspace.raw}
+        capacity, num_rows, plan, workspace = self._planned
+        buffers = {"plan": plan.raw, "capacity": capacity, "num_rows": num_rows, "workspace": workspace.raw}
         table = {"block_table": block_table, "indptr": indptr}
         options = {"num_q_heads": self.num_q_heads, "scale": scale, "num_host_workers": self._num_host_workers}
         extension().paged_attention(
@@ -192,30 +221,53 @@ class PagedAttention:
         )
 
     def close(self) -> None:
-        for slab in (self._plan, self._workspace, *(s.slab for s in self._staging)):
+        self._close_plan()
+        self._close_workspace()
+
+    def _close_plan(self) -> None:
+        plan, staging = self._plan, self._staging
+        self._plan, self._staging, self._planned = None, [], None
+        for slab in (plan, *(s.slab for s in staging)):
             if slab is not None:
                 slab.close()
-        self._plan = self._workspace = self._planned = None
-        self._staging = []
 
-    def _room_for(self, capacity: Any, stream: object) -> tuple[Slab, _Staging]:
-        """Buffers only grow, to the next power of two chunks: freeing device memory waits for the whole device."""
-        device = self.kv.device
+    def _close_workspace(self) -> None:
+        workspace, self._workspace, self._planned = self._workspace, None, None
+        if workspace is not None:
+            workspace.close()
+
+    def _room_for_plan(self, capacity: Any) -> tuple[Slab, _Staging]:
+        """What is too small is forgotten before there is anew: memory may run out in between."""
         if self._plan is None or self._plan.num_bytes < capacity.plan_bytes:
-            for old in (self._plan, *(s.slab for s in self._staging)):
-                if old is not None:
-                    old.close()
-            size = _room(capacity.plan_bytes)
-            self._plan = Slab.device(size, device=device)
-            self._staging = [_Staging(Slab.pinned(size, device=device)) for _ in range(2)]
-        needed = capacity.workspace_bytes(self.kv.spec.head_dim)
-        if self._workspace is None or self._workspace.num_bytes < needed:
-            if self._workspace is not None:
-                self._workspace.close()
-            self._workspace = Slab.device(_room(needed), device=device)
-            extension().init_workspace(self.kv.raw, self._workspace.raw, stream=stream_handle(stream))
+            self._close_plan()
+            size, device = self._room(capacity.plan_bytes), self.kv.device
+            plan, pinned = Slab.device(size, device=device), [Slab.pinned(size, device=device) for _ in range(2)]
+            self._plan, self._staging = plan, [_Staging(slab) for slab in pinned]
         self._staging.reverse()  # They take turns.
         return self._plan, self._staging[0]
+
+    def _room_for_work(self, capacity: Any, stream: object) -> Slab:
+        needed = capacity.workspace_bytes(self.kv.spec.head_dim)
+        if self._shared is not None and self._shared.num_bytes >= needed:
+            return self._shared
+        if self._workspace is None or self._workspace.num_bytes < needed:
+            self._close_workspace()
+            self._workspace = new_workspace(self.kv, self._room(needed), stream=stream)
+        return self._workspace
+
+    def _room(self, num_bytes: int) -> int:
+        """Whole chunks; a power of two of them for what may grow: freeing device memory waits for the whole device."""
+        chunks = ceil_div(num_bytes, CHUNK_BYTES)
+        return (chunks if self._fixed is not None else 1 << (chunks - 1).bit_length()) * CHUNK_BYTES
+
+
+class _Planned(NamedTuple):
+    """What `run` needs of the latest plan."""
+
+    capacity: Any
+    num_rows: int
+    plan: Slab
+    workspace: Slab
 
 
 class _Staging:
@@ -235,11 +287,10 @@ class _Staging:
         self._sent.record(stream=handle)
 
 
-def _room(num_bytes: int) -> int:
-    chunks = ceil_div(num_bytes, CHUNK_BYTES)
-    return (1 << (chunks - 1).bit_length()) * CHUNK_BYTES
-
-
 def _ints(values: npt.ArrayLike) -> HostInts:
-    """TypeError for what are no integers."""
-    return np.ascontiguousarray(np.asarray(values).astype(np.int32, casting="same_kind", copy=False))
+    """TypeError for what are no integers, ValueError for those beyond int32."""
+    given = np.asarray(values)
+    narrow = given.astype(np.int32, casting="same_kind", copy=False)
+    if narrow is not given and not np.array_equal(narrow, given):
+        raise ValueError(f"lengths and blocks are int32; given are {given.min()} to {given.max()}")
+    return np.ascontiguousarray(narrow)

@@ -88,7 +88,7 @@ struct PlanInput {
   BlockTable table;                            // host memory
   std::int32_t first_host_block = kNoSplit;    // blocks from here on are read over the link,
   std::int32_t first_staged_block = kNoSplit;  // .. up to here; staged copies lie in device memory ..
-  std::span<const std::uint8_t> block_on_host; // .. or one flag for each block, which then decides alone
+  std::span<const std::uint8_t> block_on_host; // .. or one flag for each block, which then decides alone; none: device
 };
 
 // About 128 KiB of K and V for each piece: enough to hide the start of a piece, small enough to balance.
@@ -186,7 +186,8 @@ inline bool any_on_host(const PlanInput& input, int seq, int begin, int end) {
   const std::int32_t* row = input.table.row(seq);
   for (int i = begin / input.block_size; i <= (end - 1) / input.block_size; ++i) {
     const bool far = row[i] >= input.first_host_block && row[i] < input.first_staged_block;
-    const bool flagged = !input.block_on_host.empty() && input.block_on_host[static_cast<std::size_t>(row[i])] != 0;
+    const auto id = static_cast<std::size_t>(row[i]);  // Those of staged copies lie behind the flags.
+    const bool flagged = id < input.block_on_host.size() && input.block_on_host[id] != 0;
     if (flagged || (input.block_on_host.empty() && far)) {
       return true;
     }

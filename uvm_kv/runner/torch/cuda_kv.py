@@ -33,11 +33,13 @@ from uvm_kv.memory import (
     TransferCounters,
     append_kv,
     copy_blocks,
+    decode_workspace_bytes,
     device_place,
     discard,
     host_place,
     new_event,
     new_stream,
+    new_workspace,
     plan_capacity,
     slab_layout,
     stream_handle,
@@ -93,6 +95,7 @@ class CudaKV(KVBackend):
             self._memory, spec, dtype=name, staging=None if self._staging is None else self._staging.placed
         )
         self._attention = PagedAttention(self._view, num_q_heads=num_q_heads)
+        self._workspace: Slab | None = None
         self._tables, self._ids = (_Tables(device, self._compute, kind) for kind in (torch.int32, torch.int64))
         self._waits_for_evictions, self._poison_freed = waits_for_evictions, poison_freed
         self._arrivals: dict[int, list[Any]] = {}
@@ -228,9 +231,22 @@ class CudaKV(KVBackend):
 
     # ---- decode over a padded batch, for graphs
 
+    def reserve_decode(self, num_seqs: int, max_tokens: int) -> None:
+        """One workspace for attention in all steps, eager or padded, that need no more than decode steps of so many
+        sequences of up to `max_tokens`; others get one beside it. It never moves: only the first call counts."""
+        if self._workspace is not None:
+            return
+        heads, dtype = self._attention.num_q_heads, self._view.dtype
+        most = {"num_seqs": num_seqs, "max_tokens": max_tokens}
+        num_bytes = decode_workspace_bytes(self._spec, dtype=dtype, num_q_heads=heads, **most)
+        self._workspace = new_workspace(self._view, num_bytes, stream=self._compute)
+        self._attention.close()
+        self._attention = PagedAttention(self._view, num_q_heads=heads, workspace=self._workspace)
+
     def padded(self, num_seqs: int, max_tokens: int) -> PaddedBatch:
         """Buffers for decode steps of up to `num_seqs` sequences of up to `max_tokens`, which stay where they are."""
-        return PaddedBatch(self._view, self._attention.num_q_heads, num_seqs, max_tokens, self.device)
+        heads = self._attention.num_q_heads
+        return PaddedBatch(self._view, heads, num_seqs, max_tokens, self.device, workspace=self._workspace)
 
     def can_pad(self, batch: Sequence[SequenceRows], issued: Issued) -> bool:
         """Whether a step is decode alone, and no memory op is issued or awaited in it."""
@@ -290,6 +306,8 @@ class CudaKV(KVBackend):
         for stream in (self._compute, self._in, self._out):
             stream.synchronize()
         self._attention.close()
+        if self._workspace is not None:
+            self._workspace.close()
         if self._staging is not None:
             self._staging.placed.slab.close()
         self._memory.close()
@@ -376,11 +394,20 @@ class _Bound(NamedTuple):
 class PaddedBatch:
     """A decode batch of a fixed size at fixed addresses, with a plan whose capacity is fixed too."""
 
-    def __init__(self, view: PagedKV, num_q_heads: int, num_seqs: int, max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        view: PagedKV,
+        num_q_heads: int,
+        num_seqs: int,
+        max_tokens: int,
+        device: torch.device,
+        *,
+        workspace: Slab | None,
+    ) -> None:
         self.num_seqs, self._width = num_seqs, ceil_div(max_tokens, view.spec.block_size)
         one, most = np.ones(num_seqs, np.int32), np.full(num_seqs, max_tokens, np.int32)
         capacity = plan_capacity(view, num_q_heads=num_q_heads, query_lens=one, context_lens=most)
-        self.attention = PagedAttention(view, num_q_heads=num_q_heads, capacity=capacity)
+        self.attention = PagedAttention(view, num_q_heads=num_q_heads, capacity=capacity, workspace=workspace)
         self.integers = torch.zeros(num_seqs * (self._width + 2), dtype=torch.int32, device=device)
         homes, seqs, positions = self.integers.split([num_seqs * self._width, num_seqs, num_seqs])
         self.views = (homes.view(num_seqs, self._width), seqs, positions)

@@ -29,6 +29,7 @@ class DecodeGraphs:
     def __init__(self, kv: CudaKV, forward: Forward, *, max_seqs: int, max_tokens: int) -> None:
         """Without a GPU of torch's, as in tests, the padded step runs eagerly: the same but for the launches."""
         self._kv, self._forward, self._max_tokens = kv, forward, max_tokens
+        kv.reserve_decode(max_seqs, max_tokens)  # All sizes share it: only one of them runs at a time.
         self._sizes = padded_sizes(max_seqs)
         self._steps: dict[int, _PaddedStep] = {}
         self._pool: object = None

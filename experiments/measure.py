@@ -21,7 +21,7 @@ from pathlib import Path
 from experiments import gpu_check, measuring
 from experiments.gpu_check import MEASURE_PARTS, PARTS, Part, Report, check
 from experiments.measuring import SWEEPS, NotPossibleError, Sweep, query_card, run_command
-from experiments.microbench.limits import available_host_bytes
+from uvm_kv.hw.host import available_host_bytes
 from uvm_kv.telemetry.failures import failed_runs, reason
 from uvm_kv.telemetry.provenance import gpu
 from uvm_kv.telemetry.store import completed_runs
@@ -81,7 +81,7 @@ def check_room(sweep: Sweep) -> None:
     if measuring.managed_fits(sweep, measuring.free_card_bytes()):
         raise NotPossibleError("its managed memory fits this card, so that there is nothing to oversubscribe")
     needed = OVERSUBSCRIBED_BYTES + HOST_RESERVE_BYTES
-    if (available := available_host_bytes()) < needed:
+    if (available := available_host_bytes() or 0) < needed:
         raise NotPossibleError(
             f"oversubscription may put {OVERSUBSCRIBED_BYTES / GIB:.0f} GiB on the host, and {needed / GIB:.0f} GiB "
             f"must be free; {available / GIB:.1f} GiB are"

@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.microbench.limits import MAX_MANAGED_BYTES, available_host_bytes
+from experiments.microbench.limits import MAX_MANAGED_BYTES
 from experiments.microbench.nominal import card_of
+from uvm_kv.hw.host import available_host_bytes
 from uvm_kv.telemetry.provenance import gpu
-from uvm_kv.types import GIB
+from uvm_kv.types import BASELINES, GIB, OUR_ENGINE
 
 OFFLOADED = ("pinned_balanced", "pinned_zero_copy", "pinned_prefetch_ahead", "pinned_swap", "vmm_balanced")
 MANAGED = ("managed_by_tier", "managed_prefetch_ahead", "managed_demand_capped")
-BASELINES = ("device_resident", "device_recompute")
 MODEL_OF_OPERATORS = "llama3_8b"
 
 
@@ -97,7 +97,7 @@ def managed_fits(sweep: Sweep, free_bytes: int | None) -> bool:
 
 
 def check_host(sweep: Sweep) -> None:
-    available = available_host_bytes()
+    available = available_host_bytes() or 0  # Where the system does not say, nothing is allowed.
     if 2 * sweep.host_kv_bytes > available:
         raise NotPossibleError(
             f"the host tier takes {sweep.host_kv_bytes / GIB:g} GiB, at most half of free host memory, and "
@@ -170,7 +170,7 @@ def repeat_command(sweep: Sweep, results: Path, overrides: Sequence[str]) -> lis
 
 
 def peer_commands(sweep: Sweep, results: Path) -> list[list[str]]:
-    ours = ("engine=uvm_kv", f"mechanism={_joined(BASELINES)}")
+    ours = (f"engine={OUR_ENGINE}", f"mechanism={_joined(BASELINES)}")
     experiment = f"gpu_peers_{sweep.name}"
     return [run_command(experiment, results), run_command(experiment, results, *ours)]
 

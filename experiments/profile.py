@@ -37,6 +37,7 @@ from uvm_kv.config.schema import register
 from uvm_kv.config.worker import explain
 from uvm_kv.engine import Engine
 from uvm_kv.telemetry.recorder import Recorder
+from uvm_kv.types import OUR_ENGINE
 
 FOLDER = Path("results/profiles")
 OUR_KERNELS = "regex:^(attention|merge|append|copy)_kernel"
@@ -70,7 +71,7 @@ def job_of(overrides: list[str]) -> Job:
         raise ValueError(f"{request.num_jobs} jobs are asked for; a profile is of one")
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         composed = compose("config", [o.input_line for o in request.overrides])
-    if composed.engine != "uvm_kv":
+    if composed.engine != OUR_ENGINE:
         raise ValueError(
             f"engine={composed.engine}: its steps are transformers' own and have none of our ranges; drop engine, or "
             f"give experiments.run to nsys"

@@ -44,6 +44,7 @@ from uvm_kv.telemetry.failures import clear_failure, failed_runs, write_failure
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.records import read_directories
 from uvm_kv.telemetry.store import completed_runs, is_complete, read_json, read_outputs
+from uvm_kv.types import GIB, OUR_ENGINE
 
 SWEEP_FLAGS = {"-m", "--multirun"}
 DRY_RUN = "--dry-run"
@@ -151,7 +152,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _label(composed: DictConfig) -> str:
-    what = composed.mechanism if composed.engine == "uvm_kv" else composed.engine
+    what = composed.mechanism if composed.engine == OUR_ENGINE else composed.engine
     ratio = composed.working_set_ratio
     size = f"batch {composed.batch_size}" if ratio is None else f"working set {ratio}"
     return f"{composed.model.name} {composed.workload.name} {what} {size}"
@@ -474,9 +475,8 @@ def _say_what_is_free() -> None:
         card = ask_card()
     except (RuntimeError, ImportError):
         return  # The jobs say it.
-    gib = 2**30
     print(
-        f"{card.name}: {card.free_bytes / gib:.1f} of {card.total_bytes / gib:.1f} GiB are free; who holds the rest is "
+        f"{card.name}: {card.free_bytes / GIB:.1f} of {card.total_bytes / GIB:.1f} GiB are free; who holds the rest is "
         f"not knowable, and a job that finds too little later fails by itself",
         file=sys.stderr,
     )

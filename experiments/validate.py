@@ -26,11 +26,11 @@ from uvm_kv.analysis.terminal import print_comparison
 from uvm_kv.analysis.validate import TOLERANCE, Comparison, compare, write_comparison
 from uvm_kv.config.build import jobs_of, run_job
 from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
-from uvm_kv.config.peers import OURS
 from uvm_kv.config.recording import check_simulable, serve_trace, simulation_of_run, work_key
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.telemetry.store import completed_runs, read_json
+from uvm_kv.types import OUR_ENGINE
 from uvm_kv.workload.trace import write_trace
 
 OWN_KEYS = ("recorded", "tolerance", "name", "out")
@@ -98,7 +98,7 @@ def _sources(path: Path) -> list[Source]:
     if not path.exists():
         raise ValueError(f"recorded={path}: there is no such directory or file")
     runs = completed_runs(path) or [path]  # Of a folder all runs below it; one that has none is refused.
-    ours = [run for run in runs if _engine_of(run) in (None, OURS)]
+    ours = [run for run in runs if _engine_of(run) in (None, OUR_ENGINE)]
     if not ours:
         raise ValueError(f"recorded={path}: runs of {_engine_of(runs[0])}, which the simulator does not play")
     return [Source(run, load_run(run), work_key(run)) for run in ours]

@@ -111,6 +111,13 @@ class Hints:
         return None if location == "none" else location
 
 
+OUR_ENGINE = "uvm_kv"
+"""`engine` of runs of ours, and what those of an older version are of, whose summaries say no engine; any other is a
+peer."""
+
+BASELINES = ("device_resident", "device_recompute")
+"""The mechanisms without CPU-backed KV: the better of them is what a verdict compares with (design, section 3)."""
+
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 

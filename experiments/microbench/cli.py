@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from experiments.microbench import attention, copies, curves, faults, in_place, peers, prefetch
 from experiments.microbench.bench import Bench, Settings
 from experiments.microbench.curves import curves_file
-from experiments.microbench.limits import Ledger, Limits, available_host_bytes, limits_for
+from experiments.microbench.limits import Ledger, Limits, limits_for
 from experiments.microbench.manifest import gpu_facts, manifest
 from experiments.microbench.nominal import Prediction, card_of, predict
 from experiments.microbench.record import (
@@ -31,6 +31,7 @@ from experiments.microbench.record import (
     text_table,
     write_json,
 )
+from uvm_kv.hw.host import available_host_bytes
 from uvm_kv.memory import ExtensionMissingError, capabilities, num_devices
 
 MINUTES, QUICK_MINUTES = 3.5, 1.0
@@ -159,7 +160,7 @@ def _now() -> str:
 
 def _setup() -> tuple[dict[str, Any], Limits, Prediction]:
     gpu = gpu_facts()
-    limits = limits_for(gpu["free_bytes"], available_host_bytes())
+    limits = limits_for(gpu["free_bytes"], available_host_bytes() or 0)  # Unknown: none.
     return gpu, limits, predict(card_of(gpu["name"]), capabilities(0).max_link.generation)
 
 

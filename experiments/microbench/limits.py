@@ -7,7 +7,6 @@ tenths of what is free.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from uvm_kv.types import CHUNK_BYTES, GIB
@@ -42,19 +41,6 @@ def limits_for(free_bytes: int, available_bytes: int) -> Limits:
         managed=min(MAX_MANAGED_BYTES, free_bytes // 2, third),
         card=free_bytes * 9 // 10,
     )
-
-
-def available_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """MemAvailable; 0 where the system does not say, which allows nothing."""
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        return 0
-    for line in lines:
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    return 0
 
 
 class Ledger:

@@ -19,7 +19,7 @@ from experiments.microbench import copies, curves, faults, in_place, prefetch
 from experiments.microbench.batch import Shape, attend, relative_error, scattered_table, split_kv, split_table
 from experiments.microbench.bench import scattered
 from experiments.microbench.cli import PARTS, main, see_only
-from experiments.microbench.limits import Ledger, LimitError, Limits, available_host_bytes, limits_for, scaled
+from experiments.microbench.limits import Ledger, LimitError, Limits, limits_for, scaled
 from experiments.microbench.managed import tile, tiles_sum, write
 from experiments.microbench.manifest import uvm_parameters
 from experiments.microbench.nominal import CARDS, NOTHING, card_of, predict
@@ -98,13 +98,6 @@ def test_sizes_are_scaled_down_by_halves() -> None:
     assert scaled(32, 10 * MIB, MIB) == 8
     with pytest.raises(LimitError, match="the least this takes"):
         scaled(32, 10 * MIB, MIB, least=16)
-
-
-def test_available_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  100 kB\nMemAvailable:  40 kB\n")
-    assert available_host_bytes(meminfo) == 40 * 1024
-    assert available_host_bytes(tmp_path / "none") == 0
 
 
 def test_nothing_here_lifts_the_guard() -> None:

@@ -14,7 +14,7 @@ from uvm_kv.analysis.load import GROUP
 from uvm_kv.analysis.recorded import Recording
 from uvm_kv.analysis.style import PAGE_IN, STYLES, style_of
 from uvm_kv.analysis.validate import METRICS, Comparison
-from uvm_kv.analysis.verdict import BASELINES
+from uvm_kv.types import BASELINES
 
 MAX_SPANS = 300
 

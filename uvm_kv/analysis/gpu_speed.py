@@ -17,13 +17,12 @@ import numpy as np
 
 from uvm_kv.hw.overlap import ceiling
 from uvm_kv.telemetry.store import completed_runs, read_json, read_table
-from uvm_kv.types import Reach
+from uvm_kv.types import BASELINES, GIB, Reach
 
 EAGER_TARGET, COMPILED_TARGET = 1.5, 1.25
 """Most that a decode step may take over the time of its bytes: with the model's code untouched, and compiled."""
 PEER_TARGET = 1.0
 GAIN_TARGET, NEVER_BELOW = 0.8, 0.98
-BASELINES = ("device_resident", "device_recompute")
 PEER = "hf_continuous"
 BALANCED = "pinned_balanced"
 
@@ -155,7 +154,7 @@ def balanced_lines(
             link_bytes_per_s=link_bytes_per_s,
             hbm_bytes_per_s=copy_bytes_per_s,
         )
-        detail = f"gain {gain:+.1%}, ceiling {limit:+.1%} with {run.kv_bytes / 2**30:.2f} GiB of KV in use"
+        detail = f"gain {gain:+.1%}, ceiling {limit:+.1%} with {run.kv_bytes / GIB:.2f} GiB of KV in use"
         found.append(Line(name, gain / limit, GAIN_TARGET, False, detail))
     return found
 

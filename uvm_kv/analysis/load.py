@@ -11,12 +11,11 @@ import pandas as pd
 
 from uvm_kv.analysis.statistics import median_interval
 from uvm_kv.telemetry.records import LeftOut, Record, read_records
+from uvm_kv.types import OUR_ENGINE
 
 PEER_MARK = " (peer)"
 GROUP = ["group", "title"]
 """Number and title of a comparison: points that differ in mechanism (with its variant) and batch size only."""
-OUR_ENGINE = "uvm_kv"
-"""What the runs of an older version are of, whose summaries say no engine; any other is a peer."""
 
 
 def find_runs(folder: Path) -> tuple[list[Record], list[LeftOut]]:

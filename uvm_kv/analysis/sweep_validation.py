@@ -20,6 +20,7 @@ import numpy as np
 
 from uvm_kv.analysis.validate import NOT_OBSERVED, Better, interval, judge, relative_error
 from uvm_kv.telemetry.store import completed_runs, read_json, read_table
+from uvm_kv.types import OUR_ENGINE
 
 FORMAT = "uvm-kv sweep points"
 TOLERANCE = 0.10
@@ -77,7 +78,7 @@ def read_points(folder: Path) -> list[Point]:
     found = []
     for directory in completed_runs(folder):
         summary, manifest = read_json(directory / "summary.json"), read_json(directory / "manifest.json")
-        if summary.get("engine", "uvm_kv") != "uvm_kv":
+        if summary.get("engine", OUR_ENGINE) != OUR_ENGINE:
             continue  # A peer has no prediction.
         found.append(
             Point(

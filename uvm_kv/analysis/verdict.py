@@ -13,10 +13,10 @@ from typing import Any
 
 import pandas as pd
 
-from uvm_kv.analysis.load import GROUP, OUR_ENGINE
+from uvm_kv.analysis.load import GROUP
 from uvm_kv.analysis.statistics import MIN_REPEATS, Ratio, judge
+from uvm_kv.types import BASELINES, OUR_ENGINE
 
-BASELINES = ("device_resident", "device_recompute")
 SAME_ADMISSION = {"worst_case": "device_resident", "optimistic": "device_recompute"}
 INDIFFERENT = 0.01
 """Gains within +-1 % are called no difference: below what the roofline's fit can tell apart."""
@@ -78,7 +78,8 @@ class Verdict:
             "HIGHER": f"yes, CPU-backed KV raised the best throughput by {self.gain:+.1%}",
             "LOWER": f"no, CPU-backed KV did not raise the best throughput ({self.gain:+.1%})",
             "SAME": (
-                f"no difference within {self.tolerance:.0%}, CPU-backed KV moved the best throughput by {self.gain:+.1%}"
+                f"no difference within {self.tolerance:.0%}, "
+                f"CPU-backed KV moved the best throughput by {self.gain:+.1%}"
             ),
         }[self.judged.word]
         if self.judged.word == "AMBIGUOUS":

@@ -11,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from uvm_kv.hw.host import available_host_bytes
 from uvm_kv.memory import Capabilities, ExtensionMissingError, PcieLink, build_info, capabilities, num_devices
 from uvm_kv.memory.capabilities import driver_version
+from uvm_kv.types import GIB
 
 PACKAGES = ("cuda-bindings", "cupti-python", "cupy-cuda13x", "nvidia-ml-py")
 
@@ -62,11 +64,10 @@ def lines(report: CudaReport) -> list[str]:
     found = report.found
     if found is None:
         return [*out, f"  GPU: {report.found_missing}"]
-    gib = 2**30
     return [
         *out,
         f"  GPU: {found.name}, compute capability {found.compute_capability}",
-        f"  memory: {found.free_bytes / gib:.1f} GiB free of {found.total_bytes / gib:.1f} GiB",
+        f"  memory: {found.free_bytes / GIB:.1f} GiB free of {found.total_bytes / GIB:.1f} GiB",
         f"  PCIe: {_link(found.link)} now, {_link(found.max_link)} at most",
         f"  nearest NUMA node: {found.host_numa_node if found.host_numa_node >= 0 else 'the system names none'}",
         f"  the GPU reads plain host memory: {'yes' if found.pageable_memory_access else 'no'}",
@@ -139,16 +140,9 @@ def num_numa_nodes(root: Path = Path("/sys/devices/system/node")) -> int:
 def _pinned_limit() -> str:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / 2**20:.0f} MiB"
-    available = re.search(r"MemAvailable:\s+(\d+) kB", _text(Path("/proc/meminfo")))
-    room = f"{int(available[1]) / 2**20:.1f} GiB available" if available else "not told by this system"
+    available = available_host_bytes()
+    room = "not told by this system" if available is None else f"{available / GIB:.1f} GiB available"
     return f"ulimit -l is {limit} (it binds mlock; the NVIDIA driver pins by itself, up to the free memory: {room})"
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
 
 
 def _link(link: PcieLink) -> str:

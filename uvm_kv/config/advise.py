@@ -39,10 +39,9 @@ from uvm_kv.engine import Engine
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.telemetry.recorder import Recorder
 from uvm_kv.telemetry.summary import summarize
-from uvm_kv.types import GIB, MemoryKind
+from uvm_kv.types import BASELINES, GIB, MemoryKind
 from uvm_kv.workload.lengths import mean_lengths
 
-BASELINES = ("device_resident", "device_recompute")
 NOT_ADVISED = (*BASELINES, "custom", "managed_demand_capped")
 """Of those without CPU-backed KV, named by nobody, or with evictions by plan in the place of the driver's."""
 ON_REQUEST = ("pageable_swap", "vmm_balanced")

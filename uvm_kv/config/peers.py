@@ -15,13 +15,13 @@ from uvm_kv.config.schema import (
     SamplingSchema,
     SchedulerSchema,
 )
+from uvm_kv.types import OUR_ENGINE
 
-OURS = "uvm_kv"
 CONTINUOUS = "hf_continuous"
 CACHES = {"hf_generate": ("dynamic", "static"), "hf_offloaded": ("offloaded", "offloaded_static")}
 """transformers' cache_implementation by peer, for peer.cache=dynamic and static."""
 PEERS = (*CACHES, CONTINUOUS)
-ENGINES = (OURS, *PEERS)
+ENGINES = (OUR_ENGINE, *PEERS)
 NOT_OURS = ("memory", "placement", "reach", "hints", "admission", "preemption", "layout", "block_size", "allocation")
 """What a peer's runs say nothing of."""
 PACKAGES = ("torch", "transformers", "accelerate")
@@ -29,7 +29,7 @@ MIN_PAGE_SIZE = 4
 
 
 def is_peer(config: ConfigSchema) -> bool:
-    return config.engine != OURS
+    return config.engine != OUR_ENGINE
 
 
 def cache_of(config: ConfigSchema) -> str:
@@ -66,7 +66,7 @@ def check_engine(config: ConfigSchema) -> None:
         _only(config, CONTINUOUS, use_cuda_graph=peer.use_cuda_graph)
     if engine not in CACHES:
         _only(config, " or ".join(CACHES), cache=peer.cache)
-    if engine == OURS:
+    if engine == OUR_ENGINE:
         return
     _check_runner(config)
     _check_defaults(config)

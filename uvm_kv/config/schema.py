@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from uvm_kv.types import Allocation
+from uvm_kv.types import OUR_ENGINE, Allocation
 
 
 @dataclass
@@ -208,7 +208,7 @@ class ConfigSchema:
     tracking: TrackingSchema = field(default_factory=TrackingSchema)
     replay: ReplaySchema = field(default_factory=ReplaySchema)
     sampling: SamplingSchema = field(default_factory=SamplingSchema)
-    engine: str = "uvm_kv"
+    engine: str = OUR_ENGINE
     peer: PeerSchema = field(default_factory=PeerSchema)
     prompts: str | None = None
     runner: str = "sim"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from uvm_kv.config.names import CONF_DIR
 from uvm_kv.config.schema import ConfigSchema
+from uvm_kv.hw.host import available_host_bytes
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.workload.prompts import Prompt, read_prompts
@@ -124,11 +124,8 @@ def random_ids(num_tokens: int, vocab_size: int, seed: int, request_id: int) -> 
 
 def free_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     """What the system can give without swapping: files that it caches count as free, where it tells of them."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = available_host_bytes(meminfo)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if available is None else available
 
 
 def tier_bytes(config: ConfigSchema, spec: KVCacheSpec, lengths: list[int]) -> tuple[int, int]:

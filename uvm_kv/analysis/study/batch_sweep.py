@@ -13,7 +13,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from uvm_kv.analysis.load import GROUP, points
 from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import PAGE_IN, STYLES, look
-from uvm_kv.analysis.verdict import BASELINES, Verdict, interval, verdicts, with_gains
+from uvm_kv.analysis.verdict import Verdict, interval, verdicts, with_gains
+from uvm_kv.types import BASELINES
 
 PANELS = {
     "throughput": ("output tokens/s", 1.0),

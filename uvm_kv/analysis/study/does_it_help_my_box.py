@@ -14,7 +14,8 @@ from uvm_kv.analysis.load import points
 from uvm_kv.analysis.statistics import MIN_REPEATS, judge
 from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import COLUMN_IN, style_of
-from uvm_kv.analysis.verdict import BASELINES, INDIFFERENT, MEASURED, is_cpu_backed
+from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED, is_cpu_backed
+from uvm_kv.types import BASELINES
 
 
 def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:

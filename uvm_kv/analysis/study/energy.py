@@ -13,7 +13,8 @@ from uvm_kv.analysis.load import GROUP, points
 from uvm_kv.analysis.statistics import judge
 from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import PAGE_IN, STYLES, look
-from uvm_kv.analysis.verdict import BASELINES, INDIFFERENT, MEASURED, interval, is_cpu_backed
+from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED, interval, is_cpu_backed
+from uvm_kv.types import BASELINES
 
 TOTAL, ABOVE_IDLE = "energy_j_per_output_token", "energy_j_per_output_token_above_idle"
 WORDS = {"LOWER": "less than", "HIGHER": "more than", "SAME": "as much as"}

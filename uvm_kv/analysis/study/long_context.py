@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from uvm_kv.analysis.load import points
 from uvm_kv.analysis.study.base import Drawn, Study
 from uvm_kv.analysis.style import PAGE_IN, SMALL, STYLES, look
-from uvm_kv.analysis.verdict import BASELINES, INDIFFERENT, is_cpu_backed
-from uvm_kv.types import GIB, KIB
+from uvm_kv.analysis.verdict import INDIFFERENT, is_cpu_backed
+from uvm_kv.types import BASELINES, GIB, KIB
 
 READING_SPEED = 5.0
 """Tokens per second of one sequence that keep up with a reader, about 250 words a minute: a line to compare with."""

@@ -18,8 +18,8 @@ from uvm_kv.analysis.load import points
 from uvm_kv.analysis.statistics import judge
 from uvm_kv.analysis.study.base import Drawn, Study
 from uvm_kv.analysis.style import PAGE_IN, SMALL, STYLES, style_of
-from uvm_kv.analysis.verdict import BASELINES, MEASURED
-from uvm_kv.types import Layout
+from uvm_kv.analysis.verdict import MEASURED
+from uvm_kv.types import BASELINES, Layout
 
 LAYOUTS = {Layout.LAYER_MAJOR.value: "-", Layout.BLOCK_MAJOR.value: "--"}
 TOOLS = {"none": "", "device": "prefer device", "host": "prefer host", "by_tier": "by tier"}

@@ -113,8 +113,8 @@ class CudaKV(KVBackend):
         crossing: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
         within: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
         for a, b in zip(sources, targets, strict=True):
-            pairs = within if (a < first) == (b < first) else crossing
-            pairs[b >= first].append((a - first if a >= first else a, b - first if b >= first else b))
+            by_target = within if (a < first) == (b < first) else crossing
+            by_target[b >= first].append((a - first if a >= first else a, b - first if b >= first else b))
         tiers = {False: self._memory.device, True: self._memory.host}
         for to_host, label, stream in ((True, "d2h", self._out), (False, "h2d", self._in)):
             if pairs := crossing[to_host]:

@@ -172,6 +172,8 @@ def test_a_moved_profile_moves_that_quantity_alone() -> None:
         ("memory=pinned", "memory=pinned: advise simulates"),
         ("batch_size=many", "batch_size=many is not of the right type"),
         ("batch_size=0", "batch_size=0; it must be at least 1"),
+        ("memory.host_kv_bytes=-1", "memory.host_kv_bytes=-1; a block of KV takes 8388608: give more, or leave it out"),
+        ("memory.device_kv_bytes=1000", "memory.device_kv_bytes=1000 holds no KV"),
         ("llama_7b", "'llama_7b' cannot be read; write key=value"),
         ("workload.prompt_tokens=3000", "beyond the 2048 of model=llama_7b"),
     ],
@@ -183,7 +185,7 @@ def test_a_mistake_is_answered_in_a_line(given: str, said: str, capsys: pytest.C
 
 
 def test_where_nothing_can_serve_the_reason_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["advise", *LONG, "memory.host_kv_bytes=1048576"]) == 2
+    assert main(["advise", *LONG, "memory.host_kv_bytes=4194304"]) == 2
     assert "the longest request of 6050 tokens" in capsys.readouterr().err
 
 

@@ -356,6 +356,11 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
     overrides, mechanisms, most = _checked(arguments)
     question, base, num_seqs, (rungs, first) = _question(overrides, most)
     workload = base.config.workload
+    most_host, block_bytes = _composed(overrides, mechanisms[0]).memory.host_kv_bytes, base.spec.block_bytes
+    if most_host is not None and most_host < block_bytes:
+        raise ValueError(
+            f"memory.host_kv_bytes={most_host}; a block of KV takes {block_bytes}: give more, or leave it out"
+        )
     leave_interrupts = (signal.SIGINT, signal.SIG_IGN)
     with ExitStack() as stack:
         pool = ProcessPoolExecutor(num_workers or os.cpu_count(), get_context("spawn"), signal.signal, leave_interrupts)
@@ -399,7 +404,8 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
         hardware=base.profile.name,
         measured_on=base.config.hardware.measured_on,
         model=f"{base.model.name} {base.config.dtype}",
-        workload=f"{workload.name}{_lengths(workload)}, {workload.arrival}",
+        workload=f"{workload.name}{_lengths(workload)}, {workload.arrival}"
+        + (", steady start: decode alone" if workload.start == "steady" else ""),
         device_kv_bytes=base.capacity.num_device_blocks * base.spec.block_bytes,
         num_device_seqs=num_seqs,
         best=best and means[best.mechanism],

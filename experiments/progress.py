@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from uvm_kv.telemetry.store import machine, remove_abandoned, temporary_path
+from uvm_kv.telemetry.store import machine, remove_abandoned, temporary_path, written_whole
 
+SWEEP_END = "sweep.json"
 ENVIRONMENT = "UVM_KV_SWEEP"
 """Names the folder to whoever works for the sweep. Hydra sets it in workers on other machines (hydra.job.env_set)."""
 POLL_S = 0.2
@@ -75,6 +76,40 @@ def read_command() -> Command:
             f"{file.parent} is not there on {platform.node()}: the sweep has ended, or results_dir is not on a file "
             f"system that all machines share under this path"
         ) from None
+
+
+@dataclass(frozen=True)
+class SweepEnd:
+    """How the jobs of a sweep ended: <results_dir>/<experiment>/sweep.json. It is not there while a sweep goes on, nor
+    after one that was stopped or died."""
+
+    jobs: int
+    """Asked for; some may be one run, and one with repeats is several."""
+    complete: int
+    failed: int
+    """Refused ones too."""
+    unrecorded: int
+    """Of the failed: those that left no record of it, because they were not yet a run."""
+
+    @classmethod
+    def of(cls, num_jobs: int, events: Sequence[Event]) -> SweepEnd:
+        """Of the events by which runs ended."""
+        failed = [e for e in events if e.status == "failed"]
+        unrecorded = sum(e.directory is None for e in failed)
+        return cls(max(num_jobs, len(events)), len(events) - len(failed), len(failed), unrecorded)
+
+    def write(self, folder: Path) -> None:
+        with written_whole(folder) as staging:
+            (staging / SWEEP_END).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @staticmethod
+    def clear(folder: Path) -> None:
+        (folder / SWEEP_END).unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> SweepEnd | None:
+        file = folder / SWEEP_END
+        return cls(**json.loads(file.read_text())) if file.is_file() else None
 
 
 class SweepLog:

@@ -31,7 +31,7 @@ from rich.console import Console
 
 from experiments import launchers
 from experiments.listing import list_jobs
-from experiments.progress import ENVIRONMENT, Event, SweepLog, read_command, report_event, sweep_log
+from experiments.progress import ENVIRONMENT, Event, SweepEnd, SweepLog, read_command, report_event, sweep_log
 from experiments.track import mirror_all
 from uvm_kv.config.build import Job, check_fits, identity, is_done, repeats_of, run_job
 from uvm_kv.config.card import ask_card
@@ -411,6 +411,8 @@ def main() -> int:
     try:
         if request.on_gpu:
             _say_what_is_free()
+        if sweep:
+            SweepEnd.clear(request.results_dir / request.experiment)
         with sweep_log(request.num_jobs, request.experiment if sweep else "", argv, shared) as log:
             if sweep and launcher != launchers.BASIC:
                 launchers.use(launcher, partial(_lose, log))
@@ -432,6 +434,8 @@ def main() -> int:
         print(f"error: hydra/launcher={launcher} cannot go on: {problem}", file=sys.stderr)
     try:
         mirror_all(log.events)
+        if sweep and not launchers.problems:
+            SweepEnd.of(request.num_jobs, log.events).write(request.results_dir / request.experiment)
         status = _print_outcome(request, log.events, sweep=sweep)
     except OSError as error:
         print(f"error: the report cannot be written: {explain(error)}", file=sys.stderr)

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.figures import REFERENCE, ROOT
+from experiments.progress import SweepEnd
 from experiments.study_points import write_roofline
 from uvm_kv.analysis.study import STUDIES
 from uvm_kv.analysis.study.publish import INDEX, read_index
-from uvm_kv.telemetry.failures import failed_runs
+from uvm_kv.telemetry.failures import failed_runs, reason
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.records import Record, pack, read_failures, read_records
 
@@ -164,11 +165,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if agrees else 1
 
 
+def unfinished(folder: Path, failures: dict[str, dict[str, Any]], status: int) -> str | None:
+    """Why the sweep whose runs are in `folder` has not all that it asked for; None where it has, or what is missing was
+    refused. A sweep with refused points has an exit `status` of 1 too, as one has that broke down."""
+    end = SweepEnd.read(folder)
+    if end is None:
+        return f"the sweep did not come to its end (exit status {status})"
+    if end.complete + end.failed < end.jobs:
+        return f"only {end.complete + end.failed} of {end.jobs} jobs ended"
+    failed = [record for record in failures.values() if not record.get("refused")]
+    if end.unrecorded or failed:
+        why = f", such as: {reason(failed[0])}" if failed else ""
+        return f"{end.unrecorded + len(failed)} of {end.jobs} jobs failed, and were not refused{why}"
+    return None
+
+
 def _one(name: str, folder: Path, reference: Path, *, update: bool, rerun: bool, start: float) -> bool:
-    if name in COMPUTED:
+    computed, status = name in COMPUTED, 0
+    if computed:
         COMPUTED[name](folder / name)
     else:
-        run_experiment(name, folder, rerun=rerun)
+        status = run_experiment(name, folder, rerun=rerun)
     fresh, left_out = read_records(folder / name)
     failures = failed_runs(folder / name)
     took = f"{time.monotonic() - start:.0f} s"
@@ -178,6 +195,12 @@ def _one(name: str, folder: Path, reference: Path, *, update: bool, rerun: bool,
         print(f"  left out: {it}")
     if not fresh:
         print(f"  nothing was run: {folder / name / 'sweep.log'} says why", file=sys.stderr)
+        return False
+    why = None if computed else unfinished(folder / name, failures, status)
+    if why is not None:
+        lost = "; the reference stays as it is" if update else ""
+        print(f"  not whole: {why} ({folder / name / 'sweep.log'}){lost}", file=sys.stderr)
+    if update and why is not None:
         return False
     if update:
         update_reference(name, fresh, failures, reference)
@@ -192,7 +215,7 @@ def _one(name: str, folder: Path, reference: Path, *, update: bool, rerun: bool,
     if {f["error"] for f in known_failures} != {f["error"] for f in told}:
         print(f"  {len(told)} points are refused or failed, {len(known_failures)} in the reference", file=sys.stderr)
         return False
-    if found.holds:
+    if found.holds and why is None:
         exact = "bit for bit" if found.worst == 0 else f"within {found.worst:.1e}"
         print(f"  {found.num_points} points agree with the reference {exact} (tolerance {TOLERANCE})")
         return True

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from experiments import figures, study
+from experiments.progress import SweepEnd
 from tests import jobs
 from uvm_kv.analysis.study import STUDIES
 from uvm_kv.config.build import run_job
@@ -175,6 +176,7 @@ def test_the_study_runs_compares_and_says_what_differs(
 ) -> None:
     def run_experiment(name: str, folder: Path, *, rerun: bool) -> int:
         shutil.copytree(made / name, folder / name, dirs_exist_ok=True)
+        SweepEnd(6, 6, 0, 0).write(folder / name)
         return 0
 
     monkeypatch.setattr(study, "run_experiment", run_experiment)

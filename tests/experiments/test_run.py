@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.progress import ENVIRONMENT, Event, SweepLog, report_event
+from experiments.progress import ENVIRONMENT, Event, SweepEnd, SweepLog, report_event
 from tests import jobs
 from tests.helpers import REPOSITORY
 from uvm_kv.config.names import groups
@@ -83,6 +83,7 @@ def test_a_sweep_reports_skips_and_survives_a_bad_job(tmp_path: Path) -> None:
     assert first.returncode == 1
     assert first.stderr.count("batch_size=0; it must be at least 1") == 2
     assert "4 of 6 runs are complete, 2 failed." in first.stderr
+    assert SweepEnd.read(tmp_path / "adhoc") == SweepEnd(jobs=6, complete=4, failed=2, unrecorded=2)
     lines = first.stdout.splitlines()
     assert any(line.startswith("Verdict: ") for line in lines)
     assert any(line.startswith("report: ") and line.endswith("report.html") for line in lines)
@@ -113,12 +114,15 @@ def test_an_interrupted_sweep_keeps_what_is_finished_and_goes_on(tmp_path: Path,
     output, _ = process.communicate(timeout=60)
     before = stamps(tmp_path)
     assert len(before) >= 2
+    if len(before) < 8:
+        assert SweepEnd.read(tmp_path / "adhoc") is None
     if number is signal.SIGINT and len(before) < 8:
         assert process.returncode == 130
         assert "interrupted:" in output
         assert "Traceback" not in output
     again = run(*sweep)
     assert again.returncode == 0, again.stderr
+    assert SweepEnd.read(tmp_path / "adhoc") == SweepEnd(jobs=8, complete=8, failed=0, unrecorded=0)
     after = stamps(tmp_path)
     assert len(after) == 8
     assert {name: after[name] for name in before} == before

@@ -18,21 +18,27 @@ from uvm_kv.types import GIB
 
 
 def cell(gib: float, context: int, gain: float | None, *, bound: float = 0.2, seqs: int = 8) -> list[dict[str, Any]]:
-    """device_resident at 100 tok/s (none where the gain is None), and prefetch_ahead at twice the capacity."""
+    """device_resident at 100 tok/s (none where the gain is None), and prefetch_ahead at twice the capacity, of which it
+    takes less."""
     place: dict[str, Any] = {"prompt_tokens": context - 64, "setting": {"memory.device_kv_bytes": int(gib * GIB)}}
     closed = {"closed_form_ceiling": bound, "closed_form.link": bound, "closed_form.num_seqs": seqs,
               "closed_form.stranded": 0.0}  # fmt: skip
-    rows = [run("pinned_prefetch_ahead", 2 * seqs, 100 * (1 + (gain or 0)), **place, **closed, working_set_ratio=2.0)]
+    rows = [run("pinned_prefetch_ahead", 2 * seqs, 100 * (1 + (gain or 0)), **place, **closed, working_set_ratio=2.0,
+                running_batch_mean=1.5 * seqs)]  # fmt: skip
     if gain is not None:
         rows.append(run("device_resident", seqs, 100.0, **place, working_set_ratio=1.0))
     return [row | {"setting": dict(row["setting"])} for row in rows]
 
 
-def grid(*gains: float | None, bound: float = 0.2, seqs: int = 8) -> pd.DataFrame:
+def rows_of(*gains: float | None, bound: float = 0.2, seqs: int = 8) -> list[dict[str, Any]]:
     """Two sizes by two contexts: (1, 256), (1, 512), (2, 256), (2, 512)."""
     places = [(1, 256), (1, 512), (2, 256), (2, 512)]
     cells = [cell(*place, gain, bound=bound, seqs=seqs) for place, gain in zip(places, gains, strict=True)]
-    return table(*(row for rows in cells for row in rows))
+    return [row for rows in cells for row in rows]
+
+
+def grid(*gains: float | None, bound: float = 0.2, seqs: int = 8) -> pd.DataFrame:
+    return table(*rows_of(*gains, bound=bound, seqs=seqs))
 
 
 def said(runs: pd.DataFrame) -> str:
@@ -56,6 +62,74 @@ def test_claims_follow_the_gains() -> None:
     assert "loses more than 1% in 1, at worst -40.0 %, at device KV (GiB) 2, tokens a request 256" in text
     assert "pays in none of 4 cells (loses more than 1% in 1); its best is +0.9 %" in said(grid(0.0, 0.009, -0.4, 0.0))
     assert "it loses more than 1% in none" in said(grid(0.1, 0.0, 0.0, 0.02))
+
+
+def tried(*batches: tuple[int, float, float], **more: Any) -> pd.DataFrame:
+    """A grid whose first cell has these batches, throughputs and mean running batches in place of its own."""
+    first, *rest = rows_of(0.0, 0.0, 0.0, 0.0)
+    own = [
+        first
+        | more
+        | {"offered_batch": n, "working_set_ratio": n / 8, "output_tokens_per_s": rate, "running_batch_mean": ran}
+        for n, rate, ran in batches
+    ]
+    return table(*rest, *own)
+
+
+@pytest.mark.parametrize(
+    ("batches", "more", "expected"),
+    [
+        ([(12, 110, 12), (16, 120, 16)], {}, True),
+        ([(16, 120, 16)], {}, True),
+        ([(12, 120, 12), (16, 110, 16)], {}, False),  # It falls.
+        ([(12, 120, 12), (16, 121, 16)], {}, False),  # It has risen.
+        ([(12, 110, 12), (16, 120, 13)], {}, False),  # The mechanism takes no more.
+        ([(12, 110, 12), (16, 120, 13)], {"host_kv_bytes": GIB // 2}, True),  # But here the CPU memory is full.
+        ([(12, 110, 12), (16, 120, 13)], {"host_kv_bytes": 64 * GIB}, False),
+    ],
+)
+def test_a_gain_that_still_rose_is_at_least_that(
+    batches: list[tuple[int, float, float]], more: dict[str, Any], expected: bool
+) -> None:
+    drawn = phase_diagram.STUDY.draw(tried(*batches, device_kv_bytes=GIB, **more), ())
+    assert list(drawn.table["at_least"]) == [expected, False, False, False]
+    text = "\n".join(drawn.claims)
+    assert ("at most +2" in text) is not expected
+    assert ("the largest at least +20.0 %" in text) is expected
+    assert ("in 1 of them it still rose at the largest batch tried" in text) is expected
+    written = {text.get_text() for axis in drawn.figure.axes for text in axis.texts}
+    assert ("\u226520" in written) is expected
+
+
+def repeated(ours: list[float], theirs: list[float]) -> pd.DataFrame:
+    """A measured grid whose first cell is repeated with these throughputs."""
+    rows = [row | {"origin": "measured"} for row in rows_of(0.5, 0.5, 0.5, 0.5)]
+    rates = {rows[0]["mechanism"]: ours, rows[1]["mechanism"]: theirs}
+    first = [
+        row | {"output_tokens_per_s": r, "seed": i} for row in rows[:2] for i, r in enumerate(rates[row["mechanism"]])
+    ]
+    return table(*first, *rows[2:])
+
+
+def test_measured_gains_pay_where_their_repeats_decide() -> None:
+    drawn = phase_diagram.STUDY.draw(repeated([120.0, 121.0, 119.0], [100.0, 101.0, 99.0]), ())
+    assert list(drawn.table["word"]) == ["HIGHER", *["AMBIGUOUS"] * 3], "one run each decides nothing"
+    assert (drawn.table["gain"][0], drawn.table["num_runs"][0]) == (pytest.approx(0.2), 3)
+    assert "AMBIGUOUS over its repeats, and not counted, in 3" in drawn.claims[0]
+    assert "pays (more than 1%) in 1 of 4 cells" in drawn.claims[1]
+    drawn = phase_diagram.STUDY.draw(repeated([120.0, 90.0, 110.0], [100.0, 101.0, 99.0]), ())
+    assert drawn.table["word"].tolist() == ["AMBIGUOUS"] * 4
+    assert "pays in none of 4 cells" in drawn.claims[1]
+    assert "no placement of KV in CPU memory pays in any of 4 cells; AMBIGUOUS" in drawn.claims[0]
+    assert "+10?" in {text.get_text() for axis in drawn.figure.axes for text in axis.texts}
+
+
+def test_decode_alone_is_said_where_it_was() -> None:
+    runs = grid(0.1, 0.0, 0.0, 0.0)
+    steady = phase_diagram.STUDY.draw(runs.assign(start="steady"), ())
+    assert steady.claims[0].startswith("On a simulated rtx3090 with llama2_7b, decode alone, over device KV (GiB) x ")
+    assert "decode alone" in steady.figure.axes[-1].get_xlabel()
+    assert "prefill and decode" in phase_diagram.STUDY.draw(runs.assign(start="empty"), ()).claims[0]
 
 
 def test_where_closed_form_and_simulation_differ_is_counted() -> None:
@@ -83,6 +157,14 @@ def test_the_best_placement_of_each_cell_is_counted() -> None:
     text = said(both)
     assert "beats device_resident in 3 of 4 cells (75%)" in text
     assert "the best is pinned_balanced in 1, pinned_prefetch_ahead in 2." in text
+
+
+@pytest.mark.parametrize(("name", "other"), [("model", "llama3_8b"), ("hardware", "rtx4090"), ("origin", "replayed")])
+def test_one_diagram_is_of_one_model_and_card(name: str, other: str) -> None:
+    runs = grid(0.1, 0.1, 0.1, 0.1)
+    runs.loc[runs["prompt_tokens"] == 448, name] = other
+    with pytest.raises(ValueError, match=f"runs of several {name}s"):
+        said(runs)
 
 
 def test_runs_that_are_no_diagram_are_refused() -> None:
@@ -117,7 +199,7 @@ def links(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
              "max_steps=16", f"memory.device_kv_bytes={GIB}", "working_set_ratio=1.25")  # fmt: skip
     for mechanism in ("device_resident", "pinned_prefetch_ahead"):
         for link in ("pcie3", "pcie5"):
-            for heads in (32, 8):
+            for heads in (32, 8):  # Of one model.
                 jobs.run(folder, f"mechanism={mechanism}", f"link={link}", f"model.num_kv_heads={heads}", *short)
     return load_runs(read_records(folder)[0])
 
@@ -129,4 +211,6 @@ def test_a_faster_link_pays_more(links: pd.DataFrame) -> None:
     assert set(gain.index.get_level_values(1)) == {mha, gqa}
     for kv in (mha, gqa):
         assert gain["PCIe 5\n56", kv] > gain["PCIe 3\n11.5", kv]
+    title = drawn.figure.legends[0].get_title().get_text()
+    assert "llama2_7b on a simulated rtx3090, MHA: 32 KV heads, GQA: 8 KV heads, decode alone" in title
     assert (drawn.table["gain"] <= drawn.table["closed_form_ceiling"] + 0.01).all()

@@ -2,7 +2,8 @@
 
 The gain of a cell is the best throughput of a placement over the batches tried beyond the card's capacity, over the
 best of device_resident in that cell, less one; both under worst-case admission. What fits the card is the same in both,
-and is no answer. `draw_grid` serves every grid of this kind.
+and is no answer. Where the throughput still rose at the largest batch, and all of its requests ran, the gain is a lower
+bound: `at_least`. `draw_grid` serves every grid of this kind.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.collections import LineCollection
 from matplotlib.colors import SymLogNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 
 from uvm_kv.analysis.load import GROUP, points
+from uvm_kv.analysis.statistics import judge
 from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import PAGE_IN, SMALL, STYLES
-from uvm_kv.analysis.verdict import INDIFFERENT, is_cpu_backed, with_gains
+from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED, is_cpu_backed, with_gains
 from uvm_kv.types import GIB
 
 BASELINE = "device_resident"
@@ -32,8 +34,10 @@ LINEAR_BELOW = 0.05
 """Colours are linear in the gain up to here and logarithmic beyond, on both sides of white."""
 TICKS = (-0.5, -0.1, -0.03, 0, 0.03, 0.1, 0.5, 2.0)
 HOW = {"static_split": "in place", "prefetch_ahead": "copy ahead", "bandwidth_balanced": "both"}
-ONE_MORE = (0, (4, 1.5))
-MAX_CHARS = 4
+ONE_MORE = (0, (2.5, 1.2))
+MAX_CELLS = 4
+ALL_RUN = 0.95
+"""Of the offered requests in the mean running batch: the mechanism itself holds none back."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,16 @@ class Axis:
 
 
 def cells(runs: pd.DataFrame, x: Axis, y: Axis) -> pd.DataFrame:
-    """One row a cell and CPU-backed mechanism, with its gain (NaN where device_resident has no run in the cell) and the
-    closed form's; `x_rank` and `y_rank` count the cells along the axes. ValueError where one cell holds runs that
-    differ in more than mechanism and batch."""
+    """One row a cell and CPU-backed mechanism, with its gain (NaN where device_resident has no run in the cell), what
+    its repeats allow to say of it (`word`, as of `judge`), and the closed form's; `x_rank` and `y_rank` count the cells
+    along the axes. ValueError where the runs are of several models or cards, or one cell holds runs that differ in more
+    than mechanism, batch and seed."""
     if "working_set_ratio" not in runs:
         raise ValueError("these runs do not say their working_set_ratio, as those of older versions; run them again")
-    used = runs[runs["admission"] == "worst_case"].copy()
+    used = runs[(runs["admission"] == "worst_case") & ~runs["memory_emulated"].astype(bool)].copy()
+    for name in ("model", "hardware", "origin"):
+        if len(found := sorted(set(used[name]))) > 1:
+            raise ValueError(f"runs of several {name}s ({', '.join(found)}) in one diagram; give those of one")
     written: dict[str, list[str]] = {}
     for rank, axis in (("x_rank", x), ("y_rank", y)):
         keys = [axis.of(run) for _, run in used.iterrows()]
@@ -66,7 +74,8 @@ def cells(runs: pd.DataFrame, x: Axis, y: Axis) -> pd.DataFrame:
     if (groups["group"].nunique() > 1).any():
         several = next(part for _, part in groups if part["group"].nunique() > 1)
         raise ValueError(f"one cell holds several comparisons: {'; '.join(sorted(set(several['title']))[:3])}")
-    base = table[table["mechanism"] == BASELINE].groupby("group")["throughput"].max()
+    base = table[table["mechanism"] == BASELINE]
+    base = base.loc[base.groupby("group")["throughput"].idxmax()].set_index("group")
     backed = table[is_cpu_backed(table) & (table["working_set_ratio"] > 1)]
     if backed.empty:
         raise ValueError(
@@ -76,8 +85,10 @@ def cells(runs: pd.DataFrame, x: Axis, y: Axis) -> pd.DataFrame:
     best[["x_rank", "y_rank"]] = best[["x_rank", "y_rank"]].astype(int)
     least = backed.groupby([*GROUP, "label"])["offered_batch"].transform("min")
     best["least_batch"] = least[best.index]
-    best["baseline_throughput"] = best["group"].map(base)
+    best["baseline_throughput"] = best["group"].map(base["throughput"])
     best["gain"] = best["gain_over_resident"]
+    best["word"] = [_word(row, base) for _, row in best.iterrows()]
+    best["at_least"] = [_still_rises(row, table) for _, row in best.iterrows()]
     best[x.name] = [written["x_rank"][rank] for rank in best["x_rank"]]
     best[y.name] = [written["y_rank"][rank] for rank in best["y_rank"]]
     for column in ("closed_form_ceiling", "closed_form.link", "closed_form.stranded", "closed_form.num_seqs"):
@@ -85,15 +96,36 @@ def cells(runs: pd.DataFrame, x: Axis, y: Axis) -> pd.DataFrame:
     return best.sort_values(["label", "y_rank", "x_rank"]).reset_index(drop=True)
 
 
-def draw_grid(runs: pd.DataFrame, x: Axis, y: Axis) -> Drawn:
-    """A panel a mechanism."""
+def _word(best: pd.Series[Any], base: pd.DataFrame) -> str | None:
+    if best["group"] not in base.index:
+        return None
+    theirs = base.loc[best["group"], "throughputs"]
+    return judge(best["throughputs"], theirs, INDIFFERENT, measured=best["origin"] == MEASURED).word
+
+
+def _still_rises(best: pd.Series[Any], table: pd.DataFrame) -> bool:
+    """Whether a larger batch might be faster yet: none was tried, this one is above all smaller ones and the card
+    alone, and what keeps requests out is not the mechanism (but their number, or the size of the CPU memory)."""
+    own = table[(table["group"] == best["group"]) & (table["label"] == best["label"])]
+    smaller = own[own["offered_batch"] < best["offered_batch"]]["throughput"]
+    if best["offered_batch"] < own["offered_batch"].max() or best["gain"] <= INDIFFERENT:
+        return False
+    if len(smaller) and best["throughput"] <= (1 + INDIFFERENT) * smaller.max():
+        return False
+    host_bytes = best.get("host_kv_bytes", np.nan)
+    is_full = best["working_set_ratio"] > 1 + host_bytes / best["device_kv_bytes"]
+    return bool(is_full or best["running_batch_mean"] >= ALL_RUN * best["offered_batch"])
+
+
+def draw_grid(runs: pd.DataFrame, x: Axis, y: Axis, note: str = "") -> Drawn:
+    """A panel a mechanism; `note`: what else is to be known of the axes, for the figure's title."""
     table = cells(runs, x, y)
     labels = sorted(set(table["label"]), key=lambda name: (list(STYLES).index(name) if name in STYLES else 99, name))
     num_x, num_y = int(table["x_rank"].max()) + 1, int(table["y_rank"].max()) + 1
     num_columns = min(len(labels), 3)
     num_rows = -(-len(labels) // num_columns)
     num_lines = max(text.count("\n") for text in table[x.name])
-    height = num_rows * (0.62 + 0.12 * num_lines + 0.3 * num_y) + 0.75
+    height = num_rows * (0.72 + 0.12 * num_lines + 0.3 * num_y) + 1.2
     figure, axes = plt.subplots(num_rows, num_columns, figsize=(PAGE_IN, height), sharey=True, squeeze=False)
     limit = max(2 * LINEAR_BELOW, float(table["gain"].abs().max()))
     norm = SymLogNorm(LINEAR_BELOW, vmin=-limit, vmax=limit)
@@ -102,32 +134,50 @@ def draw_grid(runs: pd.DataFrame, x: Axis, y: Axis) -> Drawn:
         part = table[table["label"] == label]
         image = _panel(axis, part, (num_y, num_x), norm)
         how = part["placement"].iloc[0]
-        axis.set_title(f"{label} ({HOW.get(how, how)})")
+        axis.set_title(f"{label} ({HOW.get(how, how)})", pad=12)
     for axis in axes.flat[len(labels) :]:
         axis.set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel(x.title)
     for axis in axes.flat:
-        axis.set_xticks(range(num_x), _texts(table, "x_rank", x.name))
+        axis.set_xticks(range(num_x), _texts(table, "x_rank", x.name), fontsize=SMALL)
         axis.set_yticks(range(num_y), _texts(table, "y_rank", y.name))
         axis.grid(False)
         axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
     for row in axes:
         row[0].set_ylabel(y.title)
     ticks = [tick for tick in TICKS if abs(tick) <= limit]
-    bar = figure.colorbar(image, ax=axes, ticks=ticks, aspect=25, pad=0.01)
-    bar.ax.set_yticklabels([f"{100 * tick:+.0f} %" if tick else "0" for tick in ticks])
+    bar = figure.colorbar(image, ax=axes, ticks=ticks, location="bottom", aspect=60, shrink=0.6, pad=0.03)
+    bar.ax.set_xticklabels([f"{100 * tick:+.0f} %" if tick else "0" for tick in ticks])
     bar.ax.minorticks_off()
-    bar.set_label(f"best gain over {BASELINE}")
+    scope = _scope(runs)
+    bar.set_label(f"best gain over {BASELINE}{f', {scope}' if scope else ''}")
     handles: list[Any] = [
-        Line2D([], [], color="black", linewidth=0.7, label="closed form: at most this gain"),
-        Line2D([], [], color="black", linewidth=1.2, linestyle=ONE_MORE, label="closed form: one request more"),
+        Line2D([], [], color="black", linewidth=0.9, label="the closed form's bound passes this gain"),
+        Line2D([], [], color="black", linewidth=2, linestyle=ONE_MORE, label="it passes one request more"),
     ]
     if table["gain"].isna().any():
         handles.append(Patch(facecolor="white", hatch="////", edgecolor="#888888", label=f"{BASELINE} has no run here"))
-    where = f"{table['model'].iloc[0]}, {table['origin'].iloc[0]} {runs['hardware'].iloc[0]}"
-    figure.legend(handles=handles, loc="outside upper center", ncols=3, title=f"gain in %, {where}; bold: it pays")
-    return Drawn(figure, _table(table, x, y), claims(table, x, y))
+    marks = ["bold: it pays"]
+    marks += ["\u2265: still rising at the largest batch"] if table["at_least"].any() else []
+    marks += ["?: AMBIGUOUS over repeats"] if (table["word"] == "AMBIGUOUS").any() else []
+    where = ", ".join(part for part in (_where(table), note, scope) if part)
+    title = f"gain in %, {where}\n{'; '.join(marks)}"
+    legend = figure.legend(handles=handles, loc="outside upper center", ncols=3, title=title)
+    legend.get_title().set_multialignment("center")
+    return Drawn(figure, _table(table, x, y), claims(table, x, y, scope))
+
+
+def _scope(runs: pd.DataFrame) -> str:
+    """What was run of the requests; empty where runs do not say."""
+    starts = set(runs["start"].dropna()) if "start" in runs else set()
+    return "" if not starts else "decode alone" if starts == {"steady"} else "prefill and decode"
+
+
+def _where(table: pd.DataFrame) -> str:
+    first = table.iloc[0]
+    return f"{first['model']} on a {first['origin']} {first['hardware']}"
 
 
 def _texts(table: pd.DataFrame, rank: str, name: str) -> list[str]:
@@ -141,79 +191,87 @@ def _grid(part: pd.DataFrame, column: str, shape: tuple[int, int]) -> np.ndarray
 
 
 def _panel(axis: Any, part: pd.DataFrame, shape: tuple[int, int], norm: Any) -> Any:
-    image = axis.imshow(_grid(part, "gain", shape), norm=norm, cmap="RdBu", origin="lower", aspect="auto")
-    _frontiers(axis, part, shape)
+    look = {"norm": norm, "cmap": "RdBu", "edgecolors": "white", "linewidth": 1.2}
+    sides = [np.arange(length + 1) - 0.5 for length in (shape[1], shape[0])]
+    image = axis.pcolormesh(*sides, np.ma.masked_invalid(_grid(part, "gain", shape)), **look)
     for _, cell in part.iterrows():
         at = (cell["x_rank"], cell["y_rank"])
         if np.isnan(cell["gain"]):
             corner = (at[0] - 0.5, at[1] - 0.5)
-            look = {"facecolor": "white", "hatch": "////", "edgecolor": "#888888", "linewidth": 0, "zorder": 2.5}
+            look = {"facecolor": "white", "hatch": "////", "edgecolor": "#888888", "linewidth": 0, "zorder": 1}
             axis.add_patch(plt.Rectangle(corner, 1, 1, **look))
             continue
-        value = 100 * cell["gain"]
-        text = f"{value:+.1f}" if abs(value) < 9.95 else f"{value:+.0f}"
-        weight = "bold" if cell["gain"] > INDIFFERENT else "normal"
+        weight = "bold" if cell["word"] == "HIGHER" else "normal"
         colour = "white" if abs(norm(cell["gain"]) - 0.5) > 0.33 else "black"
-        clear = [withStroke(linewidth=2.5, foreground=image.cmap(norm(cell["gain"])))]
-        axis.text(*at, text, ha="center", va="center", fontsize=SMALL, weight=weight, color=colour, path_effects=clear)
+        axis.text(*at, _number(cell), ha="center", va="center", fontsize=SMALL, weight=weight, color=colour)
+    _frontiers(axis, part, shape)
     return image
 
 
+def _number(cell: pd.Series[Any]) -> str:
+    value = 100 * cell["gain"]
+    digits = 1 if abs(value) < 1.95 else 0
+    mark = "?" if cell["word"] == "AMBIGUOUS" else ""
+    return f"\u2265{value:.{digits}f}{mark}" if cell["at_least"] else f"{value:+.{digits}f}{mark}"
+
+
 def _frontiers(axis: Any, part: pd.DataFrame, shape: tuple[int, int]) -> None:
-    """Lines of equal closed form, each labelled where it leaves the cells, and where it is one request more."""
-    # Values are those of cell centres; the outermost hold to the edges of the cells.
-    ends = [np.r_[-0.5, np.arange(length), length - 0.5] for length in (shape[1], shape[0])]
-    bound, num_seqs = (_to_the_edges(_grid(part, c, shape)) for c in ("closed_form_ceiling", "closed_form.num_seqs"))
-    requests = np.ma.masked_less_equal(np.ma.masked_invalid(bound * num_seqs), 0)
-    if requests.count() and requests.min() < 1 < requests.max():
-        axis.contour(*ends, np.ma.log(requests), levels=[0.0], colors="black", linestyles=[ONE_MORE], linewidths=1.2)
-    known = ~np.isnan(_grid(part, "gain", shape))
-    levels = [level for level in LEVELS if known.any() and np.nanmin(bound) < level < np.nanmax(bound)]
-    if not levels:
-        return
-    widths = [1.4 if level == 0 else 0.7 for level in levels]
-    lines = axis.contour(*ends, bound, levels=levels, colors="black", linestyles="-", linewidths=widths)
-    for level, segments in zip(levels, lines.allsegs, strict=True):
-        dense = np.concatenate([_dense(segment) for segment in segments])
-        columns, rows = (np.clip(np.round(dense[:, i]), 0, shape[1 - i] - 1).astype(int) for i in (0, 1))
-        if not len(inside := dense[known[rows, columns]]):
-            continue
-        right = inside[inside[:, 0] > inside[:, 0].max() - 0.02]
-        x, y = right[abs(right[:, 1] - (shape[0] - 1) / 2).argmax()]
-        beside = {"x": x + 0.06, "y": y, "ha": "left", "va": "center"}
-        if abs(y - ends[1][0]) < 0.05 or abs(y - ends[1][-1]) < 0.05:  # It leaves at the bottom or the top.
-            beside = {"x": x, "y": y, "ha": "center", "va": "bottom" if y < 0 else "top"}
-        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
-        axis.text(s=f"{100 * level:+.0f} %", fontsize=SMALL, bbox=white, **beside)
+    """Between the cells whose closed form is above a level and the others, each labelled at an end; thick and dashed
+    between those where it is one request more and the others."""
+    bound, num_seqs = (_filled(_grid(part, name, shape)) for name in ("closed_form_ceiling", "closed_form.num_seqs"))
+    ends: dict[tuple[float, float], list[str]] = {}
+    for level in LEVELS:
+        lines = _borders(bound > level)
+        width = 1.6 if level == 0 else 0.9
+        axis.add_collection(LineCollection(lines, colors="black", linewidths=width, capstyle="projecting", zorder=3))
+        if lines:
+            ends.setdefault(_end(lines, shape), []).append(f"{100 * level:+.0f} %")
+    more = _borders(bound * num_seqs >= 1)
+    axis.add_collection(LineCollection(more, colors="black", linewidths=2, linestyles=[ONE_MORE], zorder=3))
+    for (x, y), names in ends.items():
+        place = {"x": x, "y": y + 0.08, "ha": "center", "va": "bottom"}
+        if y < shape[0] - 0.6:
+            place = {"x": x + 0.08, "y": y, "ha": "left", "va": "center"}
+        axis.text(s="\n".join(reversed(names)), fontsize=SMALL, clip_on=False, **place)
 
 
-def _to_the_edges(grid: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """With a row or column more on each side, and cells without a value as the one before them in their row."""
-    return np.pad(pd.DataFrame(grid).ffill(axis=1).to_numpy(), 1, mode="edge")
+def _filled(grid: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Cells without a value as the one before them in their row."""
+    return pd.DataFrame(grid).ffill(axis=1).to_numpy()
 
 
-def _dense(segment: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """More points of a polyline."""
-    at = np.linspace(0, len(segment) - 1, 40 * len(segment))
-    return np.stack([np.interp(at, np.arange(len(segment)), segment[:, i]) for i in (0, 1)], axis=1)
+def _borders(mask: np.ndarray[Any, Any]) -> list[list[tuple[float, float]]]:
+    """The sides of cells where the mask changes, cell centres being whole numbers."""
+    beside = [[(i + 0.5, j - 0.5), (i + 0.5, j + 0.5)] for j, i in np.argwhere(mask[:, 1:] != mask[:, :-1])]
+    above = [[(i - 0.5, j + 0.5), (i + 0.5, j + 0.5)] for j, i in np.argwhere(mask[1:] != mask[:-1])]
+    return beside + above
+
+
+def _end(lines: list[list[tuple[float, float]]], shape: tuple[int, int]) -> tuple[float, float]:
+    """Of a border: where it leaves on the right, else on top, else its rightmost point."""
+    at = [point for line in lines for point in line]
+    right = [point for point in at if point[0] == shape[1] - 0.5]
+    top = [point for point in at if point[1] == shape[0] - 0.5]
+    return max(right or top or at)
 
 
 def _table(table: pd.DataFrame, x: Axis, y: Axis) -> pd.DataFrame:
-    columns = ["model", "label", "placement", y.name, x.name, "gain", "throughput", "baseline_throughput"]
+    columns = ["origin", "hardware", "model", "label", "placement", y.name, x.name]
+    columns += ["gain", "at_least", "word", "throughput", "baseline_throughput", "num_runs"]
     columns += ["offered_batch", "running_batch_mean", "working_set_ratio", "closed_form_ceiling", "closed_form.link"]
     columns += ["closed_form.stranded", "closed_form.num_seqs", "least_batch", "h2d_bytes", "d2h_bytes"]
     return table[columns]
 
 
-def claims(table: pd.DataFrame, x: Axis, y: Axis) -> list[str]:
+def claims(table: pd.DataFrame, x: Axis, y: Axis, scope: str = "") -> list[str]:
     """Where each placement pays, how that compares to the closed form, and which is best where."""
-    said = [_best(table, x, y)]
+    said = [_best(table, x, y, scope)]
     for label, part in table.groupby("label", sort=True):
         said += [_pays(str(label), part, x, y), _agrees(str(label), part, x, y)]
     absent = table[table["gain"].isna()].drop_duplicates(["x_rank", "y_rank"])
     if len(absent):
-        places = "; ".join(_cell(cell, x, y) for _, cell in absent.head(MAX_CHARS).iterrows())
-        more = f" and {len(absent) - MAX_CHARS} more" if len(absent) > MAX_CHARS else ""
+        places = "; ".join(_cell(cell, x, y) for _, cell in absent.head(MAX_CELLS).iterrows())
+        more = f" and {len(absent) - MAX_CELLS} more" if len(absent) > MAX_CELLS else ""
         said.append(f"{BASELINE} has no run in {len(absent)} cells, where no gain can be named ({places}{more}).")
     return said
 
@@ -222,27 +280,47 @@ def _cell(cell: pd.Series[Any], x: Axis, y: Axis) -> str:
     return f"{y.title} {cell[y.name]}, {x.title} {cell[x.name]}".replace("\n", " ")
 
 
+def _gains(paying: pd.DataFrame, top: pd.Series[Any], where: str) -> str:
+    """By how much, in the median and at the top. A gain that still rose is a lower bound."""
+    rising = paying["at_least"]
+    median = f"by {'at least ' if rising.any() else ''}{percent(float(paying['gain'].median()))} in their median"
+    if not rising.any():
+        return f"{median} and at most {percent(top['gain'])} ({where})"
+    return (
+        f"{median}, the largest {'at least ' if top['at_least'] else ''}{percent(top['gain'])} ({where}); in "
+        f"{rising.sum()} of them it still rose at the largest batch tried, and is at least that"
+    )
+
+
+def _unclear(known: pd.DataFrame) -> str:
+    num = int((known["word"] == "AMBIGUOUS").sum())
+    return f"; AMBIGUOUS over its repeats, and not counted, in {num}" if num else ""
+
+
 def _pays(label: str, part: pd.DataFrame, x: Axis, y: Axis) -> str:
     known = part.dropna(subset=["gain"])
     if known.empty:
         return f"{label}: no cell has a {BASELINE} run to compare with."
-    pays, loses = known[known["gain"] > INDIFFERENT], known[known["gain"] < -INDIFFERENT]
-    top = known.iloc[int(known["gain"].argmax())]
-    margin = f"{INDIFFERENT:.0%}"
+    pays, loses = known[known["word"] == "HIGHER"], known[known["word"] == "LOWER"]
+    margin, unclear = f"{INDIFFERENT:.0%}", _unclear(known)
     if pays.empty:
+        top = known.iloc[int(known["gain"].argmax())]
         return (
-            f"{label} pays in none of {len(known)} cells (loses more than {margin} in {len(loses)}); its best is "
-            f"{percent(top['gain'])}, at {_cell(top, x, y)}."
+            f"{label} pays in none of {len(known)} cells (loses more than {margin} in {len(loses)}){unclear}; its best "
+            f"is {percent(top['gain'])}, at {_cell(top, x, y)}."
         )
-    low = known.iloc[int(known["gain"].argmin())]
-    text = (
-        f"{label} pays (more than {margin}) in {len(pays)} of {len(known)} cells ({len(pays) / len(known):.0%}), by "
-        f"{percent(float(pays['gain'].median()))} in their median and at most {percent(top['gain'])}, at "
-        f"{_cell(top, x, y)}, with {top['offered_batch']:.0f} requests where the card alone holds "
+    top = pays.iloc[int(pays["gain"].argmax())]
+    where = (
+        f"at {_cell(top, x, y)}, with {top['offered_batch']:.0f} requests where the card alone holds "
         f"{top['closed_form.num_seqs']:.0f}"
+    )
+    text = (
+        f"{label} pays (more than {margin}) in {len(pays)} of {len(known)} cells ({len(pays) / len(known):.0%}), "
+        f"{_gains(pays, top, where)}{unclear}"
     )
     if loses.empty:
         return f"{text}; it loses more than {margin} in none."
+    low = loses.iloc[int(loses["gain"].argmin())]
     return (
         f"{text}; it loses more than {margin} in {len(loses)}, at worst {percent(low['gain'])}, at {_cell(low, x, y)}."
     )
@@ -252,9 +330,9 @@ def _agrees(label: str, part: pd.DataFrame, x: Axis, y: Axis) -> str:
     known = part.dropna(subset=["gain", "closed_form_ceiling"])
     if known.empty:
         return f"{label}: no closed form to compare with."
-    bound, gain = known["closed_form_ceiling"], known["gain"]
-    promised = known[(bound > INDIFFERENT) & (gain <= INDIFFERENT)]
-    beyond = known[(bound <= INDIFFERENT) & (gain > INDIFFERENT)]
+    bound, gain, pays = known["closed_form_ceiling"], known["gain"], known["word"] == "HIGHER"
+    promised = known[(bound > INDIFFERENT) & ~pays]
+    beyond = known[(bound <= INDIFFERENT) & pays]
     # The bound is of a batch that could grow by any part of a request.
     allowed = promised["closed_form.num_seqs"] * (1 + promised["closed_form_ceiling"])
     coarse = int((allowed < promised["least_batch"]).sum())
@@ -277,21 +355,30 @@ def _agrees(label: str, part: pd.DataFrame, x: Axis, y: Axis) -> str:
     )
 
 
-def _best(table: pd.DataFrame, x: Axis, y: Axis) -> str:
+def _best(table: pd.DataFrame, x: Axis, y: Axis, scope: str) -> str:
+    across = f"{y.title} x {x.title}".replace("\n", " ")
+    first = table.iloc[0]
+    card = f"On a {first['origin']} {first['hardware']} with {first['model']}"
+    start = f"{card}, {scope}, over {across}," if scope else f"{card}, over {across},"
     known = table.dropna(subset=["gain"])
     if known.empty:
-        return f"No cell has a {BASELINE} run: no placement can be called the best."
-    best = known.loc[known.groupby(["y_rank", "x_rank"])["gain"].idxmax()]
-    paying = best[best["gain"] > INDIFFERENT]
-    across = f"{y.title} x {x.title}".replace("\n", " ")
+        return f"{start} no cell has a {BASELINE} run, and no placement can be called the best."
+    at = ["y_rank", "x_rank"]
+    num = len(known[at].drop_duplicates())
+    # Another placement of the cell might rise above the best.
+    known = known.assign(at_least=known.groupby(at)["at_least"].transform("any"))
+    paying = known[known["word"] == "HIGHER"]
+    unclear = _unclear(known[~known.set_index(at).index.isin(paying.set_index(at).index)].drop_duplicates(at))
     if paying.empty:
-        return f"Over {across}, no placement of KV in CPU memory pays in any of {len(best)} cells."
+        return f"{start} no placement of KV in CPU memory pays in any of {num} cells{unclear}."
+    paying = paying.loc[paying.groupby(at)["gain"].idxmax()]
     shares = ", ".join(f"{name} in {count}" for name, count in paying["label"].value_counts().sort_index().items())
     top = paying.iloc[int(paying["gain"].argmax())]
+    where = f"{top['label']} at {_cell(top, x, y)}"
     return (
-        f"Over {across}, some placement of KV in CPU memory beats {BASELINE} in {len(paying)} of {len(best)} cells "
-        f"({len(paying) / len(best):.0%}), by {percent(float(paying['gain'].median()))} in their median and at most "
-        f"{percent(float(top['gain']))} ({top['label']} at {_cell(top, x, y)}); the best is {shares}."
+        f"{start} some placement of KV in CPU memory beats {BASELINE} in {len(paying)} of {num} cells "
+        f"({len(paying) / num:.0%}), {_gains(paying, top, where)}{unclear}; "
+        f"the best is {shares}."
     )
 
 
@@ -323,9 +410,12 @@ STUDY = Study(
     how_to_read=(
         "Each panel is a way to use CPU memory, each cell a size of the KV memory on the card and a length of the "
         "requests. The number is by how many per cent the best batch beyond the card's capacity is faster (blue) or "
-        "slower (red) than the best batch on the card alone. The lines are the closed form's bound on that gain: what "
-        "the link can carry while a step computes. A cell far below its line mostly holds so few requests that one "
-        "more is already more than the link can carry."
+        "slower (red) than the best batch on the card alone. It is of decode alone: runs begin in their steady state, "
+        "no prompt is computed, and the gain over whole requests is smaller. Where a cell has \u2265, the largest "
+        "batch tried was still the best, with all its requests running, and the gain is at least that. The lines are "
+        "the closed form's bound on the gain, what the link can carry while a step computes: they part the cells whose "
+        "bound is above the line's gain from the others. Beyond the dashed line, where so few requests fit that one "
+        "more is already more than the link can carry, cells fall far below their bound."
     ),
     factors=("model", "mechanism", "device_kv_bytes", "prompt_tokens", "offered_batch"),
     draw=draw,

@@ -17,10 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from uvm_kv.analysis.load import load_runs
 from uvm_kv.analysis.study import STUDIES
 from uvm_kv.analysis.study.page import write_page
-from uvm_kv.analysis.study.publish import Published, publish, read_index, read_source
+from uvm_kv.analysis.study.publish import Published, publish, read_index, read_source, remarks
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference"
@@ -69,7 +68,7 @@ def make(
     source = read_source(study, results, allow_mixed=allow_mixed, origin=origin)
     expected = None
     if results.resolve() != reference.resolve() and all((reference / e).is_dir() for e in study.sources):
-        expected = load_runs(read_source(study, reference).records)
+        expected = read_source(study, reference)
     return publish(study, source, output, read_index(reference), expected)
 
 
@@ -82,8 +81,8 @@ def tell(published: Published) -> None:
             print(f"  {title}: {line}")
         if len(lines) > MAX_LINES:
             print(f"  {title}: {len(lines) - MAX_LINES} more")
-    if published.unknown:
-        print(f"  {len(published.unknown)} runs are not of the reference set")
+    for remark in remarks(published):
+        print(f"  {remark}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 Every run is a wandb run under its own id; figures, report and the packed set of an experiment are one more. Given again
 it sends what is new; interrupted it goes on. Runs that are half-written, foreign, of another schema or changed are
-listed and left out. Exit status: 0, 1 where something could not be sent, 2 for a mistake in the arguments.
+listed and left out; those whose manifest holds no hash of their summary are listed and sent. Exit status: 0, 1 where
+something could not be sent, 2 for a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import hashlib
 import json
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.track import Outcome, send_runs, usable_mode
-from uvm_kv.telemetry.failures import failed_runs
-from uvm_kv.telemetry.records import PACKED_FAILURES, LeftOut, Record, pack, read_failures, read_records
+from uvm_kv.telemetry.failures import failure_sha256
+from uvm_kv.telemetry.records import LeftOut, Record, pack, read_failures, read_records, unverified
 from uvm_kv.telemetry.wandb_sink import (
     LAYOUT_VERSION,
     METRICS,
@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell("left out", [str(it) for it in left_out])
         mode, problem = usable_mode(options.mode) if found else (OFFLINE, None)
         total.problems += [] if problem is None else [problem]
+        bare = [record for records in found.values() for record in records if not record.verified]
+        _tell("unverified", [f"{where(record)}: its manifest holds no hash of its summary" for record in bare])
         for home, records in found.items():
             _add(total, send_runs(records, options.project, mode))
             here = [it for it in left_out if it.place.startswith(f"{home}/")]
@@ -85,10 +87,14 @@ def read_folders(folders: Sequence[Path]) -> tuple[dict[Path, list[Record]], lis
     left_out: list[LeftOut] = []
     for folder in folders:
         records, rest = read_records(folder)
-        left_out += [it for it in rest if it not in left_out]
+        left_out += [it for it in (*rest, *read_failures(folder)[1]) if it not in left_out]
         for record in records:
             found.setdefault(record.place.parent, {})[record.id] = record
     return {home: list(records.values()) for home, records in sorted(found.items())}, left_out
+
+
+def where(record: Record) -> str:
+    return str(record.place) if record.place.is_dir() else f"{record.place}, {record.id}"
 
 
 def send_report(
@@ -97,6 +103,8 @@ def send_report(
     """The experiment's figures, its report and the packed set of its runs, as one wandb run under the hash of them."""
     study_files = _study_files(figures, home.name, records)
     made_of = [(r.id, r.sha256) for r in records]
+    failures, _ = read_failures(home)
+    made_of += [(f"{name}.failed", failure_sha256(record)) for name, record in failures.items()]
     made_of += [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in study_files]
     sha256 = hashlib.sha256(json.dumps(sorted(made_of)).encode()).hexdigest()
     name = re.sub(r"[^\w.-]", "_", home.name)[:MAX_NAME]
@@ -105,7 +113,7 @@ def send_report(
         return Outcome(num_there=1)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            content = _report_content(home, records, left_out, study_files, Path(folder), sha256)
+            content = _report_content(home, records, failures, left_out, study_files, Path(folder), sha256)
         except (ValueError, OSError) as error:
             return Outcome(problems=[f"the report of {home}: {error}"])
         except KeyError as error:
@@ -115,27 +123,31 @@ def send_report(
 
 
 def _report_content(
-    home: Path, records: Sequence[Record], left_out: Sequence[LeftOut], study_files: list[Path], out: Path, sha256: str
+    home: Path,
+    records: Sequence[Record],
+    failures: dict[str, dict[str, Any]],
+    left_out: Sequence[LeftOut],
+    study_files: list[Path],
+    out: Path,
+    sha256: str,
 ) -> Content:
     from uvm_kv.analysis.report import write_report
 
-    failures = read_failures(home)
     files = list(study_files)
     pictures = {path.stem: path for path in study_files if path.suffix == ".png"}
     usable = [record for record in records if not record.summary["memory_emulated"]]
     if usable:  # Runs on the CPU say nothing about memory kinds and have no such report.
-        report = write_report(usable, out / "report", failures, left_out)
+        report = write_report(usable, out / "report", list(failures.values()), left_out)
         pictures |= {"report_figure": report.figure[0], "report": report.page}
         files += [*report.figure, report.table, report.page]
-    pack(records, failed_runs(home), out / "set")
-    if (packed := home / PACKED_FAILURES).is_file():
-        shutil.copy(packed, out / "set")
+    pack(records, failures, out / "set")
     files += sorted((out / "set").iterdir())
 
     def each(key: str) -> list[str]:
         return sorted({str(record.summary[key]) for record in records})
 
     summary: dict[str, Any] = {"num_runs": len(records), "num_failed": len(failures), "num_left_out": len(left_out)}
+    summary["num_unverified"] = len(unverified(records))
     for kind in (job_type(record.summary) for record in records):
         summary[f"num_{kind}"] = summary.get(f"num_{kind}", 0) + 1
     return Content(

@@ -6,8 +6,9 @@
     python -m experiments.study --list
 
 Runs go to results/study/<commit>/<experiment>/: another commit begins anew, the same one goes on where it was stopped.
-With uncommitted changes everything is run again. A point agrees with the reference where every metric is within
-TOLERANCE of it; the simulator is deterministic, and what is left is the arithmetic of another processor.
+With uncommitted changes everything is run again. A point agrees with the reference where every number of its summary is
+within TOLERANCE of it and all else in it is the same, and a refused point where the reason is; the simulator is
+deterministic, and what is left is the arithmetic of another processor.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,17 @@ from experiments.progress import SweepEnd
 from experiments.study_points import write_roofline
 from uvm_kv.analysis.study import STUDIES
 from uvm_kv.analysis.study.publish import INDEX, read_index
-from uvm_kv.telemetry.failures import failed_runs, reason
+from uvm_kv.telemetry.failures import failed_runs, failure_sha256, reason
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.records import Record, pack, read_failures, read_records
 
 RUNS = ROOT / "results" / "study"
 TOLERANCE = 0.001
-METRICS = (
-    *("output_tokens_per_s", "output_tokens_per_s_whole_run", "ttft_s.p50", "tpot_s.p99", "running_batch_mean"),
-    *("h2d_bytes", "d2h_bytes", "gpu_fault_groups", "preemptions", "energy_j_per_output_token", "total_ms"),
-)
+"""Relative, of every number."""
+NOTHING = 1e-9
+"""Numbers this near to each other are equal, whatever their ratio: a ns, or what a difference of floats leaves of 0."""
+MAX_NAMED = 3
+"""Of a point's differing numbers."""
 COMPUTED: dict[str, Callable[[Path], None]] = {"roofline": write_roofline}
 """Experiments whose points are computed, not run: each writes its packed set into a folder."""
 MAX_LINES = 5
@@ -49,7 +52,9 @@ class Agreement:
 
     num_points: int
     worst: float
-    """The largest relative difference of any metric."""
+    """The largest relative difference of any number."""
+    exact: bool
+    """Whether every run's summary.json is the reference's to the byte, which is more than that no number differs."""
     differing: list[str]
     missing: list[str]
     extra: list[str]
@@ -84,14 +89,26 @@ def run_experiment(name: str, folder: Path, *, rerun: bool) -> int:
         ).returncode
 
 
-def _metrics(summary: dict[str, Any]) -> dict[str, float | None]:
-    values = {}
-    for metric in METRICS:
-        node: Any = summary
-        for key in metric.split("."):
-            node = node.get(key) if isinstance(node, dict) else None
-        values[metric] = node
-    return values
+def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Of a summary: `tpot_s.p99`, `warnings[0]`."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{name}.{key}" if name else key)
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _leaves(value, f"{name}[{i}]")
+    else:
+        yield name, node
+
+
+def _off(value: Any, expected: Any) -> float:
+    """The relative difference; infinite where it is none of numbers, as between 1 and None."""
+    if not all(isinstance(it, int | float) and not isinstance(it, bool) for it in (value, expected)):
+        return 0.0 if type(value) is type(expected) and value == expected else inf
+    if value == expected or (isnan(value) and isnan(expected)) or abs(value - expected) <= NOTHING:
+        return 0.0
+    off = abs(value / expected - 1) if expected else inf
+    return inf if isnan(off) else off
 
 
 def _point(record: Record) -> str:
@@ -103,35 +120,56 @@ def compare(fresh: Sequence[Record], reference: Sequence[Record], tolerance: flo
     """Run by run, by id: a run whose settings changed is missing on one side and extra on the other."""
     ours = {r.id: r for r in fresh}
     theirs = {r.id: r for r in reference}
-    worst, differing = 0.0, []
+    worst, exact, differing = 0.0, True, []
     for name in sorted(ours.keys() & theirs.keys()):
         if ours[name].sha256 == theirs[name].sha256:
             continue
-        mine, known = _metrics(ours[name].summary), _metrics(theirs[name].summary)
-        for metric, expected in known.items():
-            value = mine[metric]
-            if value == expected:
-                continue
-            off = float("inf")
-            if value is not None and expected:
-                off = abs(value / expected - 1)
-            worst = max(worst, off)
-            if off > tolerance:
-                differing.append(f"{_point(ours[name])}: {metric} {value} instead of {expected}")
+        exact = False
+        mine, known = dict(_leaves(ours[name].summary)), dict(_leaves(theirs[name].summary))
+        absent = "nothing"
+        offs = {
+            leaf: inf if (leaf in mine) != (leaf in known) else _off(mine[leaf], known[leaf])
+            for leaf in dict.fromkeys((*known, *mine))
+        }
+        worst = max(worst, *offs.values())
+        found = [leaf for leaf, off in sorted(offs.items(), key=lambda it: -it[1]) if off > tolerance]
+        if found:
+            told = [
+                f"{leaf} {mine.get(leaf, absent)} instead of {known.get(leaf, absent)}" for leaf in found[:MAX_NAMED]
+            ]
+            told += [f"{len(found) - MAX_NAMED} more"] if len(found) > MAX_NAMED else []
+            differing.append(f"{_point(ours[name])}: {', '.join(told)}")
     return Agreement(
         len(ours),
         worst,
+        exact,
         differing,
         [_point(theirs[name]) for name in sorted(theirs.keys() - ours.keys())],
         [_point(ours[name]) for name in sorted(ours.keys() - theirs.keys())],
     )
 
 
+def compare_failures(fresh: dict[str, dict[str, Any]], reference: dict[str, dict[str, Any]]) -> list[str]:
+    """Points that are refused or failed on one side alone, or for another reason, a line each."""
+    lines = []
+    for name in sorted(fresh.keys() | reference.keys()):
+        sides = [side[name] for side in (fresh, reference) if name in side]
+        if len(sides) == 2 and failure_sha256(sides[0]) == failure_sha256(sides[1]):
+            continue
+        what = " ".join(str(sides[0][key]) for key in ("model", "mechanism", "offered_batch")) + f" ({name})"
+        mine, known = (f"refused or failed, {reason(s[name])}" if name in s else "not so" for s in (fresh, reference))
+        lines.append(f"{what}: {mine}; in the reference {known}")
+    return lines
+
+
 def update_reference(name: str, fresh: Sequence[Record], failures: dict[str, dict[str, Any]], reference: Path) -> None:
     """Make the fresh runs of an experiment the reference: its packed set, and its hashes in the index."""
     index = read_index(reference)
     pack(fresh, failures, reference / name)
-    index[name] = {record.id: record.sha256 for record in sorted(fresh, key=lambda r: r.id)}
+    index[name] = {
+        "runs": {record.id: record.sha256 for record in sorted(fresh, key=lambda r: r.id)},
+        "failed": {id_: failure_sha256(record) for id_, record in sorted(failures.items())},
+    }
     temporary = reference / f"{INDEX}.tmp"
     temporary.write_text(json.dumps(dict(sorted(index.items())), indent=0) + "\n")
     temporary.replace(reference / INDEX)
@@ -209,14 +247,13 @@ def _one(name: str, folder: Path, reference: Path, *, update: bool, rerun: bool,
     if not (reference / name).is_dir():
         print("  there is no reference of it: --update makes one", file=sys.stderr)
         return False
-    known, _ = read_records(reference / name)
+    (known, known_left_out), (known_failures, more) = read_records(reference / name), read_failures(reference / name)
+    for it in (*known_left_out, *more):
+        print(f"  left out of the reference: {it}", file=sys.stderr)
     found = compare(fresh, known)
-    known_failures, told = read_failures(reference / name), list(failures.values())
-    if {f["error"] for f in known_failures} != {f["error"] for f in told}:
-        print(f"  {len(told)} points are refused or failed, {len(known_failures)} in the reference", file=sys.stderr)
-        return False
+    found.differing.extend(compare_failures(failures, known_failures))
     if found.holds and why is None:
-        exact = "bit for bit" if found.worst == 0 else f"within {found.worst:.1e}"
+        exact = "bit for bit" if found.exact else f"within {found.worst:.1e}"
         print(f"  {found.num_points} points agree with the reference {exact} (tolerance {TOLERANCE})")
         return True
     for title, lines in (("differs", found.differing), ("not run", found.missing), ("new", found.extra)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
+import html
 import json
 import shutil
 from collections.abc import Callable
@@ -16,8 +18,10 @@ from experiments import figures, study
 from experiments.progress import SweepEnd
 from tests import jobs
 from uvm_kv.analysis.study import STUDIES
+from uvm_kv.analysis.study.base import OWN_ORIGIN, with_origin
 from uvm_kv.config.build import run_job
-from uvm_kv.telemetry.records import read_records
+from uvm_kv.telemetry.failures import failure_sha256, write_failure
+from uvm_kv.telemetry.records import PACKED_FAILURES, Record, pack, read_failures, read_records
 
 MECHANISMS = ("device_resident", "device_recompute", "pinned_swap")
 
@@ -124,6 +128,105 @@ def test_what_is_tampered_half_written_or_foreign_is_left_out_listed_and_missing
     assert one.is_dir() and two.is_dir() and three.is_dir()
 
 
+def test_what_the_index_lists_and_the_reference_lacks_is_missing(
+    draw: Any, reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the reference is what is drawn, as by make figures: nothing else says what there should be."""
+    records, _ = read_records(reference)
+    pack(records[1:], {}, reference / "batch_sweep")
+    status, _, content = draw(reference)
+    line = f"run {records[0].id} of batch_sweep, which is in index.json"
+    assert status == 0 and content["missing_points"] == [line] and len(content["runs"]) == 5
+    out = capsys.readouterr().out
+    assert f"missing: {line}" in out and "1 point missing" in out
+
+
+REFUSED = "0" * 12 + "-r0"
+
+
+def refuse(runs: Path, error: str = "no room") -> None:
+    summary = json.loads(next(iter(sorted(runs.rglob("summary.json")))).read_text())
+    identity = {key: summary[key] for key in ("origin", "model", "workload", "mechanism")} | {"offered_batch": 40}
+    directory = runs / "batch_sweep" / REFUSED
+    write_failure(directory, identity=identity, error=error, tried=False, argv=[], git_sha=None, refused=True)
+
+
+def test_refused_points_are_checked_as_runs_are(
+    draw: Any, reference: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost, strange = ("missing_points", "failures_not_in_the_reference")
+    refuse(runs)
+    assert draw(runs)[2][strange] == [REFUSED]
+    assert "1 refused or failed point not of the reference set" in capsys.readouterr().out
+    study.update_reference("batch_sweep", read_records(runs)[0], read_failures(runs)[0], reference)
+    packed = reference / "batch_sweep" / PACKED_FAILURES
+    for results in (runs, reference):
+        content = draw(results)[2]
+        assert content[lost] == content[strange] == [] and list(content["failures"]) == [REFUSED]
+    refuse(runs, error="another reason")
+    content = draw(runs)[2]
+    assert (content[lost], content[strange]) == ([], [REFUSED])
+    (runs / "batch_sweep" / f"{REFUSED}.failed.json").unlink()
+    (line,) = draw(runs)[2][lost]
+    assert "offered_batch=40" in line and line.endswith(", refused or failed in the reference set")
+    packed.unlink()
+    (line,) = draw(reference)[2][lost]
+    assert line == f"refused or failed point {REFUSED} of batch_sweep, which is in index.json"
+
+
+def test_one_of_two_runs_that_the_factors_do_not_tell_apart_is_missing_too(
+    draw: Any, reference: Path, runs: Path
+) -> None:
+    one, two = (p.parent for p in sorted(runs.rglob("summary.json"))[:2])
+    factors = {key: json.loads((one / "summary.json").read_text())[key] for key in ("mechanism", "offered_batch")}
+    rewrite(two, honest=True, **factors)
+    study.update_reference("batch_sweep", read_records(runs)[0], {}, reference)
+    assert draw(runs)[2]["missing_points"] == []
+    shutil.move(two, two.with_name("f" * 12 + "-r0"))
+    assert draw(runs)[2]["missing_points"] == [], "of another setting at the same point"
+    shutil.rmtree(two.with_name("f" * 12 + "-r0"))
+    (line,) = draw(runs)[2]["missing_points"]
+    assert line.endswith(f"(run {two.name})")
+
+
+def test_a_run_without_a_hash_is_used_and_said_to_be_unverified(
+    draw: Any, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Taking the hash away is no way around the check of it."""
+    one = next(p.parent for p in sorted(runs.rglob("summary.json")))
+    before = (draw(runs)[1] / "batch_sweep.pdf").read_bytes()
+    manifest = json.loads((one / "manifest.json").read_text())
+    del manifest["summary_sha256"]
+    (one / "manifest.json").write_text(json.dumps(manifest))
+    status, folder, content = draw(runs)
+    assert status == 0 and content["unverified_runs"] == [one.name] and len(content["runs"]) == 6
+    words = "1 run unverified (no hash in the manifest)"
+    assert words in capsys.readouterr().out and words in (folder / "report.html").read_text()
+    assert (folder / "batch_sweep.pdf").read_bytes() != before, "its footer says so"
+
+
+def test_every_claim_carries_its_origin(draw: Any, reference: Path, runs: Path) -> None:
+    def carry(content: dict[str, Any], prefix: str) -> bool:
+        return all(claim.startswith(prefix) or OWN_ORIGIN.search(claim) for claim in content["claims"])
+
+    _, folder, content = draw(reference)
+    assert content["claims"] and carry(content, "Simulated: ")
+    page = (folder / "report.html").read_text()
+    assert all(html.escape(claim) in page for claim in content["claims"])
+    for directory in sorted(p.parent for p in runs.rglob("summary.json"))[:3]:
+        setting = json.loads((directory / "summary.json").read_text())["setting"] | {"runner": "cuda"}
+        rewrite(directory, honest=True, origin="measured", hardware="NVIDIA GeForce RTX 3090", setting=setting)
+    content = draw(runs, "--allow-mixed")[2]
+    assert content["origins"] == ["measured", "simulated"] and carry(content, "Measured and simulated: ")
+
+
+def test_a_claim_gets_the_origins_that_it_does_not_say() -> None:
+    assert with_origin("It pays.", ["simulated"]) == "Simulated: It pays."
+    assert with_origin("It pays.", ["measured", "simulated"]) == "Measured and simulated: It pays."
+    for claim in ("On a simulated rtx3090, it pays.", "llama_7b, on a measured A100: no."):
+        assert with_origin(claim, ["measured", "simulated"]) == claim
+
+
 def test_origins_and_schema_versions_are_not_mixed_unless_told(
     draw: Any, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +274,64 @@ def test_agreement_is_run_by_run_and_within_the_tolerance(made: Path) -> None:
     assert not study.compare([unobserved], [near], tolerance=1.0).holds
 
 
+def with_leaf(record: Record, path: str, value: Any) -> Record:
+    summary = copy.deepcopy(record.summary)
+    *parents, last = path.split(".")
+    node = summary
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    return dataclasses.replace(record, sha256=f"of {path} {value}", summary=summary)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("kv_bytes_mean.used", 1.0, "kv_bytes_mean.used 1.0 instead of "),
+        ("normalized_latency_s.p90", 1.0, "normalized_latency_s.p90 1.0 instead of "),
+        ("energy_j_per_output_token_above_idle", 99.0, "above_idle 99.0 instead of "),
+        ("stall_s", None, "stall_s None instead of "),
+        ("stall_s", float("nan"), "stall_s nan instead of "),
+        ("memory_emulated", 0, "memory_emulated 0 instead of False"),
+        ("stopped_by", "steps", "stopped_by steps instead of done"),
+        ("warnings", ["so slow"], "warnings[0] so slow instead of nothing"),
+        ("power_w_of_another_version", 1, "power_w_of_another_version 1 instead of nothing"),
+    ],
+)  # fmt: skip
+def test_every_leaf_of_a_summary_is_compared(made: Path, path: str, value: Any, said: str) -> None:
+    one = read_records(made)[0][0]
+    found = study.compare([with_leaf(one, path, value)], [one])
+    (line,) = found.differing
+    assert said in line and not found.holds and not found.exact
+    assert study.compare([one], [with_leaf(one, path, value)]).differing, "the other way round too"
+
+
+def test_only_equal_bytes_are_bit_for_bit(made: Path) -> None:
+    one = read_records(made)[0][0]
+    assert study.compare([one], [one]).exact
+    for value in (one.summary["num_steps"] * 1.0, one.summary["num_steps"] * 1.0001):
+        found = study.compare([with_leaf(one, "num_steps", value)], [one])
+        assert found.holds and not found.exact
+    zero, dust = with_leaf(one, "stall_s", 0.0), with_leaf(one, "stall_s", 1e-15)
+    assert study.compare([dust], [zero]).worst == 0
+    nans = [dataclasses.replace(with_leaf(one, "stall_s", float("nan")), sha256=sha) for sha in "ab"]
+    assert study.compare(nans[:1], nans[1:]).holds
+    names = ("h2d_bytes", "d2h_bytes", "stall_s", "num_steps", "num_requests")
+    many = dataclasses.replace(one, sha256="m", summary=one.summary | dict.fromkeys(names, -1))
+    assert study.compare([many], [one]).differing[0].endswith(", 2 more")
+
+
+def test_refused_points_agree_by_what_they_say(runs: Path) -> None:
+    refuse(runs)
+    one, _ = read_failures(runs)
+    refuse(runs, error="another reason")
+    other, _ = read_failures(runs)
+    assert study.compare_failures(one, one) == [] == study.compare_failures({}, {})
+    (line,) = study.compare_failures(one, other)
+    assert line.endswith("refused or failed, no room; in the reference refused or failed, another reason")
+    assert study.compare_failures({}, one)[0].endswith("not so; in the reference refused or failed, no room")
+
+
 def test_the_study_runs_compares_and_says_what_differs(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +363,8 @@ def test_the_committed_reference_is_whole() -> None:
     assert sum(f.stat().st_size for f in figures.REFERENCE.rglob("*") if f.is_file()) < 20e6
     for name, hashes in index.items():
         records, left_out = read_records(figures.REFERENCE / name)
-        assert left_out == [] and {r.id: r.sha256 for r in records} == hashes
+        assert left_out == [] and {r.id: r.sha256 for r in records} == hashes["runs"]
+        failures, left_out = read_failures(figures.REFERENCE / name)
+        assert left_out == [] and {key: failure_sha256(it) for key, it in failures.items()} == hashes["failed"]
         assert all(r.verified for r in records)
     assert set(index) == set(study.experiments_of(()))

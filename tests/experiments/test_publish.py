@@ -17,6 +17,7 @@ from tests.jobs import job
 from tests.wandb_files import config_of, mirrors, read_offline_file, series_of, summary_of
 from tests.wandb_server import KEY, wandb_server
 from uvm_kv.config.build import run_job
+from uvm_kv.telemetry.failures import write_failure
 from uvm_kv.telemetry.records import pack, read_records
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,6 +105,37 @@ def test_a_packed_set_is_sent_as_its_runs(tmp_path: Path, capsys: pytest.Capture
     assert summary_of(records)["num_steps"] == 3
     assert not records["artifact"]
     assert "3 written" in capsys.readouterr().out
+
+
+def test_a_run_without_a_hash_is_sent_and_said_to_be_unverified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare, _ = finished(tmp_path, 2, 3)
+    file = tmp_path / "test" / bare / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["summary_sha256"]
+    file.write_text(json.dumps(manifest))
+    assert main([str(tmp_path), *NO_FIGURES]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unverified: ")]
+    assert told == [f"unverified: {file.parent}: its manifest holds no hash of its summary"]
+    sent = mirrors(tmp_path / "test")
+    (report,) = (read_offline_file(file) for name, file in sent.items() if name.startswith("test-"))
+    assert bare in sent and summary_of(report)["num_unverified"] == 1
+
+
+def test_a_report_is_sent_again_where_a_point_is_refused_since(tmp_path: Path) -> None:
+    finished(tmp_path, 2)
+    assert main([str(tmp_path), *NO_FIGURES]) == 0
+    before = set(mirrors(tmp_path / "test"))
+    identity = {"model": "llama_7b", "mechanism": "device_resident", "offered_batch": 9}
+    directory = tmp_path / "test" / ("0" * 12 + "-r0")
+    write_failure(directory, identity=identity, error="no room", tried=False, argv=[], git_sha=None, refused=True)
+    assert main([str(tmp_path), *NO_FIGURES]) == 0
+    (new,) = set(mirrors(tmp_path / "test")) - before
+    records = read_offline_file(mirrors(tmp_path / "test")[new])
+    assert summary_of(records)["num_failed"] == 1
+    (artifact,) = records["artifact"]
+    assert "failed.jsonl.gz" in {entry.path for entry in artifact.manifest.contents}
 
 
 def test_a_figure_goes_with_the_runs_that_it_is_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

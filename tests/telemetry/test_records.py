@@ -13,8 +13,10 @@ import pytest
 
 from tests import jobs
 from uvm_kv.config.build import run_job
-from uvm_kv.telemetry.failures import write_failure
-from uvm_kv.telemetry.records import PACKED, pack, read_failures, read_records
+from uvm_kv.telemetry.failures import failure_sha256, write_failure
+from uvm_kv.telemetry.records import PACKED, PACKED_FAILURES, pack, read_failures, read_records
+
+IDENTITY = {"model": "m", "mechanism": "device_resident", "offered_batch": 4}
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +93,10 @@ def test_two_runs_of_one_id_that_differ_are_not_both_used(runs: list[Path], tmp_
 
 def test_a_packed_set_reads_as_its_runs_and_names_no_machine(runs: list[Path], tmp_path: Path) -> None:
     records, _ = read_records(tmp_path)
-    missing = {"id": "x"}
-    write_failure(runs[0].with_name("0" * 12 + "-r0"), identity=missing, error="no room", tried=True, argv=["a"],
-                  git_sha=None)  # fmt: skip
-    failures = {"0" * 12 + "-r0": read_failures(tmp_path)[0]}
+    name = "0" * 12 + "-r0"
+    write_failure(runs[0].with_name(name), identity=IDENTITY, error="no room", tried=True, argv=["a"], git_sha=None)
+    failures, _ = read_failures(tmp_path)
+    assert list(failures) == [name]
     for name in "ab":
         pack(reversed(records), failures, tmp_path / name)
     assert (tmp_path / "a" / PACKED).read_bytes() == (tmp_path / "b" / PACKED).read_bytes()
@@ -102,7 +104,37 @@ def test_a_packed_set_reads_as_its_runs_and_names_no_machine(runs: list[Path], t
     assert left_out == [] and all(r.verified for r in packed)
     assert [(r.id, r.summary, r.sha256) for r in packed] == [(r.id, r.summary, r.sha256) for r in records]
     assert "host" not in packed[0].manifest["machine"] and packed[0].manifest["argv"] == ["test"]
-    assert [f["error"] for f in read_failures(tmp_path / "a")] == ["no room"]
+    assert read_failures(tmp_path / "a") == (failures, [])
+    pack(records, {}, tmp_path / "a")
+    assert read_failures(tmp_path / "a") == ({}, []), "those of the set that was there before"
+
+
+def test_a_failure_s_hash_is_of_the_point_and_not_of_the_attempt(tmp_path: Path) -> None:
+    hashes = []
+    for error, argv in (("no room", ["a"]), ("no room", ["b"]), ("no memory", ["a"])):
+        write_failure(tmp_path / "x-r0", identity=IDENTITY, error=error, tried=True, argv=argv, git_sha=argv[0])
+        hashes.append(failure_sha256(read_failures(tmp_path)[0]["x-r0"]))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_failure_s_record_that_is_damaged_or_foreign_is_listed_and_left_out(tmp_path: Path) -> None:
+    write_failure(tmp_path / "x-r0", identity=IDENTITY, error="no room", tried=True, argv=[], git_sha=None)
+    (tmp_path / "y-r0.failed.json").write_text('{"error": ')
+    (tmp_path / "z-r0.failed.json").write_text("{}")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / PACKED_FAILURES).write_bytes(b"\x1f\x8b")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / PACKED_FAILURES).write_bytes(gzip.compress(b'[1]\n{"id": "q", "record": {}}\n'))
+    failures, left_out = read_failures(tmp_path)
+    assert list(failures) == ["x-r0"]
+    said = [str(it).removeprefix(f"{tmp_path}/") for it in left_out]
+    assert [line.partition(":")[0] for line in said] == [
+        "y-r0.failed.json",
+        "z-r0.failed.json",
+        f"cut/{PACKED_FAILURES}",
+        f"odd/{PACKED_FAILURES}, line 1 (?)",
+        f"odd/{PACKED_FAILURES}, line 2 (q)",
+    ]
 
 
 def test_a_packed_set_that_was_changed_or_cut_off(runs: list[Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from uvm_kv.analysis.load import GROUP, load_runs, points
 from uvm_kv.analysis.style import save_figure
 from uvm_kv.analysis.verdict import Verdict, verdicts, with_gains
 from uvm_kv.telemetry.failures import gaps
-from uvm_kv.telemetry.records import LeftOut, Record
+from uvm_kv.telemetry.records import LeftOut, Record, unverified
 from uvm_kv.telemetry.store import written_whole
 
 COLUMNS = {
@@ -70,7 +70,7 @@ def write_report(
     found = verdicts(table)
     best = {part["title"].iloc[0]: format_points(_best_points(part)) for _, part in table.groupby(GROUP, sort=True)}
     memory, missing = _memory(runs), gaps(failed)
-    warnings = [f"left out: {it}" for it in left_out] + _warnings(runs)
+    warnings = [f"left out: {it}" for it in left_out] + _unverified(records) + _warnings(runs)
     with written_whole(out) as staging:
         figure = save_figure(sweep_figure(table), staging / "figure")
         table.drop(columns="throughputs").to_csv(staging / "points.csv", index=False)
@@ -124,6 +124,13 @@ def _memory(runs: pd.DataFrame) -> list[tuple[str, list[tuple[str, int]]]]:
     return sorted(tables.items())
 
 
+def _unverified(records: Sequence[Record]) -> list[str]:
+    if not (ids := unverified(records)):
+        return []
+    some = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+    return [f"unverified: {some}: the manifest holds no hash of summary.json, as those of older versions"]
+
+
 def _warnings(runs: pd.DataFrame) -> list[str]:
     found = []
     for _, run in runs.iterrows():
@@ -143,10 +150,10 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
 
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #1a1a1a; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1280px; margin: 2em auto; padding: 0 1em; color: #1a1a1a; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: 3px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 12px; }
+th, td { padding: 3px 6px; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
 th { background: #f4f4f4; }
 td:first-child, th:first-child { text-align: left; }
 .verdict { background: #eef6f1; border-left: 4px solid #009e73; padding: .7em 1em; margin: .7em 0; }

@@ -74,4 +74,5 @@ def _report(folder: Path, out: Path) -> None:
     from uvm_kv.telemetry.records import read_failures
 
     records, left_out = find_runs(folder)
-    print_report(write_report(records, out, read_failures(folder), left_out), Console())
+    failures, more = read_failures(folder)
+    print_report(write_report(records, out, list(failures.values()), [*left_out, *more]), Console())

@@ -8,6 +8,7 @@ It is written over by the next failure, removed by the next success, and does no
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable
 from datetime import datetime
@@ -17,6 +18,10 @@ from typing import Any
 from uvm_kv.telemetry.store import is_complete, read_json, temporary_path
 
 SUFFIX = ".failed.json"
+OF_THE_ATTEMPT = ("failed", "argv", "git_sha")
+"""Fields of when and how it was tried: not of the point, and not hashed."""
+NEEDED = ("error", "model", "mechanism", "offered_batch")
+"""Fields without which a record is of no job."""
 
 
 def _file(directory: Path) -> Path:
@@ -57,9 +62,20 @@ def clear_failure(directory: Path) -> None:
 
 def failed_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Run id -> record of every job below a folder that failed and has not been completed since."""
+    return {name: read_json(file) for name, file in failure_files(folder).items()}
+
+
+def failure_files(folder: Path) -> dict[str, Path]:
+    """Run id -> file of their records."""
     files = sorted(f for f in folder.rglob(f"*{SUFFIX}") if not f.name.startswith("."))
-    records = {f.name.removesuffix(SUFFIX): (f, read_json(f)) for f in files}
-    return {name: record for name, (file, record) in records.items() if not is_complete(file.with_name(name))}
+    by_id = {file.name.removesuffix(SUFFIX): file for file in files}
+    return {name: file for name, file in by_id.items() if not is_complete(file.with_name(name))}
+
+
+def failure_sha256(record: dict[str, Any]) -> str:
+    """Of what a record says of its point; the same for the same failure on another day."""
+    told = {key: value for key, value in record.items() if key not in OF_THE_ATTEMPT}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def reason(record: dict[str, Any]) -> str:

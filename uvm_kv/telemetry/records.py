@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from uvm_kv.telemetry.failures import failed_runs
-from uvm_kv.telemetry.store import TEMPORARY, encode_json, write_gzip
+from uvm_kv.telemetry.failures import NEEDED as NEEDED_OF_FAILURE
+from uvm_kv.telemetry.failures import failure_files
+from uvm_kv.telemetry.store import TEMPORARY, encode_json, read_json, write_gzip
 from uvm_kv.telemetry.summary import SCHEMA_VERSION
 
 PACKED = "runs.jsonl.gz"
@@ -111,12 +112,39 @@ class _Reader:
             self.take(name, file, f"{file}, line {number} ({name})", partial(_read_line, line))
 
 
-def read_failures(folder: Path) -> list[dict[str, Any]]:
-    """Records of the jobs at or below `folder` that failed or were refused (`uvm_kv.telemetry.failures`)."""
-    found = failed_runs(folder)
+def read_failures(folder: Path) -> tuple[dict[str, dict[str, Any]], list[LeftOut]]:
+    """Records by run id of the jobs at or below `folder` that failed or were refused (`uvm_kv.telemetry.failures`), in
+    order of ids, and what looks like one and is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    left_out: list[LeftOut] = []
+
+    def take(name: str, where: str, record: Any) -> None:
+        if isinstance(record, dict) and all(field in record for field in NEEDED_OF_FAILURE):
+            found[name] = record
+        else:
+            left_out.append(LeftOut(where, "foreign: it is no record of a job that failed"))
+
+    for name, file in failure_files(folder).items():
+        try:
+            take(name, str(file), read_json(file))
+        except ValueError as error:
+            left_out.append(LeftOut(str(file), f"damaged: {error}"))
     for file in sorted(folder.rglob(PACKED_FAILURES)):
-        found |= {line["id"]: line["record"] for line in _lines(file)}
-    return [found[name] for name in sorted(found)]
+        try:
+            lines = _lines(file)
+        except ValueError as error:
+            left_out.append(LeftOut(str(file), str(error)))
+            continue
+        for number, line in enumerate(lines, start=1):
+            it = line if isinstance(line, dict) else {}
+            name = str(it.get("id", "?"))
+            take(name, f"{file}, line {number} ({name})", it.get("record") if "id" in it else None)
+    return {name: found[name] for name in sorted(found)}, left_out
+
+
+def unverified(records: Iterable[Record]) -> list[str]:
+    """Ids of runs of which it is not known that they are as they were written."""
+    return [record.id for record in records if not record.verified]
 
 
 def pack(records: Iterable[Record], failures: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -129,6 +157,8 @@ def pack(records: Iterable[Record], failures: dict[str, dict[str, Any]], folder:
     if failures:
         told = [{"id": name, "record": _public(record)} for name, record in sorted(failures.items())]
         write_gzip(folder / PACKED_FAILURES, (_compact(line) for line in told))
+    else:
+        (folder / PACKED_FAILURES).unlink(missing_ok=True)  # Of a set that was there before.
 
 
 def _public(manifest: dict[str, Any]) -> dict[str, Any]:

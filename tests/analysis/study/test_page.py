@@ -40,14 +40,29 @@ def published(folder: Path, *, table_only: bool = False) -> list[Published]:
     plt.imsave(picture, [[0.0]])
     files = [folder / "demo.csv"] if table_only else [picture, folder / "demo.csv"]
     left_out = [LeftOut("runs/x", "half-written")]
-    return [Published(study, drawn, records, ["simulated"], ["000000000000-r0"], ["batch=64"], left_out, files)]
+    return [
+        Published(
+            study=study,
+            drawn=drawn,
+            records=records,
+            origins=["simulated"],
+            unknown=["000000000000-r0"],
+            unknown_failures=["0000000000ff-r0"],
+            unverified=["000000000001-r0", "000000000002-r0"],
+            missing=["batch=64"],
+            left_out=left_out,
+            files=files,
+        )
+    ]
 
 
 def test_the_page_leads_with_the_answer_and_needs_nothing_else(tmp_path: Path) -> None:
     page = write_page(published(tmp_path), tmp_path).read_text()
     assert page.index("It &lt;does&gt;, by +3.0 %.") < page.index("<h2>Title &amp; all</h2>")
     assert not re.findall(r"(?:src|href)=\"(?!data:|#|demo\.)", page) and "http" not in page
-    assert "missing: batch=64" in page and "1 of 12 runs are not of the reference set" in page
+    assert "missing: batch=64" in page and "1 of 12 runs not of the reference set (hash unknown)" in page
+    assert "1 refused or failed point not of the reference set" in page
+    assert "2 runs unverified (no hash in the manifest)" in page
     assert "1 run directories were left out, such as runs/x: half-written" in page
     assert "prefers-color-scheme: dark" in page
 

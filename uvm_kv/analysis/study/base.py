@@ -6,6 +6,7 @@ row a run as `uvm_kv.analysis.load.load_runs` makes it, and the records of the j
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,15 @@ class Study:
     def sources(self) -> tuple[str, ...]:
         """The experiments whose runs it draws."""
         return self.experiments or (self.name,)
+
+
+OWN_ORIGIN = re.compile(r"\bon an? (simulated|measured|replayed|analytic)\b", re.IGNORECASE)
+"""A claim that says itself where its numbers come from: on a simulated rtx3090."""
+
+
+def with_origin(claim: str, origins: Sequence[str]) -> str:
+    """The claim, with the origins of the runs that it is computed from before it where it does not say its own."""
+    return claim if OWN_ORIGIN.search(claim) else f"{' and '.join(origins).capitalize()}: {claim}"
 
 
 def throughput(runs: pd.DataFrame) -> pd.Series[float]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from uvm_kv.analysis.load import load_runs
 from uvm_kv.analysis.study.base import throughput
-from uvm_kv.analysis.study.publish import Published
+from uvm_kv.analysis.study.publish import Published, remarks
 from uvm_kv.telemetry.store import written_whole
 
 PAGE = "report.html"
@@ -73,11 +73,9 @@ def answer(published: Sequence[Published]) -> list[str]:
 
 def _figure(it: Published) -> dict[str, Any]:
     picture = next((file for file in it.files if file.suffix == ".png"), None)
-    warnings = [f"missing: {point}" for point in it.missing[:5]]
+    warnings = [*remarks(it), *(f"missing: {point}" for point in it.missing[:5])]
     if len(it.missing) > 5:
         warnings.append(f"missing: {len(it.missing) - 5} more points")
-    if it.unknown:
-        warnings.append(f"{len(it.unknown)} of {it.num_runs} runs are not of the reference set: their hash is unknown")
     if it.left_out:
         warnings.append(f"{len(it.left_out)} run directories were left out, such as {it.left_out[0]}")
     shown = it.drawn.table.head(MAX_ROWS) if picture is None else None

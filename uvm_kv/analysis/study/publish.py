@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from uvm_kv.analysis.load import load_runs
-from uvm_kv.analysis.study.base import Drawn, Study
+from uvm_kv.analysis.load import flatten, load_runs
+from uvm_kv.analysis.study.base import Drawn, Study, with_origin
 from uvm_kv.analysis.style import SMALL, save_figure
-from uvm_kv.telemetry.failures import gaps
-from uvm_kv.telemetry.records import LeftOut, Record, read_failures, read_records
+from uvm_kv.telemetry.failures import failure_sha256, gaps
+from uvm_kv.telemetry.records import LeftOut, Record, read_failures, read_records, unverified
 from uvm_kv.telemetry.store import written_whole
 
 INDEX = "index.json"
-"""In a reference folder: {experiment: {run id: sha256 of its summary}}."""
-MAX_NAMED = 8
+"""In a reference folder: {experiment: {"runs": {run id: sha256 of summary}, "failed": {run id: `failure_sha256`}}}."""
+CHARACTERS_PER_IN = 24
+"""Of a footer, whose letters are SMALL."""
+Index = dict[str, dict[str, dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,11 @@ class Source:
     """The runs of the experiments that a study draws."""
 
     records: list[Record]
-    failures: list[dict[str, Any]]
+    failures: dict[str, dict[str, Any]]
+    """By run id."""
     left_out: list[LeftOut]
+    passed_over: frozenset[str] = frozenset()
+    """Ids of what is of another origin than was asked for."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,12 @@ class Published:
     origins: list[str]
     unknown: list[str]
     """Ids of runs that are not of the reference set, or not as they are there."""
+    unknown_failures: list[str]
+    """The same of points that were refused or failed."""
+    unverified: list[str]
+    """Ids of runs whose manifest holds no hash of their summary."""
     missing: list[str]
-    """Points of the reference set that have no run here."""
+    """Points of the reference set that are not here."""
     left_out: list[LeftOut]
     files: list[Path]
 
@@ -57,8 +65,9 @@ def read_source(study: Study, results: Path, *, allow_mixed: bool = False, origi
     """The study's runs below `results`/<experiment>. ValueError where there are none, or of several origins or schema
     versions that `allow_mixed` does not allow; `origin` takes those of one origin."""
     records: list[Record] = []
-    failures: list[dict[str, Any]] = []
+    failures: dict[str, dict[str, Any]] = {}
     left_out: list[LeftOut] = []
+    passed_over: set[str] = set()
     for name in study.sources:
         if not (folder := results / name).is_dir():
             raise ValueError(
@@ -66,58 +75,95 @@ def read_source(study: Study, results: Path, *, allow_mixed: bool = False, origi
                 f"results_dir={results} makes it"
             )
         found, rest = read_records(folder, any_schema=allow_mixed)
-        records += [r for r in found if origin is None or r.summary["origin"] == origin]
-        failures += read_failures(folder)
-        left_out += rest
+        failed, failed_rest = read_failures(folder)
+        if origin is not None:
+            passed_over |= {r.id for r in found if r.summary["origin"] != origin}
+            passed_over |= {name for name, record in failed.items() if record.get("origin", origin) != origin}
+        records += [r for r in found if r.id not in passed_over]
+        served = {r.id for r in found}
+        failures |= {name: record for name, record in failed.items() if name not in served | passed_over}
+        left_out += [*rest, *failed_rest]
     if not records:
         of = f" of origin {origin}" if origin else ""
         more = f" ({len(left_out)} are left out, such as {left_out[0]})" if left_out else ""
         raise ValueError(f"{study.name}: no usable run{of} below {results}{more}")
-    origins = sorted({r.summary["origin"] for r in records})
+    origins = _origins(records, failures)
     if len(origins) > 1 and not allow_mixed:
-        counts = ", ".join(f"{sum(r.summary['origin'] == o for r in records)} {o}" for o in origins)
+        told = [it["origin"] for it in (*(r.summary for r in records), *failures.values()) if "origin" in it]
+        counts = ", ".join(f"{told.count(o)} {o}" for o in origins)
         raise ValueError(f"{study.name}: runs of several origins ({counts}); --origin takes one, --allow-mixed all")
-    return Source(records, failures, left_out)
+    return Source(records, failures, left_out, frozenset(passed_over))
 
 
-def read_index(reference: Path) -> dict[str, dict[str, str]]:
+def _origins(records: Sequence[Record], failures: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Of runs, and of refused points, which claims rest on too."""
+    return sorted({r.summary["origin"] for r in records} | {f["origin"] for f in failures.values() if "origin" in f})
+
+
+def read_index(reference: Path) -> Index:
     """The hashes of a reference set; empty where there is none, so that every run is unknown."""
     path = reference / INDEX
     if not path.is_file():
         return {}
     try:
-        index: dict[str, dict[str, str]] = json.loads(path.read_text())
-    except ValueError as error:
+        index: Index = json.loads(path.read_text())
+        return {name: {kind: dict(hashes[kind]) for kind in ("runs", "failed")} for name, hashes in index.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); take it from the repository again") from None
-    return index
 
 
-def missing_points(study: Study, runs: pd.DataFrame, expected: pd.DataFrame) -> list[str]:
-    """Points of `expected`, as `key=value` of the study's factors, that `runs` has not."""
+def missing_points(study: Study, source: Source, index: Index, expected: Source | None) -> list[str]:
+    """What the reference set has and `source` has not: points of `expected`, its runs and refusals, as `key=value` of
+    the study's factors; and by id what is in its index and not in `expected` either.
 
-    def points(table: pd.DataFrame) -> dict[str, None]:
-        names = [f for f in study.factors if f in table]
-        rows = table[names].drop_duplicates().itertuples(index=False)
-        return dict.fromkeys(" ".join(f"{k}={v}" for k, v in zip(names, row, strict=True)) for row in rows)
+    A run of the reference set stands for itself; any other, as of a changed setting, for all points of its factors.
+    """
+    here = {**{r.id: r.summary for r in source.records}, **source.failures}
+    there = {**{r.id: r.summary for r in expected.records}, **expected.failures} if expected is not None else {}
+    points = {name: _point(study, summary) for name, summary in here.items()}
+    others = {point for name, point in points.items() if name not in there}
+    missing = set()
+    for name in there.keys() - here.keys() - source.passed_over:
+        if (point := _point(study, there[name])) not in others:
+            point += f" (run {name})" if point in points.values() else ""
+            refused = expected is not None and name in expected.failures
+            missing.add(f"{point}, refused or failed in the reference set" if refused else point)
+    known = here.keys() | there.keys() | source.passed_over
+    for experiment in study.sources:
+        for kind, what in (("runs", "run"), ("failed", "refused or failed point")):
+            listed = index.get(experiment, {}).get(kind, {})
+            missing |= {f"{what} {name} of {experiment}, which is in {INDEX}" for name in listed.keys() - known}
+    return sorted(missing)
 
-    have = points(runs)
-    return sorted(point for point in points(expected) if point not in have)
+
+def _point(study: Study, summary: dict[str, Any]) -> str:
+    flat = flatten(summary)
+    return " ".join(f"{name}={flat[name]}" for name in study.factors if name in flat)
 
 
-def publish(
-    study: Study,
-    source: Source,
-    out: Path,
-    index: Mapping[str, Mapping[str, str]],
-    expected: pd.DataFrame | None = None,
-) -> Published:
-    """Draw and write. `index`: hashes of the reference set; `expected`: its runs, to say which points are missing."""
+def publish(study: Study, source: Source, out: Path, index: Index, expected: Source | None = None) -> Published:
+    """Draw and write. `index`: hashes of the reference set; `expected`: what it holds, unless it is `source`."""
     runs = load_runs(source.records)
-    drawn = study.draw(runs, source.failures)
-    known = {name: sha for experiment in study.sources for name, sha in index.get(experiment, {}).items()}
-    unknown = [r.id for r in source.records if known.get(r.id) != r.sha256]
-    missing = [] if expected is None else missing_points(study, runs, expected)
-    origins = sorted(set(runs["origin"]))
+    origins = _origins(source.records, source.failures)
+    drawn = study.draw(runs, list(source.failures.values()))
+    drawn = replace(drawn, claims=[with_origin(claim, origins) for claim in drawn.claims])
+    failures = {name: failure_sha256(source.failures[name]) for name in sorted(source.failures)}
+    known, known_failures = (
+        {name: sha for experiment in study.sources for name, sha in index.get(experiment, {}).get(kind, {}).items()}
+        for kind in ("runs", "failed")
+    )
+    published = Published(
+        study=study,
+        drawn=drawn,
+        records=source.records,
+        origins=origins,
+        unknown=[r.id for r in source.records if known.get(r.id) != r.sha256],
+        unknown_failures=[name for name, sha in failures.items() if known_failures.get(name) != sha],
+        unverified=unverified(source.records),
+        missing=missing_points(study, source, index, expected),
+        left_out=source.left_out,
+        files=[],
+    )
     table = drawn.table.to_csv(index=False, lineterminator="\n")
     content = {
         "name": study.name,
@@ -128,31 +174,47 @@ def publish(
         "claims": drawn.claims,
         "csv_sha256": hashlib.sha256(table.encode()).hexdigest(),
         "runs": {r.id: r.sha256 for r in sorted(source.records, key=lambda r: r.id)},
+        "failures": failures,
         "git_shas": sorted({str(sha) for sha in runs["git_sha"]}),
-        "runs_not_in_the_reference": unknown,
-        "runs_without_a_hash_of_their_own": [r.id for r in source.records if not r.verified],
-        "missing_points": missing,
-        "failed": gaps(source.failures),
+        "runs_not_in_the_reference": published.unknown,
+        "failures_not_in_the_reference": published.unknown_failures,
+        "unverified_runs": published.unverified,
+        "missing_points": published.missing,
+        "failed": gaps(source.failures.values()),
         "left_out": len(source.left_out),
     }
     files: list[Path] = []
     with written_whole(out) as staging:
         if drawn.figure is not None:
-            drawn.figure.supxlabel(_footer(origins, len(runs), unknown, missing), fontsize=SMALL, color="#666666",
-                                   x=0.99, ha="right")  # fmt: skip
+            width = int(drawn.figure.get_figwidth() * CHARACTERS_PER_IN)
+            text = textwrap.fill(_footer(published), width, break_long_words=False)
+            drawn.figure.supxlabel(text, fontsize=SMALL, color="#666666", x=0.99, ha="right")
             files += save_figure(drawn.figure, staging / study.name)
         for suffix, text in ((".csv", table), (".json", json.dumps(content, indent=1) + "\n")):
             files.append(staging / f"{study.name}{suffix}")
             files[-1].write_text(text)
-    files = [out / file.name for file in files]
-    return Published(study, drawn, source.records, origins, unknown, missing, source.left_out, files)
+    return replace(published, files=[out / file.name for file in files])
 
 
-def _footer(origins: Sequence[str], num_runs: int, unknown: Sequence[str], missing: Sequence[str]) -> str:
+def _footer(it: Published) -> str:
     """What a reader must know who has nothing but the picture."""
-    text = f"{' and '.join(origins)}, {num_runs} {'points' if origins == ['analytic'] else 'runs'}"
-    if unknown:
-        text += f"; {len(unknown)} of them are not of the reference set"
-    if missing:
-        text += f"; {len(missing)} points are missing"
-    return text
+    text = f"{' and '.join(it.origins)}, {_num(it.num_runs, 'point' if it.origins == ['analytic'] else 'run')}"
+    return "; ".join([text, *remarks(it)])
+
+
+def remarks(it: Published) -> list[str]:
+    """How the runs differ from the reference set, for the figure's footer and the page; empty where they do not."""
+    found = []
+    if it.unknown:
+        found.append(f"{len(it.unknown)} of {_num(it.num_runs, 'run')} not of the reference set (hash unknown)")
+    if it.unknown_failures:
+        found.append(f"{_num(len(it.unknown_failures), 'refused or failed point')} not of the reference set")
+    if it.unverified:
+        found.append(f"{_num(len(it.unverified), 'run')} unverified (no hash in the manifest)")
+    if it.missing:
+        found.append(f"{_num(len(it.missing), 'point')} missing")
+    return found
+
+
+def _num(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

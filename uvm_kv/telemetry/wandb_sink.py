@@ -30,6 +30,7 @@ import numpy as np
 
 from uvm_kv.telemetry.recorder import Table
 from uvm_kv.telemetry.records import Record
+from uvm_kv.types import OUR_ENGINE
 
 LAYOUT_VERSION = 1
 """In every run's config, raised when names or meanings of the layout change."""
@@ -39,7 +40,6 @@ SERIES = "steps/"
 TIME = f"{SERIES}time_s"
 MAX_TAG = 64
 """Characters that a tag may have there."""
-OUR_ENGINE = "uvm_kv"
 REPORT = "report"
 """Job type of the run that holds figures and report of an experiment; the others are an origin, or PEER."""
 PEER = "peer"

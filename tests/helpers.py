@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -94,7 +95,7 @@ def make_scheduler(
 ) -> Scheduler:
     kv = KVCacheManager(context.spec, context.capacity, allocation)
     config = SchedulerConfig(max_num_batched_tokens, admission, preemption, watermark, max_model_len, chunked_prefill)
-    policy = build_policy(placement, context)
+    policy = build_policy(placement, replace(context, grows=admission == "optimistic"))
     scheduler = Scheduler(config, batching or ContinuousBatching(batch_size), kv, policy)
     built_schedulers.append(scheduler)
     return scheduler

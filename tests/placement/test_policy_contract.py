@@ -137,20 +137,21 @@ def test_what_is_not_refused_can_run_alone(name: str, memory: MemoryKind, share:
     assert request.status is Status.FINISHED
 
 
+@pytest.mark.parametrize("num_others", [1, 4])
 @pytest.mark.parametrize("link_gb_per_s", [25.0, 0.1])
 @pytest.mark.parametrize("admission", ["worst_case", "optimistic"])
 @pytest.mark.parametrize(("name", "memory"), [pair for pair in SERVED if POLICIES[pair[0]].uses_host])
 def test_a_lone_sequence_may_outgrow_the_device(
-    name: str, memory: MemoryKind, admission: Admission, link_gb_per_s: float
+    name: str, memory: MemoryKind, admission: Admission, link_gb_per_s: float, num_others: int
 ) -> None:
-    """A prompt that fits the device tier exactly, and an output that does not, beside a short request: slow beats
-    never, whatever the link."""
+    """A prompt that fits the device tier exactly, and an output that does not, beside short requests: slow
+    beats never, whatever the link."""
     context = make_context(16, 48, memory=memory, block_size=16, link_gb_per_s=link_gb_per_s)
     preemption: Preemption = "none" if admission == "worst_case" else "recompute"
     scheduler = make_scheduler(
         context, placement=name, max_num_batched_tokens=512, admission=admission, preemption=preemption
     )
-    requests = make_requests([(16 * 16, 64), (16, 16)])
+    requests = make_requests([(16 * 16, 64), *[(16, 16)] * num_others])
     drive(scheduler, make_sim(context), requests)
     assert all(r.status is Status.FINISHED for r in requests)
     assert requests[0].num_preemptions <= 1

@@ -171,6 +171,7 @@ def build_placement(resolved: Resolved, roofline: Roofline) -> PlacementPolicy:
         roofline,
         placement.num_layers_ahead,
         Reach(placement.reach),
+        grows=resolved.config.scheduler.admission == "optimistic",
     )
     return build_policy(placement.name, context)
 

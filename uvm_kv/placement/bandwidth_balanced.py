@@ -80,8 +80,10 @@ class BandwidthBalanced(PlacementPolicy):
         alone = Share(num_blocks, 0)
         if self._split(view, num_blocks, 0) == alone:
             return alone
-        if view.num_running + admitting <= 1:  # What runs alone, slowly, beats what never runs. The others wait.
-            return self._split(view._replace(num_waiting=0), num_blocks, self.context.capacity.num_host_blocks)
+        if view.num_running + admitting <= 1:  # What runs alone, slowly, beats what never runs.
+            # Nothing is staged for those that wait, but for as much again as it has if it may grow.
+            view = view._replace(num_waiting=2 if self.context.grows else 1)
+            return self._split(view, num_blocks, self.context.capacity.num_host_blocks)
         return None
 
     def _split(self, view: PlacementView, num_blocks: int, max_host: int) -> Share | None:

@@ -53,6 +53,8 @@ class PlacementContext:
     roofline: Roofline
     num_layers_ahead: int = 2
     reach: Reach = Reach.BOTH
+    grows: bool = False
+    """Whether sequences claim more blocks as they go, as under optimistic admission."""
 
 
 class PlacementPolicy(ABC):

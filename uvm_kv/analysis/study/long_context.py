@@ -1,4 +1,8 @@
-"""One to four sequences whose KV exceeds the card: refused on the card alone, and how fast with each mechanism."""
+"""One to four sequences whose KV exceeds the card: refused on the card alone, and how fast with each mechanism.
+
+Rates are of decode alone: the runs start in their steady state, with the KV there. What a prompt of that length takes
+first is in the time to first token of runs that start cold.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from uvm_kv.analysis.load import points
+from uvm_kv.analysis.repeats import medians, one_of_each
 from uvm_kv.analysis.study.base import Drawn, Study
 from uvm_kv.analysis.style import PAGE_IN, SMALL, STYLES, look
 from uvm_kv.analysis.verdict import INDIFFERENT, is_cpu_backed
@@ -17,21 +22,24 @@ from uvm_kv.types import BASELINES, GIB, KIB
 
 READING_SPEED = 5.0
 """Tokens per second of one sequence that keep up with a reader, about 250 words a minute: a line to compare with."""
+TTFT, COLD_TTFT = "ttft_s.p50", "cold_ttft_s"
 SOME = 0.9
 """Below this part of the sequences not all run at once: the rest queue."""
 
 
 def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
-    """A panel a number of sequences: output tokens per second of all of them, by context."""
+    """A panel a number of sequences: their output tokens per second in decode, by context; and the time to the first
+    token of one that starts cold, where there are runs of it."""
     table = _table(runs, failures)
-    served = table[table["throughput"].notna()]
+    served, cold = table[table["throughput"].notna()], table[table[COLD_TTFT].notna()]
     batches = sorted(set(table["offered_batch"]))
-    figure, axes = plt.subplots(1, len(batches), figsize=(PAGE_IN, 2.7), sharey=True, squeeze=False)
+    panels = len(batches) + (not cold.empty)
+    figure, axes = plt.subplots(1, panels, figsize=(PAGE_IN, 2.7), squeeze=False)
     others = sorted(set(table["label"]) - set(STYLES))
     contexts = sorted(set(table["context_tokens"]))
     floor = float(served["throughput"].min()) / 3
     shown: dict[str, Any] = {}
-    for axis, batch in zip(axes[0], batches, strict=True):
+    for axis, batch in zip(axes[0], batches, strict=False):
         part = table[table["offered_batch"] == batch]
         for label, line in part.groupby("label", sort=True):
             line = line.sort_values("context_tokens")
@@ -41,15 +49,28 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         if len(refused):
             axis.text(refused["context_tokens"].max(), floor * 1.35, "card alone: refused", fontsize=SMALL, ha="right")
         axis.axhline(READING_SPEED * batch, color="black", linewidth=0.6, linestyle=(0, (1, 2)), zorder=0)
-        axis.set_title(f"{batch:.0f} sequence{'s' if batch > 1 else ''}")
+        axis.set_title(_sequences(int(batch)))
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.set_ylim(floor / 1.5, 1.4 * float(served["throughput"].max()))
+        axis.tick_params(labelleft=axis is axes[0, 0])
+    axes[0, 0].set_ylabel("output tokens/s of all sequences,\ndecode alone")
+    if not cold.empty:
+        axis = axes[0, -1]
+        for label, line in cold.groupby("label", sort=True):
+            line = line.sort_values("context_tokens")
+            shown[str(label)] = axis.plot(line["context_tokens"], line[COLD_TTFT], **look(str(label), others))[0]
+        axis.set_title("1 sequence, cold start")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_ylabel("time to first token (s)")
+    for axis in axes[0]:
         axis.set_xlabel("tokens a sequence")
         axis.set_xscale("log", base=2)
-        axis.set_xticks(contexts, [f"{c // KIB}Ki" if c % KIB == 0 else str(c) for c in contexts], rotation=45)
+        axis.set_xticks(contexts, [f"{c // KIB}Ki" if c % KIB == 0 else str(c) for c in contexts], rotation=90)
         axis.xaxis.set_minor_locator(NullLocator())
-    axes[0, 0].set_yscale("log")
-    axes[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes[0, 0].set_ylim(bottom=floor / 1.5)
-    axes[0, 0].set_ylabel("output tokens/s, all sequences")
     order = [name for name in (*STYLES, *others) if name in shown]
     size = _gib(runs)
     figure.legend(
@@ -74,9 +95,15 @@ def _context(run: pd.Series[Any] | dict[str, Any]) -> int:
 
 
 def _table(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Medians by sequences, context and mechanism; a job that was refused is a row without a throughput."""
+    """Medians by sequences, context and mechanism; a job that was refused is a row without a throughput. A run that
+    starts cold gives no rate, but the time to the first token of its row."""
+    one_of_each(runs, ("model", "hardware", "origin"), "long_context")
     used = runs.copy()
     used["context_tokens"] = [_context(run) for _, run in used.iterrows()]
+    is_cold = used["start"] == "cold"
+    cold, used = used[is_cold], used[~is_cold]
+    if used.empty:
+        raise ValueError("long_context: no run with workload.start=steady; the rates of cold ones are not of decode")
     used["kv_gib"] = used["device_kv_bytes"].astype(float) * used["working_set_ratio"].astype(float) / GIB
     parts = []
     for context, part in used.groupby("context_tokens", sort=True):
@@ -88,6 +115,7 @@ def _table(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> pd.DataFra
             )
         parts.append(made.assign(context_tokens=context, cpu_backed=is_cpu_backed(made)))
     table = pd.concat(parts, ignore_index=True).assign(refused=False, why=None)
+    table = table.merge(_cold(cold), how="left", on=["label", "offered_batch", "context_tokens"])
     lost = [
         {
             "model": record["model"],
@@ -99,11 +127,35 @@ def _table(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> pd.DataFra
             "why": record["error"].strip().splitlines()[-1],
         }
         for record in failures
+        if record.get("start") != "cold"
     ]
     table = pd.concat([table, pd.DataFrame(lost)], ignore_index=True) if lost else table
     columns = ["model", "label", "offered_batch", "context_tokens", "throughput", "running_batch_mean", "refused"]
-    columns += ["kv_gib", "working_set_ratio", "h2d_bytes", "d2h_bytes", "cpu_backed", "why"]
+    columns += [
+        "num_steps",
+        COLD_TTFT,
+        "num_runs",
+        "kv_gib",
+        "working_set_ratio",
+        "h2d_bytes",
+        "d2h_bytes",
+        "cpu_backed",
+        "why",
+    ]
     return table[columns].sort_values(["offered_batch", "context_tokens", "label"]).reset_index(drop=True)
+
+
+def _cold(runs: pd.DataFrame) -> pd.DataFrame:
+    """Time to the first token, the prefill included, by mechanism, sequences and context; medians over repeats."""
+    key = ["label", "offered_batch", "context_tokens"]
+    runs = runs.assign(label=runs["mechanism"])
+    if TTFT not in runs or runs[TTFT].dropna().empty:
+        return pd.DataFrame({name: runs[name][:0] for name in key} | {COLD_TTFT: []})
+    try:
+        table = medians(runs[runs[TTFT].notna()], key)
+    except ValueError as error:
+        raise ValueError(f"long_context, from a cold start: {error}") from None
+    return table[[*key, TTFT]].rename(columns={TTFT: COLD_TTFT})
 
 
 def claims(table: pd.DataFrame) -> list[str]:
@@ -119,7 +171,8 @@ def claims(table: pd.DataFrame) -> list[str]:
         least = int(refused["context_tokens"].min())
         most = base[base["throughput"].notna()]["context_tokens"].max()
         text = f"Without CPU-backed KV a sequence of {least} tokens or more is refused"
-        said.append(f"{text}; the longest that is served has {int(most)}." if pd.notna(most) else f"{text}.")
+        text += f"; the longest that is served has {int(most)}." if pd.notna(most) else "."
+        said.append(f"{text}{_longest(table, least)}")
     unserved = base[base["throughput"].isna() & base["refused"]]
     alone = base.groupby(["offered_batch", "context_tokens"])["throughput"].max()
     backed = table[table["cpu_backed"].astype(bool) & table["throughput"].notna()]
@@ -130,7 +183,7 @@ def claims(table: pd.DataFrame) -> list[str]:
         )
         if beyond:
             at = "; ".join(_served(part[part["context_tokens"] == context]) for context in beyond)
-            said.append(f"{_sequences(batch)} that the card alone refuses: {at}.")
+            said.append(f"{_sequences(batch)} that the card alone refuses, decode alone: {at}.")
     best = backed.loc[backed.groupby(["offered_batch", "context_tokens"])["throughput"].idxmax()]
     ratio = best["throughput"] / [alone.get(key, float("nan")) for key in zip(*_keys(best), strict=True)]
     if ratio.notna().any():
@@ -139,6 +192,38 @@ def claims(table: pd.DataFrame) -> list[str]:
             f"Of {int(ratio.notna().sum())} points that the card alone serves too, CPU-backed KV is faster in {num}; "
             f"at most {100 * (ratio.max() - 1):+.1f} %, {top['label']} at {_sequences(int(top['offered_batch']))} of "
             f"{int(top['context_tokens'])} tokens."
+        )
+    return said + _first_tokens(table)
+
+
+def _longest(table: pd.DataFrame, least: int) -> str:
+    """What the longest refused sequence gets from the best mechanism, when it decodes and before."""
+    one = table[table["cpu_backed"].astype(bool) & table["throughput"].notna() & (table["offered_batch"] == 1)]
+    if one.empty or one["context_tokens"].max() < least:
+        return ""
+    longest = one[one["context_tokens"] == one["context_tokens"].max()]
+    best = longest.loc[longest["throughput"].idxmax()]
+    text = f" With it one of {int(best['context_tokens'])} is served, at {best['throughput']:.3g} tok/s in decode alone"
+    text += f" ({best['label']})"
+    # Where several are as fast, any that was also run from a cold start tells what comes before.
+    equal = longest[longest["throughput"] >= (1 - INDIFFERENT) * best["throughput"]]
+    cold = equal[COLD_TTFT].min()
+    return f"{text}, after {cold:.3g} s to its first token from a cold start." if pd.notna(cold) else f"{text}."
+
+
+def _first_tokens(table: pd.DataFrame) -> list[str]:
+    """What the rates leave out."""
+    steps = f"{table['num_steps'].dropna().median():.0f}"
+    said = [f"Rates are of decode alone, over {steps} steps of sequences whose KV is there from the start: no prefill."]
+    for _, part in table[table[COLD_TTFT].notna()].groupby(["offered_batch", "label"], sort=True):
+        batch, label = int(part["offered_batch"].iloc[0]), part["label"].iloc[0]
+        each = ", ".join(
+            f"{row[COLD_TTFT]:.3g} s at {int(row['context_tokens'])}"
+            for _, row in part.sort_values("context_tokens").iterrows()
+        )
+        said.append(
+            f"From a cold start, prefill included, the first token of {_sequences(batch)} comes after {each} tokens "
+            f"({label})."
         )
     return said
 
@@ -169,8 +254,11 @@ STUDY = Study(
     how_to_read=(
         "One, two or four sequences, longer from left to right. A cross at the bottom: the card alone refuses them, "
         "because not even one fits its KV memory. Each line is a mechanism that serves them all the same, at the rate "
-        "of the link. The dotted line is about as fast as people read, for each sequence."
+        "of the link. These are rates of decode alone, over a few steps with the KV already there; what comes before "
+        "is in the last panel: the time until one sequence that starts cold has its first token, hence its prefill. "
+        "The dotted line is about as fast as people read, for each sequence."
     ),
-    factors=("model", "mechanism", "offered_batch", "prompt_tokens"),
+    factors=("model", "mechanism", "offered_batch", "prompt_tokens", "start"),
+    experiments=("long_context", "long_context_cold"),
     draw=draw,
 )

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from rich.console import Console
 from rich.table import Table
 
+from experiments.ending import say_why
 from uvm_kv.config import names
 from uvm_kv.config.calibration import Calibration, Quantity, calibrate
 from uvm_kv.config.command import compose_command
@@ -136,13 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         run(compose_command("calibrate", CalibrateSchema, arguments))
-    except (ValueError, HydraException) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
+    except (ValueError, HydraException, OSError) as error:
+        return say_why(error)
     return 0
 
 

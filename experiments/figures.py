@@ -20,10 +20,11 @@ from pathlib import Path
 from uvm_kv.analysis.study import STUDIES
 from uvm_kv.analysis.study.page import write_page
 from uvm_kv.analysis.study.publish import Published, publish, read_index, read_source, remarks
+from uvm_kv.telemetry.store import check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "results" / "reference"
-FIGURES = ROOT / "results" / "figures"
+FIGURES = Path("results/figures")
 MAX_LINES = 5
 
 
@@ -31,8 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 where a figure could not be made, 2 for a mistake in `arguments`."""
     parser = argparse.ArgumentParser(prog="python -m experiments.figures", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these (--list shows them)")
-    parser.add_argument("--results", type=Path, default=REFERENCE, help="<experiment>/ folders of runs, or packed sets")
-    parser.add_argument("--output", type=Path, default=FIGURES)
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=REFERENCE,
+        help="<experiment>/ folders of runs, or packed sets (default: the reference set of this checkout)",
+    )
+    parser.add_argument("--output", type=Path, default=FIGURES, help=f"where they go (default: {FIGURES})")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="the set whose hashes count as known")
     parser.add_argument("--origin", choices=("simulated", "measured", "replayed"), help="only runs of that origin")
     parser.add_argument("--allow-mixed", action="store_true", help="runs of several origins or schema versions")
@@ -43,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if unknown := [name for name in options.names if name not in STUDIES]:
         print(f"error: {unknown[0]}: no such figure; there are {', '.join(STUDIES)}", file=sys.stderr)
+        return 2
+    try:
+        check_writable(options.output, "--output ")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     fine, made = True, []
     for name in options.names or STUDIES:

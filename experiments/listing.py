@@ -15,13 +15,18 @@ from uvm_kv.config.build import Job, build_roofline, is_done, jobs_of, workload_
 from uvm_kv.config.names import CONF_DIR
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
+from uvm_kv.types import MemoryKind
 from uvm_kv.workload.lengths import mean_lengths
 
 # Rough, of one core of a small server: what `make bench` measures, and the paging of an oversubscribed step.
-JOB_S = 0.25
+JOB_S = 0.4
 STEP_S = 20e-6
 SEQUENCE_S = 0.6e-6
-THRASHING_STEP_S = 0.5e-3
+PAGED_STEP_S = 0.14e-3
+THRASHING_STEP_S = 0.7e-3
+COPIED_STEP_S = 0.5e-3
+"""Of managed memory, within the device and beyond it, and of what is brought in ahead: as the durations in the
+manifests of results/reference/batch_sweep show."""
 CPU_TOKENS_PER_S = 100.0
 GPU_JOB_S = 15.0
 """With runner=cuda: KV memory, graphs and its share of the process and the model, which a mechanism's jobs share."""
@@ -42,8 +47,13 @@ def estimate_s(job: Job) -> float:
         steps = min(steps, config.max_steps)
     if config.runner == "cuda":
         return GPU_JOB_S + _served_s(job, steps, running)
-    thrashes = config.placement.name.startswith("demand") and running * blocks > capacity.num_device_blocks
-    return JOB_S + steps * (STEP_S + running * SEQUENCE_S + (THRASHING_STEP_S if thrashes else 0.0))
+    beyond = running * blocks > capacity.num_device_blocks
+    step_s = STEP_S + running * SEQUENCE_S
+    if job.resolved.memory is MemoryKind.MANAGED:
+        step_s += THRASHING_STEP_S if beyond else PAGED_STEP_S
+    if beyond and config.placement.name == "prefetch_ahead":
+        step_s += COPIED_STEP_S
+    return JOB_S + steps * step_s
 
 
 def _served_s(job: Job, steps: float, running: int) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +34,16 @@ from experiments.progress import ENVIRONMENT, Event, SweepEnd, SweepLog, read_co
 from experiments.track import mirror_all
 from uvm_kv.config.build import Job, check_fits, identity, is_done, repeats_of, run_job
 from uvm_kv.config.card import ask_card
-from uvm_kv.config.names import CONF_DIR, check_overrides, mark_given, parse_overrides, with_implied
+from uvm_kv.config.ignored import check_command
+from uvm_kv.config.names import (
+    CONF_DIR,
+    check_overrides,
+    length_workloads,
+    mark_given,
+    parse_overrides,
+    values_of,
+    with_implied,
+)
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
@@ -43,7 +51,7 @@ from uvm_kv.config.worker import OneWorker, OnStep, end_with_parent, explain, in
 from uvm_kv.telemetry.failures import clear_failure, failed_runs, write_failure
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.records import read_directories
-from uvm_kv.telemetry.store import completed_runs, is_complete, read_json, read_outputs
+from uvm_kv.telemetry.store import check_writable, completed_runs, is_complete, read_json, read_outputs
 from uvm_kv.types import GIB, OUR_ENGINE
 
 SWEEP_FLAGS = {"-m", "--multirun"}
@@ -100,7 +108,7 @@ def preflight(arguments: list[str]) -> Request:
     """Check names, and that results can be written, before Hydra composes anything; ValueError if not."""
     overrides = parse_overrides([a for a in arguments if not a.startswith("-")])
     check_overrides(overrides)
-    by_key = {o.key_or_group: o for o in overrides}
+    by_key = given = {o.key_or_group: o for o in overrides}
     if "batch_size" in by_key and "working_set_ratio" in by_key and by_key["working_set_ratio"].value() is not None:
         raise ValueError("batch_size and working_set_ratio each say how many clients there are; drop one of the two")
     experiment = file = None
@@ -114,11 +122,16 @@ def preflight(arguments: list[str]) -> Request:
         swept = parse_overrides([f"{key}={value}" for key, value in params.items()])
         check_overrides(swept)
         by_key = {o.key_or_group: o for o in swept} | by_key
-    if any(key.startswith("workload.lengths.") for key in by_key) and not {"workload", "experiment"} & set(by_key):
-        raise ValueError("workload.lengths belongs to workload=azure_conv, azure_code or sharegpt; give one of them")
+    drawn = "experiment" in by_key or (
+        "workload" in by_key and {*values_of(by_key["workload"])} <= {*length_workloads()}
+    )
+    if any(key.startswith("workload.lengths.") for key in by_key) and not drawn:
+        raise ValueError(f"workload.lengths belongs to workload={' or '.join(length_workloads())}; give one of them")
     sweeps = [o for o in by_key.values() if o.is_sweep_override() and o.is_discrete_sweep()]
     num_jobs = prod(len(list(o.sweep_string_iterator())) for o in sweeps)
     results_dir = by_key["results_dir"].value() if "results_dir" in by_key else "results/runs"
+    if not str(results_dir).strip():
+        raise ValueError("results_dir= names no folder; give one, results_dir=DIR, or results_dir=. for this one")
     folder = Path(str(results_dir))
     on_gpu = _on_gpu(by_key, file)
     launcher = by_key["hydra/launcher"].value() if "hydra/launcher" in by_key else None
@@ -129,7 +142,9 @@ def preflight(arguments: list[str]) -> Request:
             f"the GPU, so that jobs run one after another; drop it"
         )
     launchers.check(launcher or DEFAULT_LAUNCHER, tuned)
-    _check_writable(folder)
+    worked = on_gpu or (bool(SWEEP_FLAGS & set(arguments)) and launcher == launchers.BASIC)
+    check_command(given, by_key, file, has_worker=worked)
+    check_writable(folder, "results_dir=")
     return Request(experiment or EXPERIMENT_WITHOUT_FILE, folder, num_jobs, list(by_key.values()), on_gpu, launcher)
 
 
@@ -138,17 +153,6 @@ def _on_gpu(by_key: dict[str, Any], file: Any) -> bool:
     if given is None:
         return file is not None and OmegaConf.select(file, "runner") == "cuda"
     return "cuda" in (list(given.sweep_string_iterator()) if given.is_sweep_override() else [given.value()])
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"x")
-    except OSError as error:
-        raise ValueError(
-            f"results_dir={folder} cannot be written ({error.strerror or error}); give another: results_dir=DIR"
-        ) from None
 
 
 def _label(composed: DictConfig) -> str:
@@ -323,7 +327,7 @@ def _bar(job: Job) -> Iterator[OnStep | None]:
 
 
 def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int:
-    """Tables, verdict, failures; the exit status."""
+    """Tables, verdict, failures; the exit status: 2 where the job, asked for alone, was refused for what it says."""
     from uvm_kv.analysis.terminal import print_outputs, print_report, print_summary
 
     console = Console()
@@ -360,6 +364,8 @@ def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int
         total = max(request.num_jobs, len(events))  # A job with repeats is several runs.
         print(f"{len(finished)} of {total} runs are complete{note}, {len(failed)} failed.", file=sys.stderr)
         _warn_of_other_commits(skipped)
+    if not sweep and failed and all(event.directory is None for event in failed):
+        return 2
     return 1 if failed or not finished else 0
 
 

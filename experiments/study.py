@@ -33,8 +33,9 @@ from uvm_kv.analysis.study.publish import INDEX, read_index
 from uvm_kv.telemetry.failures import failed_runs, failure_sha256, reason
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.records import Record, pack, read_failures, read_records
+from uvm_kv.telemetry.store import check_writable
 
-RUNS = ROOT / "results" / "study"
+RUNS = Path("results/study")
 TOLERANCE = 0.001
 """Relative, of every number."""
 NOTHING = 1e-9
@@ -179,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 where everything agrees, 1 where something differs or failed, 2 for a mistake in `arguments`."""
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these experiments or figures")
-    parser.add_argument("--results", type=Path, default=RUNS, help="where the runs go")
+    parser.add_argument("--results", type=Path, default=RUNS, help=f"where the runs go (default: {RUNS})")
     parser.add_argument("--reference", type=Path, default=REFERENCE)
     parser.add_argument("--update", action="store_true", help="the fresh runs become the reference set")
     parser.add_argument("--list", action="store_true", help="the experiments")
@@ -189,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         names = experiments_of(options.names)
+        check_writable(options.results, "--results ")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

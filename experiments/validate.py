@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from experiments.ending import say_why
 from uvm_kv.analysis.recorded import Recording, load_file, load_run
 from uvm_kv.analysis.terminal import print_comparison
 from uvm_kv.analysis.validate import TOLERANCE, Comparison, compare, write_comparison
@@ -29,7 +30,7 @@ from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
 from uvm_kv.config.recording import check_simulable, serve_trace, simulation_of_run, work_key
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
-from uvm_kv.telemetry.store import completed_runs, read_json
+from uvm_kv.telemetry.store import check_writable, completed_runs, read_json
 from uvm_kv.types import OUR_ENGINE
 from uvm_kv.workload.trace import write_trace
 
@@ -85,9 +86,11 @@ def parse(arguments: list[str]) -> Request:
             f"a file of requests does not say how it was served: give {' and '.join(f'{k}=...' for k in absent)} "
             f"(batch_size is vLLM's max_num_seqs), and what differs from the defaults"
         )
-    return Request(
-        sources, overrides, _tolerance(own.get("tolerance")), own.get("name"), Path(own.get("out", "results"))
-    )
+    tolerance, out = _tolerance(own.get("tolerance")), own.get("out", "results")
+    if not out:
+        raise ValueError("out= names no folder; give one, out=DIR, or out=. for this one")
+    check_writable(Path(out), "out=")
+    return Request(sources, overrides, tolerance, own.get("name"), Path(out))
 
 
 def _sources(path: Path) -> list[Source]:
@@ -221,13 +224,8 @@ def main() -> int:
         if flags := [a for a in arguments if a.startswith("-")]:
             raise ValueError(f"{flags[0]} is not an option; --help shows what there is")
         validate(parse(arguments), Console())
-    except (ValueError, OmegaConfBaseException) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
+    except (ValueError, OmegaConfBaseException, OSError) as error:
+        return say_why(error)
     return 0
 
 

@@ -7,8 +7,10 @@ import textwrap
 from pathlib import Path
 
 from experiments.figures import REFERENCE, ROOT, make
+from uvm_kv.analysis.study import STUDIES
 from uvm_kv.analysis.study.page import LEADING, answer
 
+CONF_DIR = ROOT / "conf" / "experiment"
 BEGIN, END = "<!-- answer -->\n", "<!-- /answer -->"
 
 
@@ -24,6 +26,18 @@ def test_the_answer_in_readme_is_computed_from_the_reference(tmp_path: Path) -> 
     assert not any(it.unknown for it in published)
     text = (ROOT / "README.md").read_text()
     assert text.partition(BEGIN)[2].partition(END)[0] == quoted(answer(published))
+
+
+def test_readme_names_the_experiments_of_every_figure() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = text[text.index("Each figure answers one question") : text.index("It is written as PDF")]
+    for study in STUDIES.values():
+        for source in study.sources:
+            assert f"`{source}`" in named, f"{study.name} draws on {source}"
+    computed = [
+        source for it in STUDIES.values() for source in it.sources if not (CONF_DIR / f"{source}.yaml").is_file()
+    ]
+    assert computed == ["roofline"] and "`roofline` is computed" in named
 
 
 def test_the_phase_diagram_in_docs_is_the_reference_s(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ def test_one_run_is_shown_by_the_beginning_of_its_id(results: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["zzz"], "zzz fits 0 runs"),
+        (["zzz"], "zzz: no such run in "),
+        (["results/runs/demo"], "a folder goes with --folder"),
         (["--where", "mechanism"], "write FIELD=VALUE"),
         (["--where", "mechanis=x"], "did you mean mechanism"),
     ],
@@ -117,6 +118,19 @@ def test_bad_questions_get_an_answer(
 ) -> None:
     assert main(["runs", *arguments, "--folder", str(results)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_beginning_that_several_runs_have_names_them(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "", "--folder", str(results)]) == 2
+    err = capsys.readouterr().err
+    assert "fits 2 runs" in err
+    assert all(directory.name in err for directory in completed_runs(results))
+
+
+def test_a_report_that_cannot_be_written_names_the_option(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(results), "--out", "/dev/null/report"]) == 2
+    said = "error: --out /dev/null/report cannot be written (Not a directory); give another: --out DIR\n"
+    assert capsys.readouterr().err == said
 
 
 def test_no_runs_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -162,7 +162,14 @@ def test_runner_cpu_names_the_extra_it_needs(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["memory.device_kv_bytes=1000000"], "KV budget holds 0 blocks"),
+        (
+            ["memory.device_kv_bytes=1000000"],
+            "device_kv_bytes=1000000 holds no KV; one block of 16 tokens takes 8388608",
+        ),
+        (
+            ["mechanism=pinned_swap", "memory.host_kv_bytes=1000"],
+            "host_kv_bytes=1000 holds no KV; one block .* or 0 for",
+        ),
         (
             ["memory.device_kv_bytes=1000000000", "allocation=orca_max", "max_model_len=1900"],
             "the largest chunk of the KV budget holds 64 blocks .* tokens needs 119 ",

@@ -152,6 +152,7 @@ def test_without_curves_it_says_what_it_would_measure_and_refuses(
         (["CURVES", "name=mine", "output=/no/such/folder/mine.yaml"], "there is no folder /no/such/folder"),
         (["CURVES", "name=mine", "output=/tmp"], "output=/tmp must be the path of a file that ends in .yaml"),
         (["CURVES", "name=mine", "output=mine.json"], "output=mine.json must be the path of a file"),
+        (["CURVES", "name=mine", "output=/proc/mine.yaml"], "output=/proc/mine.yaml cannot be written ("),
         (["CURVES", "name=mine", "force=perhaps"], "force=perhaps is not of the right type"),
         (["CURVES", "name=a,b"], "name=a,b has several values; this command takes one at a time"),
         (["CURVES", "nam=mine"], "key 'nam' is unknown; did you mean name"),

@@ -74,6 +74,13 @@ def test_exact_is_the_default_and_slower_than_the_roof(capsys: pytest.CaptureFix
     assert got["total_ms"] > answer(capsys, "model=llama2_7b", "hardware=a6000", "stage=prefill")["total_ms"]
 
 
+def test_what_computes_nothing_has_no_attainable_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["figure=false"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "-" in rows["embedding"] and not any(cell.endswith("/s") for cell in rows["embedding"])
+    assert any(cell.endswith("/s") for cell in rows["q_proj"])
+
+
 def test_too_large_a_step_is_flagged_not_refused(capsys: pytest.CaptureFixture[str]) -> None:
     got = answer(capsys, "model=llama2_13b", "hardware=rtx3090")
     assert got["fits"] is False

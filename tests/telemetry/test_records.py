@@ -52,6 +52,9 @@ def test_whole_runs_are_verified_by_the_hash_in_their_manifest(runs: list[Path],
         (lambda d: (d / "summary.json").unlink(), "half-written: it has no summary.json"),
         (lambda d: (d / "summary.json").write_text("{"), "half-written or damaged"),
         (lambda d: (d / "manifest.json").unlink(), "foreign: it has no manifest.json"),
+        (lambda d: (d / "config.yaml").unlink(), "half-written: it has no config.yaml, so a part was deleted;"),
+        (lambda d: (d / "steps.parquet").unlink(), "half-written: it has no steps.parquet"),
+        (lambda d: (d / "requests.parquet").unlink(), "half-written: it has no requests.parquet"),
         (lambda d: (d / "summary.json").write_text("[1]"), "foreign"),
         (lambda d: (d / "summary.json").write_text('{"schema_version": 1}'), "foreign: its summary.json has no origin"),
         (lambda d: change(d / "summary.json", schema_version=0), "schema version 0, where this version reads"),
@@ -68,6 +71,13 @@ def test_what_is_no_whole_run_is_listed_left_out_and_left_alone(
     assert [r.id for r in records] == [runs[1].name]
     assert runs[0].name in str(left_out) and why in str(left_out) and len(str(left_out).splitlines()) == 1
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_tables_without_pyarrow_are_whole_too(runs: list[Path], tmp_path: Path) -> None:
+    for name in ("steps", "requests"):
+        (runs[0] / f"{name}.parquet").rename(runs[0] / f"{name}.jsonl.gz")
+    records, left_out = read_records(tmp_path)
+    assert len(records) == 2 and left_out == []
 
 
 def test_an_older_version_is_taken_where_it_is_asked_for(runs: list[Path], tmp_path: Path) -> None:

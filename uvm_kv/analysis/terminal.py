@@ -174,7 +174,7 @@ def print_roofline(step: StepAnalysis, console: Console) -> None:
             f"{si(op.num_bytes)}B",
             f"{op.intensity:.3g}" if op.intensity < 1000 else f"{op.intensity:.0f}",
             op.bound,
-            f"{si(op.attainable_ops_per_s)}/s",
+            f"{si(op.attainable_ops_per_s)}/s" if op.ops else "-",
             f"{si(op.time_s)}s",
             f"{op.roof_s / op.time_s:.0%}",
             f"{op.count * op.time_s / step.total_s:.1%}",

@@ -75,4 +75,10 @@ def _report(folder: Path, out: Path) -> None:
 
     records, left_out = find_runs(folder)
     failures, more = read_failures(folder)
-    print_report(write_report(records, out, list(failures.values()), [*left_out, *more]), Console())
+    try:
+        report = write_report(records, out, list(failures.values()), [*left_out, *more])
+    except OSError as error:
+        raise ValueError(
+            f"--out {out} cannot be written ({error.strerror or error}); give another: --out DIR"
+        ) from None
+    print_report(report, Console())

@@ -58,9 +58,12 @@ def show_run(folder: Path, run_id: str) -> None:
             print(f"{name}: {'failed' if record['tried'] else 'not tried'} on {record['failed']}: {record['error']}")
             print(f"argv: {' '.join(record['argv'])}")
         return
+    if not found and not failed:
+        raise ValueError(f"{run_id}: no such run in {folder}; uvm-kv runs lists them, and a folder goes with --folder")
     if len(found) != 1:
-        names = ", ".join(record.id for record in found[:5]) or "none"
-        raise ValueError(f"{run_id} fits {len(found)} runs in {folder} ({names}); give more of the id")
+        fitting = [*(record.id for record in found), *failed]
+        names = ", ".join(fitting[:5])
+        raise ValueError(f"{run_id} fits {len(fitting)} runs in {folder} ({names}); give more of the id")
     (run,) = found
     console = Console()
     print_summary(run.summary, console)

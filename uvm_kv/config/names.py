@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfig, OmegaConf, StringNode, ValueNode
 from omegaconf.errors import OmegaConfBaseException
 
 from uvm_kv.config.schema import ConfigSchema, HardwareSchema, LengthsSchema, OperatorSchema, WorkloadSchema
@@ -68,7 +68,8 @@ def parse_overrides(arguments: list[str]) -> list[Override]:
         raise ValueError(f"{error.override!r} cannot be read; write key=value (several values: key=a,b)") from None
 
 
-def _swept_values(override: Override) -> list[str]:
+def values_of(override: Override) -> list[str]:
+    """All that it gives its key, as text. ValueError for a sweep that does not list them."""
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     if not override.is_discrete_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
@@ -77,6 +78,12 @@ def _swept_values(override: Override) -> list[str]:
             f"range(start,stop)"
         )
     return list(override.sweep_string_iterator())
+
+
+def length_workloads() -> list[str]:
+    """The workloads that bring a distribution of lengths."""
+    files = sorted((CONF_DIR / "workload").glob("*.yaml"))
+    return [file.stem for file in files if OmegaConf.select(OmegaConf.load(file), "lengths") is not None]
 
 
 def _operators() -> dict[str, set[str]]:
@@ -107,7 +114,7 @@ def check_overrides(overrides: Iterable[Override], config: Any = None) -> None:
             continue
         if override.is_delete():
             raise ValueError(f"{override.input_line}: nothing can be taken out of the config; give {key} another value")
-        values = _swept_values(override)
+        values = values_of(override)
         if key in options:
             for value in values:
                 if value not in options[key] and not (key == "experiment" and value == "null"):
@@ -150,5 +157,23 @@ def _check_type(schema: DictConfig, key: str, text: str) -> None:
         value = OverridesParser.create().parse_override(f"{key}={text}").value()
         OmegaConf.update(schema, key, value)
     except (OmegaConfBaseException, OverrideParseException) as error:
+        if (wanted := _wanted(schema, key)) is not None:
+            raise ValueError(f"{key}={text} is not of the right type; it must be {wanted}") from None
         reason = str(error).splitlines()[0]
         raise ValueError(f"{key}={text} is not of the right type: {reason[:1].lower()}{reason[1:]}") from None
+
+
+def _wanted(schema: DictConfig, key: str) -> str | None:
+    """What a key takes, in words; None for one that holds others."""
+    group, _, name = key.rpartition(".")
+    parent = OmegaConf.select(schema, group) if group else schema
+    node = parent._get_node(name)
+    words = {
+        IntegerNode: "a whole number of bytes, such as 8589934592" if name.endswith("_bytes") else "a whole number",
+        FloatNode: "a number",
+        BooleanNode: "true or false",
+        StringNode: "a text",
+        ListConfig: "a list, such as [1,2]",
+    }
+    word = next((text for kind, text in words.items() if isinstance(node, kind)), None)
+    return f"{word}, or null" if isinstance(node, ValueNode) and node._is_optional() else word

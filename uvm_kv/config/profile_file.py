@@ -62,6 +62,12 @@ def check_output(path: Path, *, force: bool) -> None:
         raise ValueError(f"output={path}: there is no folder {path.parent}; make it, or give another output")
     if path.exists() and not force:
         raise ValueError(f"{path} exists already; give another name or output, or force=true to replace it")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"output={path} cannot be written ({error.strerror or error}); give another: output=FILE.yaml"
+        ) from None
 
 
 def profile_yaml(profile: HardwareProfile, comment: list[str], measured_on: str | None = None) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from uvm_kv.config.cuda import capacity_of, check_cuda, check_shape, size_tiers
-from uvm_kv.config.names import CONF_DIR, unknown
+from uvm_kv.config.ignored import check_heeded
+from uvm_kv.config.names import CONF_DIR, length_workloads, unknown
 from uvm_kv.config.peers import ENGINES, check_engine, is_peer, page_size
 from uvm_kv.config.schema import (
     ConfigSchema,
@@ -24,6 +25,7 @@ from uvm_kv.config.schema import (
     ModelSchema,
     OperatorSchema,
     PlacementSchema,
+    WorkloadSchema,
 )
 from uvm_kv.config.serving import Serving, model_folder, prepare, tier_bytes
 from uvm_kv.config.workload import build_workload, longest_request
@@ -180,6 +182,7 @@ def resolve(composed: DictConfig) -> Resolved:
     _check_numbers(config)
     _check_mechanism(config)
     _check_runner(config)
+    check_heeded(config)
     profile = build_profile(config.hardware)
     card = check_cuda(config) if config.runner == "cuda" else None
     served = bool({"cpu", "cuda"} & {config.runner, config.replay.recorded_runner})
@@ -240,10 +243,22 @@ def resolve(composed: DictConfig) -> Resolved:
     capacity = KVCapacity(num_device, host_bytes // spec.block_bytes)
     if card is not None:
         capacity = capacity_of(config, spec)
+    if not is_peer(config):
+        _check_tiers_hold_blocks(config, spec, capacity)
     if memory is MemoryKind.MANAGED and not config.driver.concurrent_managed_access:
         _check_without_concurrent_access(config)
     tokens = (max_model_len, longest)
     return Resolved(config, profile, model, precision, memory, spec, capacity, account, *tokens, serving)
+
+
+def _check_tiers_hold_blocks(config: ConfigSchema, spec: KVCacheSpec, capacity: KVCapacity) -> None:
+    block = f"one block of {spec.block_size} tokens takes {spec.block_bytes}"
+    if not capacity.num_device_blocks:
+        raise ValueError(f"memory.device_kv_bytes={config.memory.device_kv_bytes} holds no KV; {block}; give more")
+    if config.memory.host_kv_bytes and not capacity.num_host_blocks:
+        raise ValueError(
+            f"memory.host_kv_bytes={config.memory.host_kv_bytes} holds no KV; {block}; give more, or 0 for no host tier"
+        )
 
 
 def _precision(config: ConfigSchema, *, served: bool) -> Precision:
@@ -575,6 +590,30 @@ def _check_steady_start(config: ConfigSchema) -> None:
             raise ValueError(f"workload.start=steady needs {name}={allowed}, given is {name}={given}")
 
 
+def _check_lengths(workload: WorkloadSchema) -> None:
+    """Of numbers, a distribution and a file it is one that says how long requests are."""
+    numbers = {"workload.prompt_tokens": workload.prompt_tokens, "workload.output_tokens": workload.output_tokens}
+    ways = {
+        "fixed": [f"{path}={value}" for path, value in numbers.items() if value is not None],
+        "trace": [] if workload.path is None else [f"workload.path={workload.path}"],
+        " or ".join(length_workloads()): [] if workload.lengths is None else ["workload.lengths"],
+    }
+    given = {way: said for way, said in ways.items() if said}
+    if not given:
+        raise ValueError(f"workload={workload.name} says no lengths; use workload={', '.join(ways)}")
+    if len(given) == 1:
+        if (alone := given.get("fixed")) is not None and len(alone) == 1:
+            (absent,) = (path for path, value in numbers.items() if value is None)
+            raise ValueError(f"{alone[0]} says half of the lengths; give {absent} too")
+        return
+    own = next((way for way in given if workload.name in way.split(" or ")), None)
+    (other, said), *_ = ((way, said) for way, said in given.items() if way != own)
+    raise ValueError(
+        f"workload={workload.name} has lengths of its own, and {' and '.join(said)} is given; give exactly one: drop "
+        f"{' and '.join(path.partition('=')[0] for path in said)}, or use workload={other}"
+    )
+
+
 def _check_workload(config: ConfigSchema, max_model_len: int) -> None:
     workload = config.workload
     if workload.name == "prompts":
@@ -583,12 +622,7 @@ def _check_workload(config: ConfigSchema, max_model_len: int) -> None:
         raise ValueError("workload=trace needs a trace file: workload.path=FILE")
     if workload.path is not None and not Path(workload.path).is_file():
         raise ValueError(f"workload.path={workload.path}: that is not a file")
-    kinds = [workload.prompt_tokens is not None, workload.lengths is not None, workload.path is not None]
-    if sum(kinds) != 1 or (workload.prompt_tokens is None) != (workload.output_tokens is None):
-        raise ValueError(
-            f"workload={workload.name} takes its lengths either from workload.prompt_tokens and output_tokens, or from "
-            f"a distribution (azure_conv, azure_code, sharegpt), or from a trace file; give exactly one"
-        )
+    _check_lengths(workload)
     if workload.arrival is None:
         workload.arrival = "trace" if workload.path is not None else "closed_loop"
     if workload.arrival == "trace" and workload.path is None:

@@ -26,6 +26,8 @@ PACKED = "runs.jsonl.gz"
 PACKED_FAILURES = "failed.jsonl.gz"
 NEEDED = ("origin", "hardware", "model")
 """Fields without which a summary.json is not of a run."""
+BESIDE = {"config": ("yaml",), "steps": ("parquet", "jsonl.gz"), "requests": ("parquet", "jsonl.gz")}
+"""Files of a run directory beside summary and manifest, each with its endings: seen to be there, and no more."""
 RUN_ID = re.compile(r"[0-9a-f]{12}-r\d+")
 
 
@@ -63,8 +65,9 @@ class LeftOut:
 def read_records(folder: Path, *, any_schema: bool = False) -> tuple[list[Record], list[LeftOut]]:
     """Every run at or below `folder`, in order of ids, and what looks like one and is left out.
 
-    Left out: half-written, foreign, of another schema version (unless `any_schema`), changed since it was written, and
-    a second run of an id that says otherwise than the first. ValueError where there is no such folder.
+    Left out: half-written (a file is missing), foreign, of another schema version (unless `any_schema`), changed since
+    it was written, and a second run of an id that says otherwise than the first. ValueError where there is no such
+    folder.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no finished run there, nor such a folder; give a folder with run directories")
@@ -193,6 +196,12 @@ def _read_directory(directory: Path) -> tuple[Any, Any, str]:
         raise ValueError("half-written: it has no summary.json; run its command again")
     if not manifest.is_file():
         raise ValueError("foreign: it has no manifest.json beside its summary.json")
+    for stem, kinds in BESIDE.items():
+        if not any((directory / f"{stem}.{kind}").is_file() for kind in kinds):
+            raise ValueError(
+                f"half-written: it has no {stem}.{kinds[0]}, so a part was deleted; delete the rest, and run its "
+                f"command again"
+            )
     try:
         content = summary.read_bytes()
         return json.loads(content), json.loads(manifest.read_bytes()), hashlib.sha256(content).hexdigest()

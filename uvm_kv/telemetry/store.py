@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -110,6 +111,19 @@ def machine() -> str:
 def temporary_path(path: Path) -> Path:
     """Where this process writes what is to become `path`."""
     return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}@{machine()}")
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make the folder, and see that files can be written there. ValueError names the option, `results_dir=` or
+    `--output `, as it is typed before a folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise ValueError(
+            f"{option}{folder} cannot be written ({error.strerror or error}); give another: {option}DIR"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -239,7 +239,7 @@ def test_a_gguf_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["model=hf", "model.path={model}", "workload.prompt_tokens=513"], "beyond the 512"),
         (
             ["model=hf", "model.path={model}", "workload.prompt_tokens=100", "memory.device_kv_bytes=1000"],
-            "the KV budget holds 0 blocks",
+            "memory.device_kv_bytes=1000 holds no KV",
         ),
         (["model=hf", "model.path={model}", "memory.device_kv_bytes=1000000000000"], "more than half of the"),
     ],

@@ -241,7 +241,9 @@ def test_the_experiments_with_peers_run_a_small_model_on_the_cpu(tmp_path: Path,
     """A peer that needs no GPU, and ours beside it: the file itself, but for the model's size."""
     shape = ("num_layers=1", "hidden_size=64", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=32")
     small = [f"model.{part}" for part in (*shape, "vocab_size=128")]
-    given = (f"experiment={experiment}", "runner=cpu", *small, "memory.device_kv_bytes=4194304", "batch_size=2")
+    # Not stopped by the clock: both are to serve all of it, on however busy a machine.
+    given = (f"experiment={experiment}", "runner=cpu", *small, "memory.device_kv_bytes=4194304", "batch_size=2",
+             "max_seconds=600")  # fmt: skip
     assert run(*given, "engine=hf_generate", f"results_dir={tmp_path}").returncode == 0
     assert run(*given, "engine=uvm_kv", "mechanism=device_resident", f"results_dir={tmp_path}").returncode == 0
     peer, ours = sorted((read_json(r / "summary.json") for r in completed_runs(tmp_path)), key=lambda s: s["engine"])

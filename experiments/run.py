@@ -190,9 +190,8 @@ def run_hydra_job(composed: DictConfig) -> None:
             tracking = {"project": job.resolved.config.tracking.project, "mode": job.resolved.config.tracking.mode}
         named = NamedJob(job, name, tracking, given)
         if (refusal := _refusal(job)) is not None:
-            _failed(
-                named, refusal, refused=True
-            )  # A finding of its own, such as that a sequence is too long for the device.
+            # A finding of its own, such as that a sequence is too long for the device.
+            _failed(named, refusal, refused=True)
         elif _parent is not None and _parent.collected is not None:
             _parent.collected.append(named)
         elif _begin(named):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from uvm_kv.analysis.repeats import REPEATS
 from uvm_kv.analysis.statistics import median_interval
 from uvm_kv.telemetry.records import LeftOut, Record, read_records
 from uvm_kv.types import OUR_ENGINE
@@ -87,7 +88,7 @@ def points(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
     table["throughput_std"] = grouped["throughput"].std()
     table["throughputs"] = grouped["throughput"].apply(tuple)
     for name in keep:
-        table[f"{name}.repeats"] = grouped[name].apply(tuple)
+        table[f"{name}{REPEATS}"] = grouped[name].apply(tuple)
     table["num_runs"] = grouped.size()
     shared = ("model", "workload", "origin", "hardware", "mechanism", "engine", "admission", "memory", "placement")
     for name in (*shared, "prompt_tokens"):

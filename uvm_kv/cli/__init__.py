@@ -72,13 +72,9 @@ def _report(folder: Path, out: Path) -> None:
     from uvm_kv.analysis.report import write_report
     from uvm_kv.analysis.terminal import print_report
     from uvm_kv.telemetry.records import read_failures
+    from uvm_kv.telemetry.store import check_writable
 
     records, left_out = find_runs(folder)
     failures, more = read_failures(folder)
-    try:
-        report = write_report(records, out, list(failures.values()), [*left_out, *more])
-    except OSError as error:
-        raise ValueError(
-            f"--out {out} cannot be written ({error.strerror or error}); give another: --out DIR"
-        ) from None
-    print_report(report, Console())
+    check_writable(out, "--out ")
+    print_report(write_report(records, out, list(failures.values()), [*left_out, *more]), Console())

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from uvm_kv.analysis.load import GROUP, points
+from uvm_kv.analysis.repeats import REPEATS
 from uvm_kv.analysis.statistics import judge
 from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import PAGE_IN, STYLES, look
@@ -80,7 +81,7 @@ def claims(part: pd.DataFrame) -> list[str]:
     said = []
     for column, name in ((TOTAL, "J per output token"), (ABOVE_IDLE, "J per output token above idle")):
         least, other = base.iloc[int(base[column].argmin())], backed.iloc[int(backed[column].argmin())]
-        sides = other[f"{column}.repeats"], least[f"{column}.repeats"]
+        sides = other[f"{column}{REPEATS}"], least[f"{column}{REPEATS}"]
         found = judge(*sides, INDIFFERENT, measured=least["origin"] == MEASURED)
         if found.word == "AMBIGUOUS":
             head = f"whether CPU-backed KV at its best takes less than the card alone is AMBIGUOUS{interval(found)}"

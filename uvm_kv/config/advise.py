@@ -59,7 +59,7 @@ GIVE_UP = 0.7
 """A mechanism that has fallen below this share of its best is not tried at larger batches."""
 MAX_OUTPUT_TOKENS = 500_000
 """Of one run: about a second."""
-REQUESTS_PER_CLIENT = (3, build.REQUESTS_PER_CLIENT)
+REQUESTS_PER_CLIENT = (3, 8)
 KEPT = 0.99
 """Share of the gain that the least host memory must keep."""
 WORTH = 0.01
@@ -189,7 +189,7 @@ def simulate(resolved: Resolved, repeat: int = 0, profile: HardwareProfile | Non
     resolved = dataclasses.replace(resolved, profile=profile or resolved.profile)
     job = build.Job(resolved, repeat, Path())
     workload, roofline, recorder = build.workload_of(job), build.build_roofline(resolved), Recorder()
-    build.check_requests_fit(resolved, workload.lengths)
+    build.check_requests_fit(resolved, workload.all_lengths)
     scheduler = build.build_scheduler(resolved, build.build_placement(resolved, roofline))
     runner = build.build_runner(resolved, roofline, job.seed)
     Engine(scheduler, runner, build.build_source(job, workload), recorder).run()

@@ -20,7 +20,7 @@ from uvm_kv.config.peers import is_peer, peer_identity
 from uvm_kv.config.resolve import Resolved
 from uvm_kv.config.schema import ConfigSchema
 from uvm_kv.config.serving import outputs, random_ids
-from uvm_kv.config.workload import Workload, build_workload
+from uvm_kv.config.workload import REQUESTS_PER_CLIENT, Workload, build_workload, further_lengths
 from uvm_kv.engine import Engine
 from uvm_kv.hw.overlap import ceiling
 from uvm_kv.hw.roofline import Roofline
@@ -44,8 +44,6 @@ from uvm_kv.workload.lengths import Lengths, mean_lengths
 from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, WithTokens, all_at_once, poisson
 from uvm_kv.workload.steady import continued, nearest_to_mean, plan_without_runner, steady_start
 
-REQUESTS_PER_CLIENT = 8
-"""A closed loop with fewer requests than this times batch_size has hardly a steady window."""
 MAX_WARMUP = 2_000_000
 """Most tokens that are planned to find the steady state: a few seconds."""
 
@@ -82,7 +80,7 @@ def repeats_of(resolved: Resolved, experiment: str) -> list[Job]:
 def check_fits(job: Job) -> None:
     """ValueError if the longest request does not fit the KV budget."""
     if not is_peer(job.resolved.config):
-        check_requests_fit(job.resolved, workload_of(job).lengths)
+        check_requests_fit(job.resolved, workload_of(job).all_lengths)
 
 
 def is_done(job: Job) -> bool:
@@ -92,7 +90,14 @@ def is_done(job: Job) -> bool:
 def workload_of(job: Job) -> Workload:
     resolved = job.resolved
     prompts = None if resolved.serving is None else resolved.serving.prompts
-    return build_workload(resolved.config, resolved.max_model_len, prompts, job.repeat)
+    workload = build_workload(resolved.config, resolved.max_model_len, prompts, job.repeat)
+    if prompts is not None or is_peer(resolved.config):
+        return workload
+    prompt, output = mean_lengths(workload.lengths)
+    # A sequence holds half of its output on average.
+    num_sequences = resolved.capacity.num_device_blocks // resolved.spec.num_blocks(round(prompt + output / 2))
+    further = further_lengths(resolved.config, resolved.max_model_len, num_sequences, job.repeat)
+    return dataclasses.replace(workload, if_preempted=further)
 
 
 def build_source(job: Job, workload: Workload) -> RequestSource:
@@ -101,7 +106,7 @@ def build_source(job: Job, workload: Workload) -> RequestSource:
     match config.workload.arrival:
         case "closed_loop":
             steady = _steady_start(job, workload.lengths) if config.workload.start == "steady" else None
-            source = ClosedLoop(workload.lengths, config.batch_size, steady=steady)
+            source = ClosedLoop(workload.lengths, config.batch_size, steady=steady, if_preempted=workload.if_preempted)
         case "all_at_once":
             source = all_at_once(workload.lengths)
         case "poisson":
@@ -325,7 +330,7 @@ def run_job(
     roofline = build_roofline(resolved)
     policy = build_placement(resolved, roofline)
     workload = workload_of(job)
-    check_requests_fit(resolved, workload.lengths)
+    check_requests_fit(resolved, workload.all_lengths)
     recorder = Recorder()
     if config.record_plans:
         recorder.keep_plans()
@@ -342,7 +347,8 @@ def run_job(
             if meter is not None:
                 meter.step()
             if on_step is not None:
-                on_step(steps, recorder.num_requests, total)
+                done = recorder.num_requests
+                on_step(steps, done, total if done <= total else total + len(workload.if_preempted))
 
         runner = build_runner(resolved, roofline, job.seed, loaded_and_rested)
         engine = Engine(build_scheduler(resolved, policy), runner, build_source(job, workload), recorder)

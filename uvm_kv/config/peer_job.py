@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from uvm_kv.config.build import REQUESTS_PER_CLIENT, Job, build_source, identity, workload_of
+from uvm_kv.config.build import Job, build_source, identity, workload_of
 from uvm_kv.config.cuda import energy_meter
 from uvm_kv.config.models import load_served
 from uvm_kv.config.peers import CONTINUOUS, cache_of, page_size
 from uvm_kv.config.resolve import Resolved
 from uvm_kv.config.serving import outputs
+from uvm_kv.config.workload import REQUESTS_PER_CLIENT
 from uvm_kv.kvcache.manager import KVUsage
 from uvm_kv.sched.request import Request
 from uvm_kv.telemetry.energy import EnergyMeter

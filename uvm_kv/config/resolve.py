@@ -223,8 +223,6 @@ def resolve(composed: DictConfig) -> Resolved:
         config.batch_size = _batch_of_working_set(config, profile, model, precision, spec, simulated=not served)
         config.working_set_ratio = None
     _check_token_budget(config)
-    if config.workload.num_requests is None and config.workload.path is None and config.workload.name != "prompts":
-        config.workload.num_requests = 8 * config.batch_size
     workload = build_workload(config, max_model_len, None if serving is None else serving.prompts)
     lengths, longest = [sum(pair) for pair in workload.lengths], longest_request(config, max_model_len, workload)
     if card is not None:

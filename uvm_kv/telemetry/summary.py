@@ -13,7 +13,7 @@ from uvm_kv.telemetry.energy import EnergyMeter, PowerModel, energy_j
 from uvm_kv.telemetry.recorder import Table
 from uvm_kv.types import NS_PER_S
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when the columns or the simulated numbers change their meaning: older runs are then not taken for new."""
 PERCENTILES = (50, 90, 99)
 INCOMPLETE = "stopped by max_steps or max_seconds before all requests were served"
@@ -30,10 +30,11 @@ def summarize(
 ) -> dict[str, Any]:
     """Measured quantities of a run; `complete` is False where max_steps or max_seconds stopped it.
 
-    Throughput is taken over the steady window, from the first completion to the last admission; batch and KV means
-    over the same window where there is one, weighted by time. Latencies are those of measured requests only: TTFT
-    from arrival to first token, TPOT the mean gap between an output's tokens, end to end from arrival to last token,
-    and normalized that over the output's length (Orca's and vLLM's).
+    Throughput is taken over the steady window: from the finish of the last request that is not measured (in an open
+    loop, where all are measured, of the first request) to the last admission. So the prefill with which all clients
+    begin lies before it. Batch and KV means are over the same window where there is one, weighted by time. Latencies
+    are those of measured requests only: TTFT from arrival to first token, TPOT the mean gap between an output's tokens,
+    end to end from arrival to last token, and normalized that over the output's length (Orca's and vLLM's).
 
     A run that starts in its steady state (until `steady_until_ns`) is steady from its first step on, may be stopped at
     any time, and has neither TTFT nor end-to-end latency, since nothing is prefilled.
@@ -58,7 +59,7 @@ def summarize(
         inside = (end > window[0]) & (end <= window[1])
         steady = float(tokens[inside].sum() * NS_PER_S / (window[1] - window[0]))
     else:
-        warnings.append("no steady window: no admission follows the first completion; it takes more requests")
+        warnings.append("no steady window: no admission follows the warm-up requests; it takes more requests")
     weights = (end - start).astype(float)
     if inside.any():
         weights = weights * inside
@@ -138,11 +139,13 @@ def _mean(values: NDArray[np.int64], weights: NDArray[np.float64]) -> float | No
 
 
 def _steady_window(requests: Table) -> tuple[int, int] | None:
-    finishes = [t for t in requests["finish_ns"] if t is not None]
-    admissions = [t for t in requests["admitted_ns"] if t is not None]
-    if not finishes or not admissions or max(admissions) <= min(finishes):
-        return None
-    return min(finishes), max(admissions)
+    finishes = [
+        (t, measured) for t, measured in zip(requests["finish_ns"], requests["measured"], strict=True) if t is not None
+    ]
+    warm_up = [t for t, measured in finishes if not measured]
+    begin = max(warm_up) if warm_up else min((t for t, _ in finishes), default=None)
+    end = max((t for t in requests["admitted_ns"] if t is not None), default=None)
+    return None if begin is None or end is None or end <= begin else (begin, end)
 
 
 def _ttft(requests: Table, rows: list[int]) -> NDArray[np.float64]:

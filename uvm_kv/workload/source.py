@@ -72,13 +72,22 @@ class ClosedLoop(RequestSource):
     Client i's first request generates i / num_clients of its output, so that the clients do not march in step; it
     only brings the system into its steady state and is not measured. Or the first requests are given (`steady_start`),
     and the later ones begin with their prompt's KV, too.
+
+    `if_preempted`: further lengths. They are used once a request has ended that was preempted, since the throughput of
+    a loop that preempts settles slowly.
     """
 
     def __init__(
-        self, lengths: Sequence[Lengths], num_clients: int, *, steady: Sequence[Request] | None = None
+        self,
+        lengths: Sequence[Lengths],
+        num_clients: int,
+        *,
+        steady: Sequence[Request] | None = None,
+        if_preempted: Sequence[Lengths] = (),
     ) -> None:
         self._num_started = min(num_clients, len(lengths))
         self._lengths = deque(lengths[self._num_started :])
+        self._if_preempted = if_preempted
         self._next_id = self._num_started
         self._steady = steady is not None
         if steady is None:
@@ -99,6 +108,9 @@ class ClosedLoop(RequestSource):
         return self._pending[0][0] if self._pending else None
 
     def finished(self, request: Request, now_ns: int) -> None:
+        if request.num_preemptions and self._if_preempted:
+            self._lengths.extend(self._if_preempted)
+            self._if_preempted = ()
         if self._lengths:
             prompt, output = self._lengths.popleft()
             make = filled_request if self._steady else Request

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from rich.console import Console
 from experiments import launchers
 from experiments.listing import list_jobs
 from experiments.progress import ENVIRONMENT, Event, SweepEnd, SweepLog, read_command, report_event, sweep_log
+from experiments.refine import refine
 from experiments.track import mirror_all
 from uvm_kv.config.build import Job, check_fits, identity, is_done, repeats_of, run_job
 from uvm_kv.config.card import ask_card
@@ -77,6 +78,8 @@ class Request:
     """Parsed, those of the experiment's sweep included."""
     on_gpu: bool
     """Some job has runner=cuda."""
+    refine: bool
+    """Search best points after the sweep."""
     launcher: str | None
     """As given; None: the default."""
 
@@ -145,7 +148,24 @@ def preflight(arguments: list[str]) -> Request:
     worked = on_gpu or (bool(SWEEP_FLAGS & set(arguments)) and launcher == launchers.BASIC)
     check_command(given, by_key, file, has_worker=worked)
     check_writable(folder, "results_dir=")
-    return Request(experiment or EXPERIMENT_WITHOUT_FILE, folder, num_jobs, list(by_key.values()), on_gpu, launcher)
+    refined = _refines(given, file, sweeps=bool(SWEEP_FLAGS & set(arguments)), on_gpu=on_gpu)
+    return Request(
+        experiment or EXPERIMENT_WITHOUT_FILE, folder, num_jobs, list(by_key.values()), on_gpu, refined, launcher
+    )
+
+
+def _refines(given: Mapping[str, Any], file: Any, *, sweeps: bool, on_gpu: bool) -> bool:
+    """Whether the sweep is refined; ValueError where that is asked for and cannot be."""
+    asked = "refine" in given and given["refine"].value() is True
+    if asked and not sweeps:
+        raise ValueError("refine=true searches around the batch sizes of a sweep; add -m, or drop it")
+    if asked and on_gpu:
+        raise ValueError(
+            "refine=true with runner=cuda: only simulated points are searched; give the batch sizes to try"
+        )
+    if "refine" in given:
+        return asked
+    return sweeps and not on_gpu and file is not None and bool(OmegaConf.select(file, "refine"))
 
 
 def _on_gpu(by_key: dict[str, Any], file: Any) -> bool:
@@ -223,7 +243,7 @@ def _begin(named: NamedJob) -> bool:
     """False for a run that is complete already."""
     directory = str(named.job.directory)
     if is_done(named.job):
-        report_event(Event("skipped", named.name, directory, tracking=named.tracking))
+        report_event(Event("skipped", named.name, directory, tracking=named.tracking, overrides=named.overrides))
         return False
     started = Event("started", named.name, directory, overrides=named.overrides, identity=identity(named.job))
     report_event(started)
@@ -232,7 +252,8 @@ def _begin(named: NamedJob) -> bool:
 
 def _done(named: NamedJob) -> None:
     clear_failure(named.job.directory)
-    report_event(Event("done", named.name, str(named.job.directory), tracking=named.tracking))
+    directory = str(named.job.directory)
+    report_event(Event("done", named.name, directory, tracking=named.tracking, overrides=named.overrides))
 
 
 def _failed(named: NamedJob, error: str, *, not_tried_after: str | None = None, refused: bool = False) -> None:
@@ -427,6 +448,9 @@ def main() -> int:
             _task()
             if _parent.collected is not None:
                 _run_in_worker(_parent.collected, log, sweep=sweep)
+            if request.refine and not launchers.problems:
+                log.poll()
+                refine(log.events, request.experiment)
     except KeyboardInterrupt:
         folder = request.results_dir / request.experiment
         print(
@@ -463,7 +487,9 @@ def _lose(log: SweepLog, overrides: Sequence[str], why: str) -> None:
         directory = Path(event.directory)
         if is_complete(directory):
             clear_failure(directory)
-            report_event(Event("done", event.label, event.directory, tracking=event.tracking))
+            report_event(
+                Event("done", event.label, event.directory, tracking=event.tracking, overrides=event.overrides)
+            )
             continue
         write_failure(
             directory,

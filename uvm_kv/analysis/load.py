@@ -34,7 +34,7 @@ def load_runs(records: Iterable[Record]) -> pd.DataFrame:
         [
             flatten(r.summary)
             | {"id": r.id, "place": str(r.place), "git_sha": r.manifest.get("git_sha")}
-            | {"git_dirty": r.manifest.get("git_dirty")}
+            | {"git_dirty": r.manifest.get("git_dirty"), "argv": r.manifest.get("argv")}
             for r in records
         ]
     )
@@ -64,7 +64,8 @@ def points(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
     says that it is one. Nothing else is put together. Throughput is the steady one, or the whole run's where a run has
     no steady window. Runs on the CPU say nothing about memory kinds and are left out. `throughput_low` and
     `throughput_high` bound it (`median_interval`) and `throughput_std` is the spread over repeats; NaN for one run.
-    `throughputs` are the repeats themselves, `<column>.repeats` those of each column in `keep`.
+    `throughputs` are the repeats themselves, `<column>.repeats` those of each column in `keep`; `by_draw` pairs each
+    with the seed and repeat that it was drawn with.
     """
     usable = runs[~runs["memory_emulated"].astype(bool)].copy()
     if usable.empty:
@@ -87,11 +88,14 @@ def points(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
     table["throughput_high"] = [interval.high for interval in intervals]
     table["throughput_std"] = grouped["throughput"].std()
     table["throughputs"] = grouped["throughput"].apply(tuple)
+    draws = zip(usable["seed"], usable["repeat"], strict=True)
+    usable["by_draw"] = pd.Series(list(zip(draws, usable["throughput"], strict=True)), usable.index, dtype=object)
+    table["by_draw"] = usable.groupby(key, sort=True)["by_draw"].apply(tuple)
     for name in keep:
         table[f"{name}{REPEATS}"] = grouped[name].apply(tuple)
     table["num_runs"] = grouped.size()
     shared = ("model", "workload", "origin", "hardware", "mechanism", "engine", "admission", "memory", "placement")
-    for name in (*shared, "prompt_tokens"):
+    for name in (*shared, "prompt_tokens", "drawn", "argv"):
         table[name] = grouped[name].first()
     return table.reset_index()
 

@@ -73,7 +73,7 @@ def write_report(
     warnings = [f"left out: {it}" for it in left_out] + _unverified(records) + _warnings(runs)
     with written_whole(out) as staging:
         figure = save_figure(sweep_figure(table), staging / "figure")
-        table.drop(columns="throughputs").to_csv(staging / "points.csv", index=False)
+        table.drop(columns=["throughputs", "by_draw", "argv"]).to_csv(staging / "points.csv", index=False)
         page = _page(runs, table, found, best, memory, warnings, missing, figure[0])
         (staging / "report.html").write_text(page, encoding="utf-8")
     figure = [out / file.name for file in figure]

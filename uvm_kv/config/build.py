@@ -475,6 +475,7 @@ def identity(job: Job) -> dict[str, Any]:
         "kv_bits": job.resolved.precision.kv_bits,
         "offered_batch": config.batch_size,
         "working_set_ratio": job.resolved.working_set_ratio(),
+        "drawn": config.workload.lengths is not None or config.workload.arrival == "poisson",
         "seed": config.seed,
         "repeat": job.repeat,
         "setting": setting,

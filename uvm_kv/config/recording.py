@@ -14,8 +14,9 @@ from uvm_kv.config.names import groups, parse_overrides
 from uvm_kv.config.schema import ConfigSchema
 from uvm_kv.telemetry.store import read_json
 
-FROM_COMMAND_LINE = ("runner", "replay.path", "results_dir", "rerun", "tracking", "num_repeats", "record_plans")
-NOT_OF_THE_WORK = ("results_dir", "rerun", "tracking", "num_repeats", "record_plans", "seed")
+SAYS_HOW = ("results_dir", "rerun", "refine", "tracking", "num_repeats", "record_plans")
+FROM_COMMAND_LINE = ("runner", "replay.path", *SAYS_HOW)
+NOT_OF_THE_WORK = (*SAYS_HOW, "seed")
 """What recorded runs of one config may differ in."""
 FIXED = ("runner", "replay", "prompts", "sampling", "workload", "experiment", "max_steps", *NOT_OF_THE_WORK)
 """What cannot be changed when a recording is simulated: it would be other work, or says nothing."""

@@ -76,7 +76,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "sampling.temperature": (0, 100),
     "driver.prefetch_threshold_percent": (1, 100),
 }
-NOT_DETERMINING = ("results_dir", "tracking", "rerun", "num_repeats", "watchdog_s")
+NOT_DETERMINING = ("results_dir", "tracking", "rerun", "refine", "num_repeats", "watchdog_s")
 """What a run's result does not depend on, hence what its id leaves out."""
 VARIANT_AXES = (
     "memory.kind",

@@ -230,6 +230,7 @@ class ConfigSchema:
     record_plans: bool = False
     results_dir: str = "results/runs"
     rerun: bool = False
+    refine: bool = False
 
 
 @dataclass

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from uvm_kv.analysis.load import GROUP, points
 from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import PAGE_IN, STYLES, look
-from uvm_kv.analysis.verdict import Verdict, interval, verdicts, with_gains
+from uvm_kv.analysis.verdict import LIMIT, Verdict, interval, verdicts, with_gains
 from uvm_kv.types import BASELINES
 
 PANELS = {
@@ -81,25 +81,29 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
 
 
 def _headline(found: Sequence[Verdict]) -> list[str]:
-    """A sentence a card and origin over all its comparisons, as one text; none where a side is absent from one."""
-    if not found or any(v.judged is None for v in found):
+    """One text with a sentence for each card and origin over all its comparisons; none where no verdict is given."""
+    if all(v.word == "UNKNOWN" for v in found):
         return []
     cards = list(dict.fromkeys((v.origin, v.hardware) for v in found))
     return [" ".join(_sentence(*card, [v for v in found if (v.origin, v.hardware) == card]) for card in cards)]
 
 
 def _sentence(origin: str, hardware: str, found: Sequence[Verdict]) -> str:
-    where = f"On a {origin} {hardware}, CPU-backed KV"
-    raised = [v for v in found if v.judged is not None and v.judged.word == "HIGHER"]
-    unclear = [v for v in found if v.judged is not None and v.judged.word == "AMBIGUOUS"]
-    each = ", ".join(_gain(v) for v in found)
+    told = [v for v in found if v.word != "UNKNOWN"]
+    raised = [v for v in told if v.word == "HIGHER"]
+    unclear = [v for v in told if v.word == "AMBIGUOUS"]
+    each = ", ".join(_gain(v) for v in told)
     doubt = f"; AMBIGUOUS, and not counted: {', '.join(_doubt(v) for v in unclear)}" if unclear else ""
-    if not raised:
-        return f"{where} raised the best throughput of none of {len(found)} workloads: {each}{doubt}."
-    equal = [v for v in raised if v.judged_equal_tpot is not None and v.judged_equal_tpot.word == "HIGHER"]
+    unknown = [_name(v) for v in found if v.word == "UNKNOWN"]
+    left = f"; no verdict for {', '.join(unknown)}" if unknown else ""
+    where = f"On a {origin} {hardware}, CPU-backed KV raised the best throughput"
+    equal = [v for v in told if v.equal_tpot is not None and v.equal_tpot.word == "HIGHER"]
+    limited = [v for v in told if v.at_limit is not None]
+    at_limit = [v for v in limited if v.at_limit is not None and v.at_limit.word == "HIGHER"]
+    limit = f", at a limit of {LIMIT} sequences in {len(at_limit)} of {len(limited)}" if limited else ""
     return (
-        f"{where} raised the best throughput of {len(raised)} of {len(found)} workloads over the best that the card "
-        f"does alone ({each}){doubt}; at equal p99 TPOT it did so in {len(equal)} of them."
+        f"{where} of {len(raised) or 'none'} of {len(told)} workloads over the best that the card does alone "
+        f"({each}){doubt}{left}; at equal p99 TPOT it did so in {len(equal) or 'none'} of them{limit}."
     )
 
 
@@ -109,13 +113,15 @@ def _name(verdict: Verdict) -> str:
 
 
 def _gain(verdict: Verdict) -> str:
-    assert verdict.gain is not None and verdict.challenger is not None  # Or the headline is not told.
-    return f"{_name(verdict)}: {percent(verdict.gain)} ({verdict.challenger.mechanism})"
+    assert verdict.main is not None  # Its word is known.
+    main = verdict.main
+    noise = f" +- {100 * main.noise:.1f}" if main.noise is not None and main.num_draws > 1 else ""
+    return f"{_name(verdict)}: {percent(main.gain)}{noise} ({main.point.mechanism})"
 
 
 def _doubt(verdict: Verdict) -> str:
-    assert verdict.judged is not None
-    return _name(verdict) + interval(verdict.judged)
+    assert verdict.main is not None and verdict.main.ratio is not None
+    return _name(verdict) + interval(verdict.main.ratio)
 
 
 def _batch_axis(axis: Any, batches: pd.Series[float]) -> None:

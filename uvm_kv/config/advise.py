@@ -1,9 +1,9 @@
 """Does CPU-backed KV help this card, model and workload? Simulated, in memory: no run directory is written.
 
-Both device-only baselines and every CPU-backed mechanism that the workload allows are run at batches around what the
-card's KV memory holds. The best of each side, with the least host memory that keeps the gain, is then run with other
-seeds, and with the profile's main quantities moved by what they are uncertain by: the range of the gain. A job of any
-side is the one that its `command` runs.
+The best batch of both device-only baselines, and of every CPU-backed mechanism that the workload allows, is searched
+(`uvm_kv.config.search`), of the latter among those that move KV over the link. The best of each side, with the least
+host memory that keeps the gain, is then run with other seeds, and with the profile's main quantities moved by what they
+are uncertain by: the range of the gain. A job of any side is the one that its `command` runs.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import os
 import re
 import shlex
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
-from math import ceil, hypot, inf
+from math import ceil, hypot
 from multiprocessing import get_context
 from operator import attrgetter
 from pathlib import Path
@@ -35,6 +35,7 @@ from uvm_kv.config.calibration import source_of
 from uvm_kv.config.names import CONF_DIR, check_overrides, groups, mark_given, parse_overrides
 from uvm_kv.config.resolve import Resolved, resolve
 from uvm_kv.config.schema import WorkloadSchema, register
+from uvm_kv.config.search import Tried, search_best
 from uvm_kv.engine import Engine
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.telemetry.recorder import Recorder
@@ -44,6 +45,8 @@ from uvm_kv.workload.lengths import mean_lengths
 
 NOT_ADVISED = (*BASELINES, "custom", "managed_demand_capped")
 """Of those without CPU-backed KV, named by nobody, or with evictions by plan in the place of the driver's."""
+PREEMPTING = ("pinned_swap", "pageable_swap")
+"""Their best batch lies beyond the largest that runs without preemption, which is a baseline's."""
 ON_REQUEST = ("pageable_swap", "vmm_balanced")
 """To the simulator never better than pinned_swap, and the same as pinned_balanced."""
 TAKEN = (
@@ -52,14 +55,8 @@ TAKEN = (
     *("memory.device_kv_bytes", "memory.host_kv_bytes", "memory.gpu_memory_utilization"),
 )
 """Keys, with what is below them, that are part of the question."""
-RUNGS = (0.5, 0.75, 1.0, 1.125, 1.25, 1.375, 1.5, 2.0, 3.0)
-"""Batches tried, over the sequences that fit the card."""
-FIRST_RUNGS = (1.0, 1.25, 1.5, 2.0)
-GIVE_UP = 0.7
-"""A mechanism that has fallen below this share of its best is not tried at larger batches."""
 MAX_OUTPUT_TOKENS = 500_000
-"""Of one run: about a second."""
-REQUESTS_PER_CLIENT = (3, 8)
+"""Output tokens of one run of a trace: about a second."""
 KEPT = 0.99
 """Share of the gain that the least host memory must keep."""
 WORTH = 0.01
@@ -95,6 +92,9 @@ class Point:
     """link, capacity (requests wait for KV memory), HBM or operators."""
     moved_kv: bool
     """Over the link."""
+    preempted: bool
+    full: bool
+    """Whether KV memory limited it: requests were preempted, or waited for memory."""
     peak_host_bytes: int
 
 
@@ -146,15 +146,13 @@ class Question:
     """What every job of it shares; travels to the worker processes."""
 
     overrides: tuple[str, ...]
-    num_requests: int | None
+    num_requests: int | None = None
     """None: as the config says."""
-    per_client: bool
-    """Whether `num_requests` is that of each client."""
 
     def changes(self, mechanism: str, batch_size: int, host_kv_bytes: int | None, num_repeats: int) -> dict[str, Any]:
         changes: dict[str, Any] = {"batch_size": batch_size}
         if self.num_requests is not None:
-            changes["workload.num_requests"] = self.num_requests * (batch_size if self.per_client else 1)
+            changes["workload.num_requests"] = self.num_requests
         if host_kv_bytes is not None and mechanism not in BASELINES:
             changes["memory.host_kv_bytes"] = host_kv_bytes
         return changes | ({"num_repeats": num_repeats} if num_repeats > 1 else {})
@@ -203,9 +201,10 @@ def simulate(resolved: Resolved, repeat: int = 0, profile: HardwareProfile | Non
     kv = min(summary["kv_bytes_mean"]["used"], resolved.capacity.num_device_blocks * block)
     read_s = summary["num_steps"] * (weights + kv) / resolved.profile.gpu.hbm_bytes_per_s
     waiting = fmean(bool(w or s) for w, s in zip(steps["num_waiting"], steps["num_swapped"], strict=True))
+    queued = summary["running_batch_mean"] < 0.99 * resolved.config.batch_size
     if max(copied_s) >= BOUND * seconds or summary["stall_s"] >= (1 - BOUND) * seconds:
         bound = "link"
-    elif waiting >= BOUND and summary["running_batch_mean"] < 0.99 * resolved.config.batch_size:
+    elif waiting >= BOUND and queued:
         bound = "capacity"
     else:
         bound = "HBM" if read_s >= BOUND * seconds else "operators"
@@ -218,41 +217,35 @@ def simulate(resolved: Resolved, repeat: int = 0, profile: HardwareProfile | Non
         summary["running_batch_mean"],
         bound,
         max(copied_s) > 0,
+        bool(summary["preemptions"]),
+        bool(summary["preemptions"]) or (waiting > 0.01 and queued),
         max(n or 0 for n in steps["claimed_host_blocks"]) * block,
     )
 
 
-def search(question: Question, mechanism: str, rungs: list[int], first: list[int]) -> list[Point] | str:
-    """Points of a mechanism at the batches of `first`, and around the best of them those of `rungs`; or why none.
+def search(question: Question, mechanism: str, start: Sequence[int], most: int) -> list[Point] | str:
+    """Points of a mechanism at every batch that the search for its best one tried, `start` first; or why none.
 
     A larger batch may be refused where the first is not: its activations leave less room.
     """
-    tried: dict[int, Point] = {}
-    refused: dict[int, str] = {}
+    found: dict[int, Point] = {}
+    refusals: list[str] = []
 
-    def attempt(batch_size: int) -> None:
+    def evaluate(batch_size: int) -> Tried | None:
         try:
             resolved = question.resolved(mechanism, batch_size)
             if resolved.memory is MemoryKind.MANAGED and resolved.config.workload.start == "steady":
                 raise ValueError("a steady start does not lay managed memory out as the driver would; use start=cold")
-            tried[batch_size] = simulate(resolved)
+            point = found[batch_size] = simulate(resolved)
         except ValueError as error:
-            refused[batch_size] = str(error)
+            refusals.append(str(error))
+            return None
+        counts = mechanism in BASELINES or point.moved_kv
+        return Tried(batch_size, point.tokens_per_s, point.running_batch, point.preempted, counts)
 
-    for batch_size in first:
-        attempt(batch_size)
-        if not tried:
-            return refused[batch_size]
-        best_rate = max(p.tokens_per_s for p in tried.values())
-        if batch_size in refused or tried[batch_size].tokens_per_s < GIVE_UP * best_rate:
-            break
-    while True:
-        best = rungs.index(max(tried, key=lambda b: (tried[b].tokens_per_s, -b)))
-        beside = [b for b in rungs[max(0, best - 1) : best + 2] if b not in tried and b not in refused]
-        if not beside:
-            return [tried[b] for b in sorted(tried)]
-        for batch_size in beside:
-            attempt(batch_size)
+    one_length = _composed(question.overrides, mechanism).workload.prompt_tokens is not None
+    search_best(evaluate, start, one_length=one_length, most=most)
+    return [found[b] for b in sorted(found)] or refusals[0]
 
 
 def rerun(question: Question, point: Point, repeat: int = 0, quantity: str = "", factor: float = 1.0) -> Point:
@@ -323,38 +316,28 @@ def _checked(arguments: list[str]) -> tuple[tuple[str, ...], list[str], int | No
     return tuple(kept), sorted(mechanisms, key=lambda m: (not m.startswith("pinned"), m)), most
 
 
-def _question(
-    overrides: tuple[str, ...], most: int | None
-) -> tuple[Question, Resolved, int, tuple[list[int], list[int]]]:
-    """(question, a device-only job, sequences that fit the card, (batches, those that are tried first))."""
-    base = Question(overrides, None, False).resolved(BASELINES[0], 64 if most is None else most)
+def _question(overrides: tuple[str, ...], most: int | None) -> tuple[Question, Resolved, int, list[int], int]:
+    """(question, a device-only job, sequences that fit the card, batches to begin with, largest batch)."""
+    base = Question(overrides).resolved(BASELINES[0], 64 if most is None else most)
     workload = base.config.workload
     lengths = build.workload_of(build.Job(base, 0, Path())).lengths
     prompt, output = mean_lengths(lengths)
     num_seqs = base.capacity.num_device_blocks // base.spec.num_blocks(round(prompt + output))
     # Where optimistic admission is full on average: no preemption yet, and nothing is reserved.
     full = base.capacity.num_device_blocks // base.spec.num_blocks(round(prompt + output / 2))
-    limit = min(inf if most is None else most, base.config.scheduler.max_num_batched_tokens)
-
-    def batches(rungs: Iterable[float]) -> list[int]:
-        sizes = [full, *(round(rung * max(1, num_seqs)) for rung in rungs)]
-        return sorted({int(max(1, min(limit, size))) for size in sizes})
-
-    num_requests, closed = None, workload.arrival == "closed_loop" and workload.path is None
+    limit = base.config.scheduler.max_num_batched_tokens if most is None else most
+    start = sorted({max(1, min(limit, size)) for size in (num_seqs, full)})
+    num_requests = None
     if workload.path is not None:
         num_requests = min(len(lengths), max(1, int(MAX_OUTPUT_TOKENS / output)))
-    elif not any(text.startswith("workload.num_requests=") for text in overrides):
-        low, high = REQUESTS_PER_CLIENT
-        largest = batches(RUNGS)[-1]
-        num_requests = max(low, min(high, int(MAX_OUTPUT_TOKENS / (largest * output)))) * (1 if closed else largest)
-    return Question(overrides, num_requests, closed), base, num_seqs, (batches(RUNGS), batches(FIRST_RUNGS))
+    return Question(overrides, num_requests), base, num_seqs, start, limit
 
 
 def advise(arguments: list[str], *, num_workers: int | None = None, progress: Callable[[str], Any] = print) -> Advice:
     """The answer for Hydra overrides; one worker is this process, None is one a core. ValueError for a mistake in them,
     or where no side can serve the workload."""
     overrides, mechanisms, most = _checked(arguments)
-    question, base, num_seqs, (rungs, first) = _question(overrides, most)
+    question, base, num_seqs, start, limit = _question(overrides, most)
     workload = base.config.workload
     most_host, block_bytes = _composed(overrides, mechanisms[0]).memory.host_kv_bytes, base.spec.block_bytes
     if most_host is not None and most_host < block_bytes:
@@ -376,13 +359,17 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
                 results.append(result())
             return results
 
-        calls = [(m, rungs, rungs) for m in BASELINES] + [(m, rungs, first) for m in mechanisms]
-        found = dict(zip((m for m, *_ in calls), run("mechanisms", search, calls), strict=True))
+        rate = attrgetter("tokens_per_s")
+        found = dict(zip(BASELINES, run("baselines", search, [(m, start, limit) for m in BASELINES]), strict=True))
+        tops = [max(points, key=rate).batch_size for points in found.values() if not isinstance(points, str)]
+        beyond = sorted({*start, *(min(limit, top + more) for top in tops for more in (0, 1))})
+        calls = [(m, beyond if m in PREEMPTING else start, limit) for m in mechanisms]
+        found |= zip(mechanisms, run("mechanisms", search, calls), strict=True)
         left_out = {m: points for m, points in found.items() if isinstance(points, str)}
         device = [p for m in BASELINES if m not in left_out for p in found[m]]
         backed = [p for m in mechanisms if m not in left_out for p in found[m]]
-        rate = attrgetter("tokens_per_s")
-        baseline, best = (max(points, key=rate, default=None) for points in (device, backed))
+        moving = [p for p in backed if p.moved_kv]
+        baseline, best = (max(points, key=rate, default=None) for points in (device, moving or backed))
         if best is not None:
             best = dataclasses.replace(best, host_kv_bytes=_least_host(question, best, baseline, progress))
         sides = [side for side in (best, baseline) if side is not None]
@@ -419,7 +406,7 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
     if advice.best is None or advice.baseline is None:
         return advice
     gains = [a.tokens_per_s / b.tokens_per_s - 1 for a, b in zip(*runs, strict=True)]
-    gain = advice.best.tokens_per_s / advice.baseline.tokens_per_s - 1
+    gain = fmean(gains)  # Paired: both sides serve the same draws.
     effects = [
         Effect(*move, (low - gains[0], high - gains[0])) for move, (low, high) in zip(moves, _pairs(moved), strict=True)
     ]
@@ -429,12 +416,12 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
     # Independent of one another, so that their effects add as squares.
     lowest = gain - hypot(*(min(0.0, *effect.gains) for effect in effects))
     highest = gain + hypot(*(max(0.0, *effect.gains) for effect in effects))
-    limit = baseline.tpot_p99_s if baseline is not None else None
-    equal = [p for p in backed if limit is not None and p.tpot_p99_s is not None and p.tpot_p99_s <= limit]
+    slowest = baseline.tpot_p99_s if baseline is not None else None
+    equal = [p for p in moving if slowest is not None and p.tpot_p99_s is not None and p.tpot_p99_s <= slowest]
     within = max(equal, key=rate, default=None)
     return dataclasses.replace(
         advice,
-        answer=verdict(gain, lowest, highest),
+        answer=verdict(gain, lowest, highest) if advice.best.moved_kv else "no",
         gain=gain,
         gain_range=(lowest, highest),
         equal_tpot=within,

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import ceil, floor, inf
+from math import ceil, floor
 
 FACTOR = 1.1
 SAME = 0.005
 """Neighbouring batches whose throughputs differ by less, as a fraction, lie on a plateau."""
 GIVE_UP = 0.9
 """A mechanism that has fallen below this share of its best is not tried at larger batches."""
+SAWTOOTH = 1.5
+"""Where all requests are alike, batches up to this many times the first that preempts are tried before a plateau is
+believed: rungs may meet the same phase of the sawtooth."""
 NEAR = 0.02
 NEAR_DRAWN = 0.05
 """Gaps of this share of the best batch are not halved; with drawn lengths a finer one is noise."""
@@ -45,13 +48,13 @@ Evaluate = Callable[[int], Tried | None]
 
 
 class _Search:
-    def __init__(self, evaluate: Evaluate, most: float) -> None:
+    def __init__(self, evaluate: Evaluate, most: int) -> None:
         self._evaluate, self._most = evaluate, most
         self.tried: dict[int, Tried] = {}
         self._refused: set[int] = set()
 
     def attempt(self, batch_size: int) -> Tried | None:
-        batch_size = int(min(batch_size, self._most))
+        batch_size = min(batch_size, self._most)
         if batch_size < 1 or batch_size in self._refused:
             return None
         if batch_size not in self.tried:
@@ -73,7 +76,7 @@ class _Search:
         return batch_size >= self._most or batch_size in self._refused
 
 
-def search_best(evaluate: Evaluate, start: Iterable[int], *, one_length: bool, most: float = inf) -> list[Tried]:
+def search_best(evaluate: Evaluate, start: Iterable[int], *, one_length: bool, most: int) -> list[Tried]:
     """Every batch size that was tried, in order; empty where all of `start` are refused.
 
     `start`: batches to begin with, such as those of a sweep. `one_length`: all requests are alike, so that there is a
@@ -84,17 +87,17 @@ def search_best(evaluate: Evaluate, start: Iterable[int], *, one_length: bool, m
         search.attempt(batch_size)
     if not search.tried:
         return []
-    _climb(search)
+    _climb(search, one_length)
     if one_length:
         _bisect_cliff(search)
-    _climb(search)
+    _climb(search, one_length)
     _narrow(search, NEAR if one_length else NEAR_DRAWN)
     return search.in_order()
 
 
-def _climb(search: _Search) -> None:
+def _climb(search: _Search, one_length: bool) -> None:
     """Extend the ladder until it has ended above the best batch and begun below it."""
-    while not _has_ended(search):
+    while not _has_ended(search, one_length):
         largest = max(search.tried)
         if search.attempt(max(largest + 1, ceil(largest * FACTOR))) is None:
             break
@@ -103,13 +106,16 @@ def _climb(search: _Search) -> None:
             break
 
 
-def _has_ended(search: _Search) -> bool:
+def _has_ended(search: _Search, one_length: bool) -> bool:
     """Whether no larger batch will be better: it has fallen, or neither throughput nor running batch rises."""
     rungs, best = search.in_order(), search.best()
     if search.is_limit(rungs[-1].batch_size):
         return True
     if best.counts and rungs[-1].tokens_per_s < GIVE_UP * best.tokens_per_s:
         return True
+    preempting = next((it.batch_size for it in rungs if it.preempted), 0)
+    if one_length and rungs[-1].batch_size < SAWTOOTH * preempting:
+        return False
     return len(rungs) > 2 and all(_same(a, b) for a, b in zip(rungs[-3:], rungs[-2:], strict=False))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -130,8 +130,9 @@ def make_sim(context: PlacementContext, hints: Hints | None = None) -> SimRunner
 class ScriptedRunner(ModelRunner):
     """Takes `step_ns` a step, and fails on a plan that no real runner could carry out.
 
-    It knows what every slot of every block holds, as (request id, position), moves that as the ops say, and requires
-    that each scheduled sequence finds its context in its block table and that what is called a decode samples.
+    It takes the contract of `ModelRunner` by its letter. It knows what every slot of every block holds, as (request id,
+    position): moves copy it, a new block that no move has written loses it, and so do the blocks of a removed request.
+    Each scheduled sequence must find its context in its block table, and what is called a decode must sample.
     """
 
     def __init__(
@@ -158,7 +159,9 @@ class ScriptedRunner(ModelRunner):
         self._tables[request.id] = []
 
     def remove(self, request_id: int) -> None:
-        del self._known_tokens[request_id], self._tables[request_id]
+        self._clear(self._tables.pop(request_id))
+        del self._known_tokens[request_id]
+        self._to_fill.pop(request_id, None)
 
     def now_ns(self) -> int:
         return self._now_ns
@@ -169,12 +172,14 @@ class ScriptedRunner(ModelRunner):
     def execute(self, plan: StepPlan) -> StepOutput:
         for request_id in plan.dropped:
             self._tables[request_id] = []
-        for sequence in plan.scheduled:
-            self._tables[sequence.request_id].extend(sequence.new_blocks)
-            for position in range(self._to_fill.pop(sequence.request_id, 0)):
-                self._write(sequence.request_id, position)
         for op in plan.ops:
             self._move(op)
+        moved = {block for op in plan.ops for block in op.targets}
+        for sequence in plan.scheduled:
+            self._tables[sequence.request_id].extend(sequence.new_blocks)
+            self._clear(block for block in sequence.new_blocks if block not in moved)
+            for position in range(self._to_fill.pop(sequence.request_id, 0)):
+                self._write(sequence.request_id, position)
         token_ids = []
         for request_id, phase, num_new, context, _ in plan.scheduled:
             table, end = self._tables[request_id], context + num_new
@@ -199,10 +204,17 @@ class ScriptedRunner(ModelRunner):
         block = self._tables[request_id][position // self._block_size]
         self._slots[block][position % self._block_size] = (request_id, position)
 
+    def _clear(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self._slots[block] = [None] * self._block_size
+
     def _move(self, op: MemoryOp) -> None:
-        if op.kind in (OpKind.COPY_IN, OpKind.COPY_OUT):
-            for source, target in zip(op.blocks, op.targets, strict=bool(op.targets)):
-                self._slots[target] = list(self._slots[source])
+        """All blocks at once, as a copy through a buffer would; an op without targets moves no table."""
+        if op.targets:
+            assert op.kind in (OpKind.COPY_IN, OpKind.COPY_OUT)
+            content = [list(self._slots[source]) for source in op.blocks]
+            for target, slots in zip(op.targets, content, strict=True):
+                self._slots[target] = slots
 
     def close(self) -> None:
         self._tables.clear()
@@ -225,14 +237,29 @@ def step(scheduler: Scheduler, runner: ModelRunner, *, more_to_come: bool = Fals
 
 
 def drive(
-    scheduler: Scheduler, runner: ModelRunner, work: RequestSource | Iterable[Request], *, max_steps: int = 5_000
+    scheduler: Scheduler,
+    runner: ModelRunner,
+    work: RequestSource | Iterable[Request],
+    *,
+    max_steps: int = 5_000,
+    cancel: Mapping[int, Iterable[int]] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> list[tuple[StepPlan, StepOutput]]:
-    """Serve all of `work` through the engine, checking the integrity after every step; its plans and outputs."""
+    """Serve all of `work` through the engine, checking the integrity (and `check`) after every step; its plans and
+    outputs. `cancel`: number of steps done -> ids of the requests that are then cancelled."""
     source = work if isinstance(work, RequestSource) else OpenLoop(list(work))
     recorder = Recorder()
     recorder.keep_plans()
     engine = Engine(scheduler, runner, source, recorder)
-    stopped_by = engine.run(max_steps=max_steps, on_step=lambda _: scheduler.check_integrity())
+
+    def on_step(num_steps: int) -> None:
+        scheduler.check_integrity()
+        if check is not None:
+            check()
+        for request_id in (cancel or {}).get(num_steps, ()):
+            engine.cancel(request_id)
+
+    stopped_by = engine.run(max_steps=max_steps, on_step=on_step)
     assert stopped_by == "done", "not served in time"
     assert recorder.plans is not None
     return recorder.plans

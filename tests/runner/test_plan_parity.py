@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,10 @@ SYSTEMS: dict[str, tuple[PlacementContext, dict[str, Any]]] = {
 }
 
 
-def serve(system: str, runner: ModelRunner) -> tuple[Log, Scheduler]:
+def serve(system: str, runner: ModelRunner, cancel: Mapping[int, Iterable[int]] | None = None) -> tuple[Log, Scheduler]:
     context, options = SYSTEMS[system]
     scheduler = make_scheduler(context, max_num_batched_tokens=48, **options)
-    return drive(scheduler, runner, make_requests(TRACE)), scheduler
+    return drive(scheduler, runner, make_requests(TRACE), cancel=cancel), scheduler
 
 
 def encoded(log: Log) -> bytes:
@@ -70,6 +71,18 @@ def test_all_runners_are_given_the_same_plans(system: str) -> None:
     ]
     for runner in (ScriptedRunner(context), ReplayRunner(context.capacity, recorded)):
         assert encoded(serve(system, runner)[0]) == encoded(log)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_cancelled_requests_leave_the_plans_alike(system: str) -> None:
+    """Cancelled in the middle of a prefill, running, waiting, after preemption, and after its end."""
+    context, _ = SYSTEMS[system]
+    cancel = {2: [0], 5: [6], 12: [2], 60: [1], 90: [4]}
+    log, scheduler = serve(system, make_sim(context), cancel)
+    assert scheduler.num_cancelled >= 3
+    assert encoded(log) != encoded(serve(system, make_sim(context))[0])
+    for runner in (ScriptedRunner(context), ReplayRunner(context.capacity, log)):
+        assert encoded(serve(system, runner, cancel)[0]) == encoded(log)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -1,4 +1,4 @@
-"""Admission, growth, preemption, swap and relocation in random order, on tiny pools."""
+"""Admission, growth, preemption, swap, relocation and cancellation in random order, on tiny pools."""
 
 from __future__ import annotations
 
@@ -77,6 +77,23 @@ class Walk(RuleBasedStateMachine):
             self.runner.remove(request.id)
         self.in_flight = None
 
+    @precondition(lambda self: self.in_flight is None and self.requests)
+    @rule(pick=st.integers(0, 1_000))
+    def cancel(self, pick: int) -> None:
+        """Of all that ever came, so that some have ended before."""
+        request = self.requests[pick % len(self.requests)]
+        has_ended = request.status in (Status.FINISHED, Status.CANCELLED)
+        cancelled = self.scheduler.cancel(request.id)
+        assert cancelled is (None if has_ended else request)
+        if cancelled is not None:
+            self.runner.remove(request.id)
+
+    @precondition(lambda self: self.in_flight is not None)
+    @rule()
+    def cancel_too_early(self) -> None:
+        with pytest.raises(RuntimeError, match="call update first"):
+            self.scheduler.cancel(self.requests[0].id)
+
     @precondition(lambda self: self.in_flight is None)
     @rule(num_steps=st.integers(2, 12))
     def several(self, num_steps: int) -> None:
@@ -97,8 +114,11 @@ class Walk(RuleBasedStateMachine):
         while self.scheduler.has_work():
             self.start()
             self.finish()
+        cancelled = [r for r in self.requests if r.status is Status.CANCELLED]
+        assert self.scheduler.num_cancelled == len(cancelled) and all(r.finish_ns is None for r in cancelled)
         for request in self.requests:
-            assert request.status is Status.FINISHED and request.num_generated == request.output_tokens
+            assert request in cancelled or request.status is Status.FINISHED
+            assert request in cancelled or request.num_generated == request.output_tokens
         pool, kv = self.scheduler.kv.pool, self.scheduler.kv
         assert [pool.num_free(tier) for tier in Tier] == list(kv.capacity)
         assert [kv.available(tier) for tier in Tier] == list(kv.capacity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from math import inf
 
@@ -17,6 +18,21 @@ class Engine:
         self.runner = runner
         self.source = source
         self.recorder = recorder
+        self._to_cancel: deque[int] = deque()
+
+    def cancel(self, request_id: int) -> None:
+        """Cancel a request before the next step is planned. It may be called at any time and from any thread, since
+        `run` carries it out between two steps: scheduler and runner forget the request, and the source is told that
+        it ended. The recorder never hears of it. Nothing happens where the id is unknown or its request has ended.
+        """
+        self._to_cancel.append(request_id)
+
+    def _carry_out_cancellations(self, now_ns: int) -> None:
+        while self._to_cancel:
+            request = self.scheduler.cancel(self._to_cancel.popleft())
+            if request is not None:
+                self.runner.remove(request.id)
+                self.source.finished(request, now_ns)
 
     def run(self, *, max_steps: float = inf, max_ns: float = inf, on_step: Callable[[int], None] | None = None) -> str:
         """Serve until the source is dry ("done"), `max_steps` are done ("steps"), or `max_ns` have passed on the
@@ -27,6 +43,7 @@ class Engine:
             for request in source.arrivals(now_ns):
                 scheduler.add(request)
                 runner.add(request)
+            self._carry_out_cancellations(now_ns)
             plan = scheduler.schedule(now_ns, more_to_come=source.more_to_come())
             if plan is None:
                 times = [t for t in (source.next_arrival_ns(), scheduler.wake_ns()) if t is not None]

@@ -12,10 +12,17 @@ from uvm_kv.sched.request import Request
 class ModelRunner(ABC):
     """The whole of what the layers above may ask.
 
-    A runner executes plans in order, each exactly once. Within a plan it first forgets the tables of `dropped`
-    requests, then appends each sequence's new blocks, then carries out the ops and the layers. It samples one token
-    for every sequence whose scheduled tokens reach the end of what it has. Times are integer nanoseconds of one clock
-    that never goes back: the wall clock, or virtual time. Counters it cannot observe are None.
+    A runner executes plans in order, each exactly once. Within a plan it does, in this order:
+
+    1. It forgets the block tables of `dropped` requests, but not yet what their blocks hold.
+    2. It carries out the ops with `targets`, in the order of the plan. They move whole blocks.
+    3. It appends each sequence's new blocks, and fills those of a request with `num_filled_tokens`. A new block that no
+       move of this plan has written holds nothing before. So moves come first: a new block may be one that a move
+       has just left, and filling it earlier would destroy what is to be moved.
+    4. It carries out the other ops, each before its layer, and the layers.
+
+    It samples one token for every sequence whose scheduled tokens reach the end of what it has. Times are integer
+    nanoseconds of one clock that never goes back: the wall clock, or virtual time. Counters it cannot observe are None.
     """
 
     @abstractmethod
@@ -29,7 +36,8 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def remove(self, request_id: int) -> None:
-        """Forget a finished request and its block table."""
+        """Forget a request that finished or was cancelled, with its block table. What its blocks hold is dead, also
+        while it is swapped out. Called between two plans; no later plan names the request."""
 
     @abstractmethod
     def now_ns(self) -> int: ...

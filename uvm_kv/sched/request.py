@@ -10,6 +10,7 @@ class Status(Enum):
     RUNNING = auto()
     SWAPPED = auto()
     FINISHED = auto()
+    CANCELLED = auto()
 
 
 class Request:

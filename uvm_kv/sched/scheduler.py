@@ -11,12 +11,15 @@ only, and goes before the decodes.
        ^---- recompute ---' |  ^
                   swap out  v  '-- swap in
                          SWAPPED
+
+Between two steps `cancel` takes a request out of any of these states but FINISHED; it is then CANCELLED.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from uvm_kv.kvcache.manager import KVCacheManager, largest_table
@@ -54,6 +57,7 @@ class Scheduler:
         self.swapped: deque[Request] = deque()
         self.num_recomputed = 0
         self.num_swapped_out = 0
+        self.num_cancelled = 0
         self.num_context_tokens = 0
         """Tokens that hold KV on blocks of running sequences."""
         self.num_swapped_tokens = 0
@@ -89,6 +93,33 @@ class Scheduler:
                 f"host tier"
             )
         self.waiting.append(request)
+
+    def cancel(self, request_id: int) -> Request | None:
+        """Take a request out, be it waiting, running (in the middle of its prefill, too) or swapped out; the request.
+
+        None where the id is unknown or its request has ended. A cancellation may come too late through no mistake of
+        the one who sends it, so that is no error (vLLM's rule for aborted requests).
+
+        The blocks and the claim of the request are free at once. Its status is CANCELLED, it has no `finish_ns`, and
+        `num_cancelled` counts it; preemptions that it suffered stay counted. No later plan names it, so the runner may
+        `remove` it now. RuntimeError between `schedule` and `update`: the plan under way may name it.
+        """
+        if self._in_flight:
+            raise RuntimeError(f"request {request_id} is cancelled while a step is under way; call update first")
+        queued = chain(self.running, self.swapped, self.waiting)
+        request = next((request for request in queued if request.id == request_id), None)
+        if request is None:
+            return None
+        queues = {Status.RUNNING: self.running, Status.SWAPPED: self.swapped, Status.WAITING: self.waiting}
+        queues[request.status].remove(request)
+        if request.status is not Status.WAITING:  # A waiting one holds no blocks, even if it was preempted.
+            self._forget(request)
+        self._dropped = [dropped for dropped in self._dropped if dropped != request_id]
+        if not self.waiting:
+            self._owed = 0  # Nobody is left of the batch that is being formed; later arrivals are not part of it.
+        request.status = Status.CANCELLED
+        self.num_cancelled += 1
+        return request
 
     def _claim_tokens(self, request: Request) -> int:
         """Under worst-case admission."""

@@ -101,6 +101,8 @@ class Recorder:
             self._plans.append((plan, output))
 
     def request(self, request: Request) -> None:
+        """Book a request that finished. One that was cancelled is never booked: it is not among the finished and in no
+        latency. The tokens that it took in and put out stay in the rows of the steps, which did that work."""
         self.finished.append(request)
 
     def steps(self) -> Table:

@@ -25,7 +25,7 @@ class RequestSource(ABC):
 
     @abstractmethod
     def finished(self, request: Request, now_ns: int) -> None:
-        """A request has ended."""
+        """A request has ended: with its last token, or because it was cancelled."""
 
     @abstractmethod
     def more_to_come(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,10 @@ def serve(
     sampling: Sampling | None = None,
     on_logits: Any = None,
     runner: Any = None,
+    cancel: Mapping[int, Iterable[int]] | None = None,
+    check: Callable[[Scheduler, Any], None] | None = None,
 ) -> Served:
+    """`cancel`: number of steps done -> ids that are then cancelled. `check` sees scheduler and runner after a step."""
     if runner is None:
         runner = TorchRunner(
             model,
@@ -220,7 +224,8 @@ def serve(
         admission=axes.admission,
         preemption=axes.preemption,
     )
-    log = drive(scheduler, runner, requests)
+    checked = None if check is None else functools.partial(check, scheduler, runner)
+    log = drive(scheduler, runner, requests, cancel=cancel, check=checked)
     runner.close()
     return Served(log, scheduler, requests)
 

@@ -33,13 +33,15 @@ class Sampling:
 
 
 class _Sequence:
-    __slots__ = ("blocks", "generator", "num_to_fill", "tokens")
+    __slots__ = ("blocks", "generator", "num_to_fill", "swapped_blocks", "tokens")
 
     def __init__(self, tokens: list[int], generator: torch.Generator | None, num_to_fill: int) -> None:
         self.tokens = tokens
         self.num_to_fill = num_to_fill
         """Tokens whose KV is filled directly as the first blocks come."""
         self.blocks: list[int] = []
+        self.swapped_blocks: list[int] = []
+        """Where its KV lies while it is swapped out."""
         self.generator = generator
 
 
@@ -117,7 +119,8 @@ class TorchRunner(ModelRunner):
         self._sequences[request.id] = _Sequence(list(request.prompt_ids), generator, request.num_filled_tokens)
 
     def remove(self, request_id: int) -> None:
-        self._kv.poison(self._sequences.pop(request_id).blocks)
+        sequence = self._sequences.pop(request_id)
+        self._kv.poison(sequence.blocks + sequence.swapped_blocks)
 
     def now_ns(self) -> int:
         return time.perf_counter_ns() - self._clock_ns
@@ -164,11 +167,12 @@ class TorchRunner(ModelRunner):
 
     def _change_tables(self, plan: StepPlan) -> None:
         """Forget dropped tables, move whole sequences, hand out new blocks; freed blocks lose their content."""
-        freed: set[int] = set()
+        old_blocks: dict[int, list[int]] = {}
         for request_id in plan.dropped:
-            freed.update(self._sequences[request_id].blocks)
-            self._sequences[request_id].blocks = []
+            old_blocks[request_id], self._sequences[request_id].blocks = self._sequences[request_id].blocks, []
+        freed = {block for blocks in old_blocks.values() for block in blocks}
         filled: set[int] = set()
+        moved: dict[int, int] = {}
         for op in plan.ops:
             if op.targets:
                 with ranges.mark("move"):
@@ -176,10 +180,14 @@ class TorchRunner(ModelRunner):
                 freed.update(op.blocks)
                 filled.update(op.targets)
                 freed -= set(op.targets)
+                moved.update(zip(op.blocks, op.targets, strict=True))
+        for request_id, blocks in old_blocks.items():
+            self._sequences[request_id].swapped_blocks = [moved[block] for block in blocks if block in moved]
         self._kv.poison(sorted(freed))
         for sequence in plan.scheduled:
             if sequence.new_blocks:
                 self._sequences[sequence.request_id].blocks.extend(sequence.new_blocks)
+                self._sequences[sequence.request_id].swapped_blocks = []
                 self._kv.acquire([b for b in sequence.new_blocks if b not in filled])
                 if self._sequences[sequence.request_id].num_to_fill:
                     self._fill(sequence.request_id)

@@ -66,6 +66,15 @@ class Gain:
     """Paired draws that the gain is a mean of."""
 
     @property
+    def low(self) -> float:
+        """The lower end of the ratio's interval; NaN without one."""
+        return math.nan if self.ratio is None else self.ratio.low
+
+    @property
+    def high(self) -> float:
+        return math.nan if self.ratio is None else self.ratio.high
+
+    @property
     def word(self) -> str:
         """HIGHER, LOWER, SAME, AMBIGUOUS (measured runs), or UNKNOWN."""
         return "UNKNOWN" if self.ratio is None else self.ratio.word
@@ -96,6 +105,8 @@ class Verdict:
     """What brings the missing runs."""
     origin: str
     hardware: str
+    drawn: bool
+    """Whether lengths or arrivals are drawn."""
 
     @property
     def word(self) -> str:
@@ -221,8 +232,9 @@ def _best_of(row: pd.Series[Any]) -> Best:
     )
 
 
-def _best_row(points: pd.DataFrame) -> pd.Series[Any] | None:
-    """The fastest, of equals the smallest batch. Where some points were drawn several times, one of those."""
+def best_row(points: pd.DataFrame) -> pd.Series[Any] | None:
+    """The fastest, of equals the smallest batch; None without any. Where some points were drawn several times, one of
+    those."""
     points = points.dropna(subset=["throughput"])
     if points.empty:
         return None
@@ -321,7 +333,7 @@ def _side_headroom(side: pd.DataFrame, best: pd.Series[Any], all_points: pd.Data
     """The same over all mechanisms of a side, relative to the best of them."""
     found = []
     for _, rows in side.groupby("label", sort=True):
-        row = _best_row(rows)
+        row = best_row(rows)
         if row is None:
             continue
         own = _headroom(row, all_points)
@@ -333,22 +345,22 @@ def _side_headroom(side: pd.DataFrame, best: pd.Series[Any], all_points: pd.Data
 def _verdict(part: pd.DataFrame) -> Verdict:
     alone, backed = part[part["mechanism"].isin(BASELINES)], part[is_cpu_backed(part)]
     moving = backed[moved_kv(backed)]
-    base, best = _best_row(alone), _best_row(moving)
+    base, best = best_row(alone), best_row(moving)
     by_batch = baseline_by_batch(part)
     main = same = equal = limit = most = None
     if base is not None and best is not None:
         main = gain_of(best, base)
-        own = _best_row(part[part["mechanism"] == SAME_ADMISSION[best["admission"]]])
+        own = best_row(part[part["mechanism"] == SAME_ADMISSION[best["admission"]]])
         same = None if own is None else gain_of(best, own)
-        as_fast = _best_row(moving[moving["tpot_s.p99"] <= base["tpot_s.p99"]])
+        as_fast = best_row(moving[moving["tpot_s.p99"] <= base["tpot_s.p99"]])
         equal = None if as_fast is None else gain_of(as_fast, base)
-        sides = [_best_row(side[side["offered_batch"] == LIMIT]) for side in (alone, moving)]
+        sides = [best_row(side[side["offered_batch"] == LIMIT]) for side in (alone, moving)]
         if sides[0] is not None and sides[1] is not None:
             limit = gain_of(sides[1], sides[0])
         ratio = (moving["throughput"] / moving["offered_batch"].map(by_batch)).dropna()
         if not ratio.empty:
             point = moving.loc[[ratio.idxmax()]].iloc[0]
-            there = _best_row(alone[alone["offered_batch"] == point["offered_batch"]])
+            there = best_row(alone[alone["offered_batch"] == point["offered_batch"]])
             most = None if there is None else gain_of(point, there)
     missing, mechanisms, repeats = _missing(part, alone, backed, moving, base, best, main)
     return Verdict(
@@ -365,6 +377,7 @@ def _verdict(part: pd.DataFrame) -> Verdict:
         command=None if missing is None else _command(part, mechanisms, repeats),
         origin=str(part["origin"].iloc[0]),
         hardware=str(part["hardware"].iloc[0]),
+        drawn=bool(part["drawn"].iloc[0]),
     )
 
 

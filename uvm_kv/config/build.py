@@ -44,6 +44,8 @@ from uvm_kv.workload.lengths import Lengths, mean_lengths
 from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, WithTokens, all_at_once, poisson
 from uvm_kv.workload.steady import continued, nearest_to_mean, plan_without_runner, steady_start
 
+SETTLED_OUTPUTS = 16
+"""Lengths of an output after which the running batch of a loop that preempts has settled."""
 MAX_WARMUP = 2_000_000
 """Most tokens that are planned to find the steady state: a few seconds."""
 
@@ -136,23 +138,27 @@ def _steady_start(job: Job, lengths: list[Lengths]) -> list[Request]:
     Plans need no clock, so they are made without a runner.
 
     Under optimistic admission the running batch swings with the length of an output, and a short run sees a part of the
-    swing: it begins where the running batch of its steps is nearest to the mean. Requests whose tables have the most
+    swing: it begins where the running batch of its steps is nearest to the mean, which settles slowly. Requests whose tables have the most
     host blocks come last, so that a policy that fills the device first gives each the tier that it had.
     """
     resolved, num_clients = job.resolved, job.resolved.config.batch_size
     outputs = [output for _, output in lengths]
-    num_warm = min(2 * max(outputs), ceil_div(MAX_WARMUP, num_clients))
     swing = max(outputs)
     window = min(resolved.config.max_steps or swing, swing)
-    # Enough of them that the loop does not run dry.
-    many = lengths * ceil_div(2 * num_clients * (num_warm + 3 * swing), sum(outputs))
 
     def planned(num_running: int, num_steps: int) -> tuple[Scheduler, list[int]]:
+        # Enough of them that the loop does not run dry.
+        many = lengths * ceil_div(2 * num_clients * (num_steps + 3 * swing), sum(outputs))
         scheduler = build_scheduler(resolved, build_placement(resolved, build_roofline(resolved)))
         first = steady_start(many, num_clients, num_running, np.random.default_rng([job.seed, 3]))
         return scheduler, plan_without_runner(scheduler, ClosedLoop(many, num_clients, steady=first), num_steps)
 
-    _, counts = planned(num_clients, num_warm)
+    num_warm, most = 2 * swing, ceil_div(MAX_WARMUP, num_clients)
+    scheduler, counts = planned(num_clients, min(num_warm, most))
+    if scheduler.num_recomputed or scheduler.num_swapped_out:
+        num_warm = SETTLED_OUTPUTS * swing
+        _, counts = planned(num_clients, min(num_warm, most))
+    num_warm = len(counts)
     num_running = round(float(np.mean(counts[num_warm // 2 :])))
     _, counts = planned(num_running, num_warm + swing + window)
     begin = num_warm + nearest_to_mean(counts[num_warm:], window)

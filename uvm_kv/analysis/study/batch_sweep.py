@@ -40,9 +40,11 @@ COLUMNS = (
 
 
 def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
-    """A row of panels a model and workload."""
+    """A row of panels for each model and workload of fixed lengths; those of drawn lengths are in the table."""
     del failures
-    table = with_gains(points(runs))
+    everything = with_gains(points(runs))
+    fixed = ~everything["drawn"].astype(bool)
+    table = everything[fixed] if fixed.any() else everything
     several = len(table[["origin", "hardware"]].drop_duplicates()) > 1 or table["title"].str.contains("=").any()
     groups = [part for _, part in table.groupby(GROUP, sort=True)]
     figure, axes = plt.subplots(len(groups), len(PANELS), figsize=(PAGE_IN, 1.65 * len(groups) + 0.6), squeeze=False)
@@ -75,20 +77,23 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         loc="outside upper center",
         ncols=4,
     )
-    drawn = table.sort_values([*GROUP, "label", "offered_batch"])[[c for c in COLUMNS if c in table]]
-    found = verdicts(table)
-    return Drawn(figure, drawn.reset_index(drop=True), [*_headline(found), *(v.line() for v in found)])
+    told = everything.sort_values([*GROUP, "label", "offered_batch"])[[c for c in COLUMNS if c in everything]]
+    found = verdicts(everything)
+    return Drawn(figure, told.reset_index(drop=True), [*_headline(found), *(v.line() for v in found)])
 
 
 def _headline(found: Sequence[Verdict]) -> list[str]:
-    """One text with a sentence for each card and origin over all its comparisons; none where no verdict is given."""
+    """One text, with a sentence for each card and origin and for fixed and drawn lengths; none where no verdict is
+    given."""
     if all(v.word == "UNKNOWN" for v in found):
         return []
-    cards = list(dict.fromkeys((v.origin, v.hardware) for v in found))
-    return [" ".join(_sentence(*card, [v for v in found if (v.origin, v.hardware) == card]) for card in cards)]
+    parts: dict[tuple[str, str, bool], list[Verdict]] = {}
+    for verdict in found:
+        parts.setdefault((verdict.origin, verdict.hardware, verdict.drawn), []).append(verdict)
+    return [" ".join(_sentence(*key, part) for key, part in parts.items())]
 
 
-def _sentence(origin: str, hardware: str, found: Sequence[Verdict]) -> str:
+def _sentence(origin: str, hardware: str, drawn: bool, found: Sequence[Verdict]) -> str:
     told = [v for v in found if v.word != "UNKNOWN"]
     raised = [v for v in told if v.word == "HIGHER"]
     unclear = [v for v in told if v.word == "AMBIGUOUS"]
@@ -96,7 +101,8 @@ def _sentence(origin: str, hardware: str, found: Sequence[Verdict]) -> str:
     doubt = f"; AMBIGUOUS, and not counted: {', '.join(_doubt(v) for v in unclear)}" if unclear else ""
     unknown = [_name(v) for v in found if v.word == "UNKNOWN"]
     left = f"; no verdict for {', '.join(unknown)}" if unknown else ""
-    where = f"On a {origin} {hardware}, CPU-backed KV raised the best throughput"
+    lengths = " with drawn lengths" if drawn else ""
+    where = f"On a {origin} {hardware}{lengths}, CPU-backed KV raised the best throughput"
     equal = [v for v in told if v.equal_tpot is not None and v.equal_tpot.word == "HIGHER"]
     limited = [v for v in told if v.at_limit is not None]
     at_limit = [v for v in limited if v.at_limit is not None and v.at_limit.word == "HIGHER"]
@@ -150,4 +156,5 @@ STUDY = Study(
     ),
     factors=("model", "workload", "mechanism", "offered_batch"),
     draw=draw,
+    experiments=("batch_sweep", "batch_sweep_drawn"),
 )

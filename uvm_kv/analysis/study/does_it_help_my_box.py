@@ -11,10 +11,10 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from uvm_kv.analysis.load import points
-from uvm_kv.analysis.statistics import MIN_REPEATS, judge
+from uvm_kv.analysis.statistics import MIN_REPEATS
 from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import COLUMN_IN, style_of
-from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED, is_cpu_backed
+from uvm_kv.analysis.verdict import INDIFFERENT, best_row, gain_of, is_cpu_backed, moved_kv
 from uvm_kv.types import BASELINES
 
 
@@ -64,15 +64,17 @@ def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
         raise ValueError("does_it_help_my_box: the runs are of several models or lengths; it compares cards only")
     rows = []
     for (origin, card), part in found.groupby(["origin", "hardware"], sort=False):
-        alone, backed = part[part["mechanism"].isin(BASELINES)], part[is_cpu_backed(part)]
-        if alone.empty:
+        alone = part[part["mechanism"].isin(BASELINES)]
+        backed = part[is_cpu_backed(part) & moved_kv(part)]
+        base = best_row(alone)
+        if base is None:
             where = f"{card} ({origin})" if found["origin"].nunique() > 1 else str(card)
             raise ValueError(f"does_it_help_my_box: {where} has no run of {' or '.join(BASELINES)}; run one of them")
-        base = _best(alone)
         for name, tried in backed.groupby("label", sort=True):
-            best = _best(tried)
-            sides = best["throughputs"], base["throughputs"]
-            ratio = judge(*sides, INDIFFERENT, measured=origin == MEASURED)
+            best = best_row(tried)
+            if best is None:
+                continue
+            found_gain = gain_of(best, base)
             rows.append(
                 {
                     "hardware": str(card),
@@ -87,24 +89,19 @@ def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
                     "offered_batch": int(best["offered_batch"]),
                     "throughput": float(best["throughput"]),
                     "num_runs": int(best["num_runs"]),
-                    "gain": ratio.ratio - 1,
-                    "gain_low": ratio.low - 1,
-                    "gain_high": ratio.high - 1,
-                    "word": ratio.word,
+                    "gain": found_gain.gain,
+                    "gain_low": found_gain.low - 1,
+                    "gain_high": found_gain.high - 1,
+                    "word": found_gain.word,
                 }
             )
     if not rows:
-        raise ValueError("does_it_help_my_box: there is no run of a CPU-backed mechanism; run one")
+        raise ValueError("does_it_help_my_box: no run of a CPU-backed mechanism moved KV over the link; run one")
     table = pd.DataFrame(rows)
     # A card's origins stay together.
     table["slowest"] = table.groupby("hardware")["baseline_throughput"].transform("min")
     table = table.sort_values(["slowest", "hardware", "origin", "mechanism"], kind="stable")
     return table.drop(columns="slowest").reset_index(drop=True)
-
-
-def _best(tried: pd.DataFrame) -> pd.Series[Any]:
-    """The fastest; of equals the one of the smallest batch."""
-    return tried.sort_values(["throughput", "offered_batch", "label"], ascending=[False, True, True]).iloc[0]
 
 
 def _claims(table: pd.DataFrame) -> list[str]:

@@ -14,7 +14,7 @@ from uvm_kv.analysis.repeats import REPEATS
 from uvm_kv.analysis.statistics import judge
 from uvm_kv.analysis.study.base import Drawn, Study, percent
 from uvm_kv.analysis.style import PAGE_IN, STYLES, look
-from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED, interval, is_cpu_backed
+from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED, interval, is_cpu_backed, moved_kv
 from uvm_kv.types import BASELINES
 
 TOTAL, ABOVE_IDLE = "energy_j_per_output_token", "energy_j_per_output_token_above_idle"
@@ -74,10 +74,10 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
 def claims(part: pd.DataFrame) -> list[str]:
     """Of one comparison: what batching saves, the least energy with and without CPU memory, and the most wasted."""
     title = part["title"].iloc[0]
-    base, backed = part[part["mechanism"].isin(BASELINES)], part[is_cpu_backed(part)]
+    base, backed = part[part["mechanism"].isin(BASELINES)], part[is_cpu_backed(part) & moved_kv(part)]
     if base.empty or backed.empty:
         absent = "device-only" if base.empty else "CPU-backed"
-        return [f"{title}: no {absent} run, so that energies cannot be compared."]
+        return [f"{title}: no {absent} run{' that moved KV' * backed.empty}, so that energies cannot be compared."]
     said = []
     for column, name in ((TOTAL, "J per output token"), (ABOVE_IDLE, "J per output token above idle")):
         least, other = base.iloc[int(base[column].argmin())], backed.iloc[int(backed[column].argmin())]

@@ -138,8 +138,9 @@ def _steady_start(job: Job, lengths: list[Lengths]) -> list[Request]:
     Plans need no clock, so they are made without a runner.
 
     Under optimistic admission the running batch swings with the length of an output, and a short run sees a part of the
-    swing: it begins where the running batch of its steps is nearest to the mean, which settles slowly. Requests whose tables have the most
-    host blocks come last, so that a policy that fills the device first gives each the tier that it had.
+    swing: it begins where the running batch of its steps is nearest to the mean, which settles slowly. Requests whose
+    tables have the most host blocks come last, so that a policy that fills the device first gives each the tier that it
+    had.
     """
     resolved, num_clients = job.resolved, job.resolved.config.batch_size
     outputs = [output for _, output in lengths]

@@ -7,8 +7,9 @@ Throughput rises with the batch until the KV memory is full. What comes then dep
     optimistic, drawn        preemptions come one by one: a flat top within the noise of the draw
     demand paging            a fall to a fraction
 
-So the ladder goes up by FACTOR until it has ended (`_has_ended`); where all requests are alike the cliff is bisected;
-then the gaps beside the best batch are halved. Ternary search does not work on a sawtooth.
+So the ladder goes up by FACTOR until it has ended (`_has_ended`); the gap in which memory begins to limit the running
+batch is bisected, to the batch where all requests are alike; then the gaps beside the best batch are halved. Ternary
+search does not work on a sawtooth.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ GIVE_UP = 0.9
 SAWTOOTH = 1.5
 """Where all requests are alike, batches up to this many times the first that preempts are tried before a plateau is
 believed: rungs may meet the same phase of the sawtooth."""
+FULL = 0.99
 NEAR = 0.02
 NEAR_DRAWN = 0.05
 """Gaps of this share of the best batch are not halved; with drawn lengths a finer one is noise."""
@@ -41,6 +43,11 @@ class Tried:
     preempted: bool
     counts: bool = True
     """Whether it may be the best point; a CPU-backed mechanism's needs to have moved KV over the link."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether fewer sequences ran than were allowed, or some were preempted."""
+        return self.preempted or self.running_batch < FULL * self.batch_size
 
 
 Evaluate = Callable[[int], Tried | None]
@@ -87,11 +94,11 @@ def search_best(evaluate: Evaluate, start: Iterable[int], *, one_length: bool, m
         search.attempt(batch_size)
     if not search.tried:
         return []
+    near = NEAR if one_length else NEAR_DRAWN
     _climb(search, one_length)
-    if one_length:
-        _bisect_cliff(search)
+    _bisect_limit(search, 0.0 if one_length else near)
     _climb(search, one_length)
-    _narrow(search, NEAR if one_length else NEAR_DRAWN)
+    _narrow(search, near)
     return search.in_order()
 
 
@@ -126,18 +133,18 @@ def _same(smaller: Tried, larger: Tried) -> bool:
     )
 
 
-def _bisect_cliff(search: _Search) -> None:
-    """Find the largest batch without preemption, if a larger one that was tried preempts."""
-    preempting = [it.batch_size for it in search.in_order() if it.preempted]
-    if not preempting:
+def _bisect_limit(search: _Search, near: float) -> None:
+    """Find the largest batch that memory does not limit, within a share `near` of it, if a larger one was tried."""
+    limited = [it.batch_size for it in search.in_order() if it.limited]
+    if not limited:
         return
-    low, high = 0, preempting[0]
+    high = limited[0]
     low = max((b for b in search.tried if b < high), default=0)
-    while high - low > 1:
+    while high - low > max(1, near * high):
         middle = search.attempt((low + high) // 2)
         if middle is None:
             return
-        low, high = (low, middle.batch_size) if middle.preempted else (middle.batch_size, high)
+        low, high = (low, middle.batch_size) if middle.limited else (middle.batch_size, high)
 
 
 def _narrow(search: _Search, near: float) -> None:

@@ -395,15 +395,17 @@ def _missing(
         return "no device_resident or device_recompute is among the runs", BASELINES, False
     if backed.empty:
         return "no CPU-backed mechanism is among the runs", ("pinned_swap", "pinned_balanced"), False
+    challengers = backed.drop_duplicates("label") if best is None else best.to_frame().T
+    for _, it in challengers.iterrows():
+        own = SAME_ADMISSION[it["admission"]]
+        if own not in set(part["mechanism"]):
+            why = f"{own}, the device-only baseline of {it['label']}'s own admission, is not among the runs"
+            return why, (own,), False
     below = _side_headroom(alone, base, part)
     if best is None or main is None:
         full = is_limited_by_memory(alone).any()
         why = "no CPU-backed point that was tried moved KV over the link" if full or not below.why else below.why
         return why, (), False
-    own = SAME_ADMISSION[best["admission"]]
-    if own not in set(part["mechanism"]):
-        why = f"{own}, the device-only baseline of {best['label']}'s own admission, is not among the runs"
-        return why, (own,), False
     if math.isinf(below.fraction):
         return below.why, (), False
     if main.ratio is None:

@@ -423,7 +423,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if DRY_RUN in flags:
-        return list_jobs(request.overrides, request.experiment)
+        status = list_jobs(request.overrides, request.experiment)
+        if request.refine:
+            print("refine=true adds the runs of a search, ten to twenty for each mechanism of each comparison")
+        return status
     if not sweep and request.num_jobs > 1:
         print(f"error: {request.num_jobs} jobs are asked for; a sweep needs -m", file=sys.stderr)
         return 2

@@ -374,7 +374,7 @@ def test_a_sweep_over_the_link_reports_each_setting(tmp_path: Path) -> None:
     assert len(titles) == 2
     assert "hardware.link.h2d_gb_per_s=5.0" in titles[0]
     assert "hardware.link.h2d_gb_per_s=25.0" in titles[1]
-    assert done.stdout.count("Best point of each mechanism") == 2
+    assert done.stdout.count("Best point tried of each mechanism") == 2
 
 
 def test_hydra_completes_names_in_a_shell() -> None:

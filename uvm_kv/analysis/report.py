@@ -192,7 +192,7 @@ def _page(
         f'{base64.b64encode(picture.read_bytes()).decode()}">',
     ]
     for title, rows in best.items():
-        parts += [f"<h2>Best point of each mechanism: {esc(title)}</h2>", _html_table(rows)]
+        parts += [f"<h2>Best point tried of each mechanism: {esc(title)}</h2>", _html_table(rows)]
     parts.append(
         "<h2>Where it starts to lose</h2><p>The offered batch from which on a mechanism is below the better "
         "baseline at every batch tried.</p>"

@@ -46,7 +46,7 @@ def print_report(report: Report, console: Console) -> None:
     for title, account in report.memory:
         print_memory(title, account, console)
     for title, rows in report.best.items():
-        table = Table(title=f"Best point of each mechanism: {title}", **LOOK)
+        table = Table(title=f"Best point tried of each mechanism: {title}", **LOOK)
         for name in BEST_COLUMNS:
             table.add_column(name, justify="left" if name == "mechanism" else "right", no_wrap=True)
         for cells in rows[BEST_COLUMNS].itertuples(index=False):

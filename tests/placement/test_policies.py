@@ -100,17 +100,18 @@ def test_prefetch_ahead_needs_no_host_while_all_fits_the_device() -> None:
 @pytest.mark.parametrize("memory", [MemoryKind.PINNED, MemoryKind.VMM])
 @pytest.mark.parametrize("reach", Reach)
 def test_bandwidth_balanced_stops_using_the_host_where_the_link_is_slow(memory: MemoryKind, reach: Reach) -> None:
-    """A nearly full device and a request of two blocks: hidden at 25 GB/s, and not placed on the host at 0.1 GB/s."""
+    """A nearly full device and a request of ten blocks, as long as those that run: placed on the host at 25 GB/s, and
+    not at 0.1 GB/s."""
     on_host: dict[float, int] = {}
     for link_gb_per_s in (25.0, 0.1):
         context = make_context(400, 400, memory=memory, reach=reach, block_size=16, link_gb_per_s=link_gb_per_s)
         policy = build_policy("bandwidth_balanced", context)
-        view = view_of(context, claimed_device=396, num_running=40, num_context_tokens=6_000, num_waiting=5)
-        if reach is Reach.IN_PLACE:  # It stages nothing, so it fills the device to the last block first.
-            view = view._replace(claimed_device=400, available_device=0)
-        share = policy.place(view, 2, admitting=True)
+        view = view_of(context, claimed_device=390, num_running=39, num_context_tokens=6_000, num_waiting=5)
+        if reach is not Reach.COPY_AHEAD:  # What is read in place takes no staging, so the device is filled first.
+            view = view._replace(claimed_device=400, available_device=0, num_running=40)
+        share = policy.place(view, 10, admitting=True)
         on_host[link_gb_per_s] = share.host if share else 0
-    assert on_host == {25.0: 2, 0.1: 0}
+    assert on_host == {25.0: 10, 0.1: 0}
 
 
 @pytest.mark.parametrize("reach", Reach)

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.helpers import ScriptedRunner, make_context, make_request, make_scheduler
+from tests.jobs import composed
+from uvm_kv.config.names import groups
 from uvm_kv.sched.plan import StepOutput, StepPlan
 from uvm_kv.sched.request import Request, Status
-from uvm_kv.types import Allocation, Tier
+from uvm_kv.types import Allocation, MemoryKind, Tier
 
 NUM_DEVICE = 7
 LONGEST = NUM_DEVICE * 4
@@ -44,10 +46,17 @@ SCHEMES: dict[str, tuple[int, dict[str, Any]]] = {
 class Walk(RuleBasedStateMachine):
     """The scripted runner checks what a device would see, `check_integrity` what the host believes."""
 
-    def __init__(self, num_host: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self, num_host: int, options: dict[str, Any], memory: MemoryKind = MemoryKind.PINNED, scale: int = 1
+    ) -> None:
+        """`scale` multiplies all lengths in tokens: blocks of managed memory then pack into chunks as they do in use.
+        Requests that exceed the device may be refused."""
         super().__init__()
-        context = make_context(NUM_DEVICE, num_host)
+        context = make_context(NUM_DEVICE, num_host, memory=memory, block_size=4 * scale)
+        self.scale = scale
         self.longest = min(LONGEST, options.get("max_model_len", LONGEST))
+        if "placement" in options:
+            self.longest += 4 * num_host
         self.scheduler = make_scheduler(context, **({"batch_size": 4, "max_num_batched_tokens": 9} | options))
         self.runner = ScriptedRunner(context)
         self.requests: list[Request] = []
@@ -56,8 +65,13 @@ class Walk(RuleBasedStateMachine):
     @rule(prompt=st.integers(1, 20), output=st.integers(1, 20))
     def add(self, prompt: int, output: int) -> None:
         prompt = min(prompt, self.longest - 1)
-        request = make_request(len(self.requests), prompt, min(output, self.longest - prompt))
-        self.scheduler.add(request)
+        output = min(output, self.longest - prompt)
+        request = make_request(len(self.requests), prompt * self.scale, output * self.scale)
+        try:
+            self.scheduler.add(request)
+        except ValueError:
+            assert prompt + output > LONGEST, "a request that the device holds is refused"
+            return
         self.runner.add(request)
         self.requests.append(request)
 
@@ -130,4 +144,22 @@ def test_random_walks_stay_sound_and_drain(scheme: str) -> None:
     num_host, options = SCHEMES[scheme]
     run_state_machine_as_test(
         lambda: Walk(num_host, options), settings=settings(max_examples=100, stateful_step_count=30)
+    )
+
+
+@pytest.mark.parametrize("mechanism", [name for name in groups()["mechanism"] if name != "custom"])
+@pytest.mark.parametrize("num_host", [2, 12])
+def test_every_mechanism_serves_what_fits_alone_at_any_queue_length(mechanism: str, num_host: int) -> None:
+    """A host tier of two blocks has no room for what the staging of a whole queue would push off the device."""
+    config = composed(f"mechanism={mechanism}")
+    memory, scale = MemoryKind(config.memory.kind), 8 if config.memory.kind == "managed" else 1
+    options = {
+        "placement": config.placement.name,
+        "admission": config.scheduler.admission,
+        "preemption": config.scheduler.preemption,
+        "max_num_batched_tokens": 9 * scale,
+    }
+    num_host = 0 if memory is MemoryKind.DEVICE else num_host
+    run_state_machine_as_test(
+        lambda: Walk(num_host, options, memory, scale), settings=settings(max_examples=30, stateful_step_count=20)
     )

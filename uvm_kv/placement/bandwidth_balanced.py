@@ -1,35 +1,37 @@
-"""bandwidth_balanced: as much KV on the host as the link can hide, and none where that would lose.
+"""bandwidth_balanced: host blocks are taken while the predicted throughput of the batch rises, and no further.
 
-A sequence is given host blocks only if, with every claimed host block full, the link time of a decode step is hidden
-by the work it overlaps with (`uvm_kv.hw.overlap`), and the predicted throughput of the batch rises. So the policy
-cannot lose by more than its model of the card is wrong. `reach` says which part of the step it may use: attention (in
-place), the whole step (copy ahead), or both: in place as far as attention hides it, which costs no HBM traffic, and
-copies for the rest.
+The prediction is that of a decode step in which every claimed block is full (`uvm_kv.hw.overlap`), the wait for the
+link included: nothing need be hidden. It is made for the numbers of sequences that could run, each of the mean size,
+and the staging of the best number is held back from the device. So the policy cannot lose by more than its model of
+the card is wrong. `reach` says how host blocks are read: in place, copied ahead, or both, in the fastest proportion.
 """
 
 from __future__ import annotations
 
+from math import ceil
 from typing import NamedTuple
 
 from uvm_kv.kvcache.ops import MemoryOp
-from uvm_kv.placement.base import (
-    CopyAhead,
-    PlacementContext,
-    PlacementPolicy,
-    PlacementView,
-    Share,
-    device_then_host,
-)
+from uvm_kv.placement.base import CopyAhead, PlacementContext, PlacementPolicy, PlacementView, Share
 from uvm_kv.types import MemoryKind, Reach
 
 
 class Prediction(NamedTuple):
-    """A decode step with part of its KV on the host."""
+    """A layer of a decode step with part of its KV on the host."""
 
     layer_s: float
-    num_in_place: int
+    num_in_place: float
     """Host tokens read in place; the rest is copied."""
-    hidden: bool
+
+
+class Batch(NamedTuple):
+    """A number of sequences that could run, each of the mean size."""
+
+    tokens_per_s: float
+    """Predicted; zero where they do not fit."""
+    num_seqs: int
+    held_back: int
+    """Device blocks left to staging."""
 
 
 class BandwidthBalanced(PlacementPolicy):
@@ -39,6 +41,9 @@ class BandwidthBalanced(PlacementPolicy):
     def __init__(self, context: PlacementContext) -> None:
         super().__init__(context)
         self._copies = CopyAhead(context)
+        self._layers_per_staged = context.spec.num_layers / (context.num_layers_ahead + 1)
+        self._asked: tuple[PlacementView, int, bool] | None = None
+        self._answer: Share | None = None
         self._planned_for: tuple[int, ...] = ()
         self._copied: tuple[int, ...] = ()
 
@@ -46,75 +51,100 @@ class BandwidthBalanced(PlacementPolicy):
     def reach(self) -> Reach | None:
         return self.context.reach
 
-    def _predict(self, num_seqs: int, num_tokens: int, num_host: int) -> Prediction:
+    def _predict(self, num_seqs: int, num_tokens: float, num_host: float, most_copied: float) -> Prediction:
         """Decode of `num_seqs` sequences that read `num_tokens` tokens, `num_host` of them from the host."""
-        roofline, spec = self.context.roofline, self.context.spec
-        link = roofline.profile.link
-        token_s = spec.layer_token_bytes / roofline.hbm_bytes_per_s
-        in_place_s = spec.layer_token_bytes / link.zero_copy_bytes_per_s(num_host * spec.token_bytes)
-        copy_s = spec.layer_token_bytes / link.h2d_bytes_per_s
-        in_place = 0
-        if self.context.reach is not Reach.COPY_AHEAD:
+        roofline, spec, reach = self.context.roofline, self.context.spec, self.context.reach
+        link, token_bytes = roofline.profile.link, spec.layer_token_bytes
+        token_s, copy_s = token_bytes / roofline.hbm_bytes_per_s, token_bytes / link.h2d_bytes_per_s
+        least = num_host if reach is Reach.IN_PLACE else max(0.0, num_host - most_copied)
+        options = {least}
+        if reach is Reach.BOTH and num_host:
             # The most that attention hides: x * in_place_s = attention over the other tokens.
-            most = roofline.decode_attention_s(num_tokens) / (in_place_s + token_s)
-            in_place = min(num_host, int(most))
-        copied = num_host - in_place
-        dense = roofline.dense_s(num_seqs) + copied * token_s
-        attention = roofline.decode_attention_s(num_tokens - in_place)
-        link_free = dense + attention - in_place * in_place_s
-        copy_time = copied * copy_s + (link.copy_call_us * 1e-6 if copied else 0.0)
-        hidden = copy_time <= link_free and not (copied and self.context.reach is Reach.IN_PLACE)
-        return Prediction(dense + attention, in_place, hidden)
+            in_place_s = token_bytes / link.zero_copy_bytes_per_s(num_host * spec.token_bytes)
+            hidden = roofline.decode_attention_s(num_tokens) / (in_place_s + token_s)
+            options |= {min(num_host, max(least, hidden)), num_host}
+        predictions = []
+        for in_place in options:
+            copied = num_host - in_place
+            in_place_s = in_place * token_bytes / link.zero_copy_bytes_per_s(in_place * spec.token_bytes)
+            link_s = in_place_s + (copied * copy_s + link.copy_call_us * 1e-6 if copied else 0.0)
+            attention_s = max(roofline.decode_attention_s(num_tokens - in_place), in_place_s)
+            layer_s = roofline.dense_s(num_seqs) + copied * token_s + attention_s
+            predictions.append(Prediction(max(layer_s, link_s), in_place))
+        return min(predictions)
 
-    def _link_bound(self, view: PlacementView) -> int:
-        """Host blocks that the link could move in a step of the running batch if it never rested."""
-        roofline, spec = self.context.roofline, self.context.spec
-        layer_s = roofline.dense_s(max(1, view.num_running)) + roofline.decode_attention_s(view.num_context_tokens)
-        return int(layer_s * roofline.profile.link.h2d_bytes_per_s / spec.layer_block_bytes)
+    def _batch(self, view: PlacementView, num_seqs: int, seq_blocks: float, stages: bool) -> Batch:
+        """`num_seqs` sequences of `seq_blocks` blocks; if it `stages`, with room to copy all that lies on the host."""
+        context, (num_device, most_host) = self.context, self.context.capacity
+        total, ratio = num_seqs * seq_blocks, self._layers_per_staged
+        host = max(0.0, total - num_device) * (ratio / (ratio - 1) if stages else 1.0)
+        if num_seqs >= view.num_running:  # Nobody leaves, and what is claimed stays where it is.
+            host = max(view.claimed_host, min(host, total - view.claimed_device))
+        room = num_device - (total - host)
+        if host > most_host or (context.reach is Reach.COPY_AHEAD and host > room * ratio + 1e-6):
+            return Batch(0.0, num_seqs, 0)
+        size = context.spec.block_size
+        layer_s = self._predict(num_seqs, total * size, host * size, room * ratio * size).layer_s
+        step_s = context.spec.num_layers * layer_s + context.roofline.head_s(num_seqs, num_seqs)
+        return Batch(num_seqs / step_s, num_seqs, ceil(min(room, host / ratio) - 1e-6) if stages else 0)
+
+    def _best(self, view: PlacementView, first: int, last: int, seq_blocks: float) -> Batch:
+        """The batch of `first` to `last` sequences with the highest throughput, which rises with their number until
+        it falls."""
+        reach, peaks = self.context.reach, []
+        for stages in {Reach.IN_PLACE: (False,), Reach.COPY_AHEAD: (True,), Reach.BOTH: (True, False)}[reach]:
+            low, high = first, last
+            while low < high:
+                middle = (low + high) // 2
+                here, beside = (self._batch(view, n, seq_blocks, stages) for n in (middle, middle + 1))
+                low, high = (middle + 1, high) if beside.tokens_per_s > here.tokens_per_s else (low, middle)
+            peaks.append(self._batch(view, low, seq_blocks, stages))
+        return max(peaks, key=lambda batch: batch.tokens_per_s)
 
     def place(self, view: PlacementView, num_blocks: int, *, admitting: bool) -> Share | None:
-        share = self._split(view, num_blocks, self._link_bound(view))
-        if share is not None and (share.host == 0 or self._pays(view, share, admitting)):
-            return share
-        # Without the link: all on the device, with the staging of the host blocks there are held back.
-        alone = Share(num_blocks, 0)
-        if self._split(view, num_blocks, 0) == alone:
-            return alone
-        if view.num_running + admitting <= 1:  # What runs alone, slowly, beats what never runs.
-            # Nothing is staged for those that wait, but for as much again as it has if it may grow.
-            view = view._replace(num_waiting=2 if self.context.grows else 1)
-            return self._split(view, num_blocks, self.context.capacity.num_host_blocks)
-        return None
+        asked = (view._replace(num_context_tokens=0, host_blocks=(), tables=None), num_blocks, admitting)
+        if asked != self._asked:  # A request that waits asks anew in each step.
+            self._asked, self._answer = asked, self._place(*asked)
+        return self._answer
 
-    def _split(self, view: PlacementView, num_blocks: int, max_host: int) -> Share | None:
-        if self.context.reach is Reach.IN_PLACE:
-            share = device_then_host(view, num_blocks)
-            return share if share is None or share.host <= max_host else None
-        return self._copies.place(view, num_blocks, max_host)
+    def _place(self, view: PlacementView, num_blocks: int, admitting: bool) -> Share | None:
+        num_seqs, claimed = view.num_running + admitting, view.claimed_device + view.claimed_host
+        seq_blocks = (claimed + num_blocks) / max(1, num_seqs)
+        first, last = num_seqs - 1, num_seqs + (max(0, view.num_waiting - 1) if admitting else 0)
+        best = self._best(view, max(1, first), max(1, last), seq_blocks)
+        if best.num_seqs >= num_seqs and best.tokens_per_s:
+            share = self._share(view, num_blocks, best.held_back)
+            if share is not None:
+                return share
+        # All on the device, where only the host blocks that there are need staging.
+        staging = 0 if self.context.reach is Reach.IN_PLACE else ceil(view.claimed_host / self._layers_per_staged)
+        if num_blocks <= view.available_device - staging:
+            return Share(num_blocks, 0)
+        if num_seqs > 1:
+            return None
+        # What runs alone, slowly, beats what never runs. If it may grow, there is room for as much again.
+        sizes = (2 * seq_blocks, seq_blocks) if self.context.grows else (seq_blocks,)
+        batches = (self._best(view, 1, 1, size) for size in sizes)
+        shares = (self._share(view, num_blocks, batch.held_back) for batch in batches)
+        return next((share for share in shares if share is not None), None)
 
-    def _pays(self, view: PlacementView, share: Share, admitting: bool) -> bool:
-        """Whether the link hides every claimed host block, and the predicted throughput rises."""
-        block_size = self.context.spec.block_size
-        num_seqs = view.num_running + admitting
-        num_host = (view.claimed_host + share.host) * block_size
-        num_tokens = max(view.num_context_tokens + sum(share) * block_size, num_host)
-        after = self._predict(num_seqs, num_tokens, num_host)
-        if not after.hidden or not admitting or not view.num_running:
-            return after.hidden
-        now = min(view.claimed_host * block_size, view.num_context_tokens)
-        before = self._predict(view.num_running, view.num_context_tokens, now)
-        return num_seqs / after.layer_s > view.num_running / before.layer_s
+    def _share(self, view: PlacementView, num_blocks: int, held_back: int) -> Share | None:
+        """The device first, but for what is held back; None where the host, or the staging, has no room."""
+        if self.context.reach is Reach.COPY_AHEAD:
+            return self._copies.split(view, num_blocks, held_back)
+        device = max(0, num_blocks - view.available_host, min(num_blocks, view.available_device - held_back))
+        return Share(device, num_blocks - device) if device <= view.available_device else None
 
     def plan(self, view: PlacementView) -> tuple[MemoryOp, ...]:
         blocks = view.host_blocks
         if blocks is self._planned_for:
             return self._copies.ops(self._copied)
         self._planned_for = blocks
-        copied: tuple[int, ...] = ()
+        copied = 0
         if blocks and self.context.reach is not Reach.IN_PLACE:
-            block_size = self.context.spec.block_size
-            num_host = min(len(blocks) * block_size, view.num_context_tokens)
-            num_in_place = self._predict(view.num_running, view.num_context_tokens, num_host).num_in_place
-            copied = blocks[: len(blocks) - num_in_place // block_size]
-        self._copied = copied
-        return self._copies.ops(copied)
+            size, room = self.context.spec.block_size, view.available_device * self._layers_per_staged
+            num_host = min(len(blocks) * size, view.num_context_tokens)
+            in_place = self._predict(view.num_running, view.num_context_tokens, num_host, room * size).num_in_place
+            copied = min(len(blocks) - int(in_place) // size, int(room + 1e-6))
+        self._copied = blocks[:copied]
+        return self._copies.ops(self._copied)

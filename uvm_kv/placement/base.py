@@ -113,16 +113,28 @@ class CopyAhead:
         self._ops: tuple[MemoryOp, ...] = ()
         self._steady: tuple[int, ...] | None = None
 
-    def place(self, view: PlacementView, num_blocks: int, max_host: int) -> Share | None:
+    def place(self, view: PlacementView, num_blocks: int, *, admitting: bool) -> Share | None:
         """Like `device_then_host`, but with staging held back: for the host blocks there are, and for those that the
-        waiting requests will want, up to `max_host`, since a device once full could never make room for it."""
+        waiting requests will want, since a device once full could never make room for it. A sequence that would run
+        alone, and for which that leaves no room, is placed as if nobody waited."""
+        share = self.split(view, num_blocks, self._staging(view, max(1, view.num_waiting) * num_blocks))
+        if share is None and view.num_running + admitting <= 1:
+            share = self.split(view, num_blocks, self._staging(view, num_blocks))
+        return share
+
+    def _staging(self, view: PlacementView, num_blocks: int) -> int:
+        """Device blocks that staging takes once `num_blocks` more are claimed, as many as may be on the device."""
         num_layers, staged_layers, size = self._num_layers, self._lead + 1, self._group
-        num_device, demand = self._capacity.num_device_blocks, max(1, view.num_waiting) * num_blocks
-        overflow = max(0, view.claimed_device + view.claimed_host + demand - num_device)
+        num_device, num_host = self._capacity
+        overflow = max(0, view.claimed_device + view.claimed_host + num_blocks - num_device)
         wanted = ceil_div(overflow * num_layers, num_layers - staged_layers)
-        groups = ceil_div(min(wanted, max_host, view.claimed_host + view.available_host), size)
-        held_back = ceil_div(groups * staged_layers, num_layers) * size
-        room = ceil_div(num_device, size) * num_layers
+        return ceil_div(ceil_div(min(wanted, num_host), size) * staged_layers, num_layers) * size
+
+    def split(self, view: PlacementView, num_blocks: int, held_back: int) -> Share | None:
+        """As many as may be on the device, of which `held_back` blocks stay unclaimed; None where the host blocks
+        that there would be could not be staged."""
+        num_layers, staged_layers, size = self._num_layers, self._lead + 1, self._group
+        room = ceil_div(self._capacity.num_device_blocks, size) * num_layers
         most = max(0, min(num_blocks, view.available_device - held_back))
         for device in range(most, max(0, num_blocks - view.available_host) - 1, -1):
             host = num_blocks - device

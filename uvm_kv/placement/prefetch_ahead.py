@@ -20,7 +20,7 @@ class PrefetchAhead(PlacementPolicy):
         return Reach.COPY_AHEAD
 
     def place(self, view: PlacementView, num_blocks: int, *, admitting: bool) -> Share | None:
-        return self._copies.place(view, num_blocks, self.context.capacity.num_host_blocks)
+        return self._copies.place(view, num_blocks, admitting=admitting)
 
     def plan(self, view: PlacementView) -> tuple[MemoryOp, ...]:
         return self._copies.ops(view.host_blocks)

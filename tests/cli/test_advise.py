@@ -204,3 +204,11 @@ def test_a_larger_batch_that_is_refused_leaves_what_was_found_below_it() -> None
         assert max(p.batch_size for p in points) < 900
     refusal = search(question, "device_resident", [900], 2048)
     assert isinstance(refusal, str) and "activation peak" in refusal
+
+
+def test_a_workload_that_never_fills_the_card_is_told_so() -> None:
+    advice = asked("model=llama_7b", "mechanism=pinned_swap", "batch_size=4", "workload.num_requests=16")
+    assert advice.answer == "no" and advice.best is not None and not advice.best.moved_kv
+    assert advice.baseline is not None and not advice.baseline.full
+    why = next(line for line in lines(advice) if line.startswith("  why:"))
+    assert why.endswith("the workload never fills the card's KV memory, which holds 16 requests")

@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 from experiments import measuring
 from experiments.measuring import NotPossibleError
+from uvm_kv.config.family import end_children_with_me
 from uvm_kv.telemetry.provenance import git_state, gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,6 +224,7 @@ def _run_commands(part: Part, folder: Path, deadline: float) -> tuple[Status, st
 
 def _run_logged(command: Sequence[str], log: Path, deadline: float) -> int | None:
     """The exit status; None where time ran out, and then nothing that it started is left running."""
+    end_children_with_me()
     with log.open("a") as out:
         out.write(f"$ {shlex.join(command)}\n")
         out.flush()

@@ -22,8 +22,9 @@ from experiments import gpu_check, measuring
 from experiments.gpu_check import MEASURE_PARTS, PARTS, Part, Report, check
 from experiments.measuring import SWEEPS, NotPossibleError, Sweep, query_card, run_command
 from uvm_kv.hw.host import available_host_bytes
-from uvm_kv.telemetry.failures import failed_runs, reason
+from uvm_kv.telemetry.failures import reason
 from uvm_kv.telemetry.provenance import gpu
+from uvm_kv.telemetry.records import read_failures
 from uvm_kv.telemetry.store import completed_runs
 from uvm_kv.types import GIB
 
@@ -165,10 +166,10 @@ def slug(name: str) -> str:
 
 def failure_lines(output: Path) -> list[str]:
     """Points that are missing, and why: what a watchdog stopped among them."""
-    records = failed_runs(output / "sweep" / "runs") if (output / "sweep" / "runs").is_dir() else {}
+    records, left_out = read_failures(output / "sweep" / "runs")
     return [
         f"missing: {r['model']}, {r['mechanism']}, batch {r['offered_batch']}: {reason(r)}" for r in records.values()
-    ]
+    ] + [f"left out: {it}" for it in left_out]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,18 +11,19 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from uvm_kv.telemetry.checks import COUNT, check_fields, parse_json
+from uvm_kv.telemetry.scratch import scratch_folder
 from uvm_kv.telemetry.store import machine, remove_abandoned, temporary_path, written_whole
 
 SWEEP_END = "sweep.json"
@@ -48,6 +49,8 @@ class Event:
     """Of a run that has started: Hydra's, by which its launcher knows the job."""
     identity: dict[str, Any] | None = None
     """Of a run that has started: what a record of its failure begins with."""
+    num_runs: int = 1
+    """Of a job that failed before it was a run: the repeats that it asked for, none of which will come."""
 
 
 def report_event(event: Event) -> None:
@@ -84,7 +87,7 @@ class SweepEnd:
     after one that was stopped or died."""
 
     jobs: int
-    """Asked for; some may be one run, and one with repeats is several."""
+    """Runs that were asked for, each repeat of a job being one."""
     complete: int
     failed: int
     """Refused ones too."""
@@ -92,11 +95,12 @@ class SweepEnd:
     """Of the failed: those that left no record of it, because they were not yet a run."""
 
     @classmethod
-    def of(cls, num_jobs: int, events: Sequence[Event]) -> SweepEnd:
-        """Of the events by which runs ended."""
+    def of(cls, num_runs: int, events: Sequence[Event]) -> SweepEnd:
+        """From the events by which runs ended; `num_runs` were asked for."""
         failed = [e for e in events if e.status == "failed"]
-        unrecorded = sum(e.directory is None for e in failed)
-        return cls(max(num_jobs, len(events)), len(events) - len(failed), len(failed), unrecorded)
+        num_failed, num_complete = sum(e.num_runs for e in failed), len(events) - len(failed)
+        unrecorded = sum(e.num_runs for e in failed if e.directory is None)
+        return cls(max(num_runs, num_complete + num_failed), num_complete, num_failed, unrecorded)
 
     def write(self, folder: Path) -> None:
         with written_whole(folder) as staging:
@@ -108,8 +112,13 @@ class SweepEnd:
 
     @classmethod
     def read(cls, folder: Path) -> SweepEnd | None:
+        """None where there is none. ValueError where it is damaged."""
         file = folder / SWEEP_END
-        return cls(**json.loads(file.read_text())) if file.is_file() else None
+        if not file.is_file():
+            return None
+        names = [field.name for field in fields(cls)]
+        end = check_fields(parse_json(file.read_bytes()), dict.fromkeys(names, COUNT), names, str(file))
+        return cls(**{name: end[name] for name in names})
 
 
 class SweepLog:
@@ -149,11 +158,16 @@ class SweepLog:
     def count(self, status: str) -> int:
         return sum(e.status == status for e in self.events)
 
+    def num_ended(self) -> int:
+        """Runs that ended or will not come, repeats counted one by one."""
+        return sum(e.num_runs for e in self.events)
+
 
 @contextmanager
-def sweep_log(num_jobs: int, name: str, argv: list[str], shared: Path | None = None) -> Iterator[SweepLog]:
+def sweep_log(num_runs: int, name: str, argv: list[str], shared: Path | None = None) -> Iterator[SweepLog]:
     """Show progress on stderr while a sweep runs: a bar on a terminal, a line now and then elsewhere.
 
+    `num_runs`: how many will end, each repeat of a job being one.
     `shared`: a folder that workers on other machines see; without one they are all on this machine.
     """
     with _folder(shared) as folder:
@@ -161,7 +175,7 @@ def sweep_log(num_jobs: int, name: str, argv: list[str], shared: Path | None = N
         (folder / "command.json").write_text(json.dumps(asdict(command)))
         os.environ[ENVIRONMENT] = str(folder)
         log, stop = SweepLog(folder), threading.Event()
-        thread = threading.Thread(target=_show, args=(log, num_jobs, name, stop), daemon=True)
+        thread = threading.Thread(target=_show, args=(log, num_runs, name, stop), daemon=True)
         thread.start()
         try:
             yield log
@@ -175,8 +189,8 @@ def sweep_log(num_jobs: int, name: str, argv: list[str], shared: Path | None = N
 @contextmanager
 def _folder(shared: Path | None) -> Iterator[Path]:
     if shared is None:
-        with tempfile.TemporaryDirectory(prefix="uvm-kv-") as name:
-            yield Path(name)
+        with scratch_folder() as folder:
+            yield folder
         return
     folder = temporary_path(shared.absolute() / "sweep")
     remove_abandoned(folder.with_name("sweep"))
@@ -187,20 +201,16 @@ def _folder(shared: Path | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _show(log: SweepLog, num_jobs: int, name: str, stop: threading.Event) -> None:
+def _show(log: SweepLog, num_runs: int, name: str, stop: threading.Event) -> None:
     console = Console(stderr=True)
     if not console.is_terminal:
         first, said = 0.0, time.monotonic()
         while not stop.wait(POLL_S):
             log.poll()
-            ended = len(log.events)
-            first = first or (time.monotonic() if ended else 0.0)
-            if time.monotonic() - said >= PLAIN_EVERY_S and ended > 1:
+            first = first or (time.monotonic() if log.events else 0.0)
+            if time.monotonic() - said >= PLAIN_EVERY_S and len(log.events) > 1:
                 said = time.monotonic()
-                left = (said - first) / (ended - 1) * (num_jobs - ended)
-                print(
-                    f"{name}: {_counts(log)} of {num_jobs} jobs, about {left:.0f} s left", file=sys.stderr, flush=True
-                )
+                print(f"{name}: {progress_line(log, num_runs, said - first)}", file=sys.stderr, flush=True)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -209,16 +219,25 @@ def _show(log: SweepLog, num_jobs: int, name: str, stop: threading.Event) -> Non
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[counts]}"),
+        TextColumn("{task.fields[counts]}", markup=False),
     )
     with Progress(*columns, console=console, transient=False) as progress:
-        task = progress.add_task(name, total=num_jobs, counts="")
+        task = progress.add_task(name, total=num_runs, counts="")
         while True:
             ended = stop.wait(POLL_S)
             log.poll()
-            progress.update(task, completed=len(log.events), counts=_counts(log))
+            progress.update(task, completed=min(log.num_ended(), num_runs), counts=_counts(log))
             if ended:
                 return
+
+
+def progress_line(log: SweepLog, num_runs: int, since_first_s: float) -> str:
+    """`2 done, 1 running of 9 runs, about 12 s left`. `since_first_s`: seconds since the first run ended."""
+    ended = log.num_ended()
+    total = max(num_runs, ended)  # What a launcher loses may be counted twice.
+    if ended < 2 or ended == total:
+        return f"{_counts(log)} of {total} runs"
+    return f"{_counts(log)} of {total} runs, about {since_first_s / (ended - 1) * (total - ended):.0f} s left"
 
 
 def _counts(log: SweepLog) -> str:

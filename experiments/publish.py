@@ -17,7 +17,6 @@ import hashlib
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 from experiments.track import Outcome, send_runs, usable_mode
 from uvm_kv.telemetry.failures import failure_sha256
 from uvm_kv.telemetry.records import LeftOut, Record, pack, read_failures, read_records, unverified
+from uvm_kv.telemetry.scratch import scratch_folder
 from uvm_kv.telemetry.wandb_sink import (
     LAYOUT_VERSION,
     METRICS,
@@ -111,9 +111,9 @@ def send_report(
     address = Address(f"{name}-{sha256[:12]}", home, sha256, project)
     if is_sent(address, mode):
         return Outcome(num_there=1)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         try:
-            content = _report_content(home, records, failures, left_out, study_files, Path(folder), sha256)
+            content = _report_content(home, records, failures, left_out, study_files, folder, sha256)
         except (ValueError, OSError) as error:
             return Outcome(problems=[f"the report of {home}: {error}"])
         except KeyError as error:

@@ -32,7 +32,7 @@ from uvm_kv.config.search import Tried, search_best
 from uvm_kv.config.worker import end_with_parent, explain
 from uvm_kv.telemetry.failures import clear_failure, write_failure
 from uvm_kv.telemetry.provenance import git_state
-from uvm_kv.telemetry.store import read_json
+from uvm_kv.telemetry.store import read_summary
 from uvm_kv.types import BASELINES
 
 NUM_DRAWS = 5
@@ -112,7 +112,10 @@ def _lines(events: Iterable[Event], experiment: str) -> list[Line]:
     done = frozenset(str(e.directory) for e in finished)
     found: dict[tuple[str, str], list[tuple[Event, dict[str, Any]]]] = {}
     for event in finished:
-        summary = read_json(Path(str(event.directory)) / "summary.json")
+        try:
+            summary = read_summary(Path(str(event.directory)))
+        except ValueError:  # Damaged since; the report leaves it out and says so.
+            continue
         if summary["origin"] != "simulated" or summary["mechanism"] == "custom":
             continue
         comparison = json.dumps([summary["setting"], summary["hardware"], summary["model"], summary["workload"]])
@@ -212,7 +215,10 @@ def _run(line: Line, job: Job) -> dict[str, Any] | None:
     if directory in line.finished or is_done(job):
         if directory not in line.finished:
             report_event(Event("skipped", label, directory, tracking=line.tracking, overrides=overrides))
-        return read_json(job.directory / "summary.json")
+        try:
+            return read_summary(job.directory)
+        except ValueError:  # As above.
+            return None
     try:
         check_fits(job)
     except ValueError:  # No finding: the batches of the sweep are those that were asked for.

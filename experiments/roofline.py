@@ -24,7 +24,6 @@ import sys
 from pathlib import Path
 
 from hydra.errors import HydraException
-from rich.console import Console
 
 from uvm_kv.config.command import compose_command
 from uvm_kv.config.roofline import analyze
@@ -51,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     if config.json:
         print(json.dumps(analysis.to_json() | {"figure": [str(path) for path in figure]}, indent=1))
         return 0
-    from uvm_kv.analysis.terminal import print_roofline
+    from uvm_kv.analysis.terminal import plain_console, print_roofline
 
-    print_roofline(analysis, Console())
+    print_roofline(analysis, plain_console())
     if figure:
         print(f"figure: {'  '.join(map(str, figure))}")
     return 0

@@ -32,9 +32,11 @@ from experiments import launchers
 from experiments.listing import list_jobs
 from experiments.progress import ENVIRONMENT, Event, SweepEnd, SweepLog, read_command, report_event, sweep_log
 from experiments.refine import refine
+from experiments.sweep_report import SweepReport, place_of, take_name
 from experiments.track import mirror_all
 from uvm_kv.config.build import Job, check_fits, identity, is_done, repeats_of, run_job
 from uvm_kv.config.card import ask_card
+from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.ignored import check_command
 from uvm_kv.config.names import (
     CONF_DIR,
@@ -49,10 +51,10 @@ from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.config.worker import OneWorker, OnStep, end_with_parent, explain, in_order, process
-from uvm_kv.telemetry.failures import clear_failure, failed_runs, write_failure
+from uvm_kv.telemetry.failures import clear_failure, write_failure
 from uvm_kv.telemetry.provenance import git_state
-from uvm_kv.telemetry.records import read_directories
-from uvm_kv.telemetry.store import check_writable, completed_runs, is_complete, read_json, read_outputs
+from uvm_kv.telemetry.records import Record, read_directories, read_failures
+from uvm_kv.telemetry.store import check_writable, completed_runs, is_complete, read_outputs
 from uvm_kv.types import GIB, OUR_ENGINE
 
 SWEEP_FLAGS = {"-m", "--multirun"}
@@ -74,8 +76,12 @@ class Request:
     experiment: str
     results_dir: Path
     num_jobs: int
+    num_runs: int
+    """Each repeat of a job is one."""
     overrides: list[Any]
     """Parsed, those of the experiment's sweep included."""
+    given: list[Any]
+    """Those of the command alone."""
     on_gpu: bool
     """Some job has runner=cuda."""
     refine: bool
@@ -150,8 +156,23 @@ def preflight(arguments: list[str]) -> Request:
     check_writable(folder, "results_dir=")
     refined = _refines(given, file, sweeps=bool(SWEEP_FLAGS & set(arguments)), on_gpu=on_gpu)
     return Request(
-        experiment or EXPERIMENT_WITHOUT_FILE, folder, num_jobs, list(by_key.values()), on_gpu, refined, launcher
+        experiment or EXPERIMENT_WITHOUT_FILE,
+        folder,
+        num_jobs,
+        _num_runs(num_jobs, by_key, file),
+        list(by_key.values()),
+        list(given.values()),
+        on_gpu,
+        refined,
+        launcher,
     )
+
+
+def _num_runs(num_jobs: int, by_key: dict[str, Any], file: Any) -> int:
+    if (given := by_key.get("num_repeats")) is None:
+        return num_jobs * int((file is not None and OmegaConf.select(file, "num_repeats")) or 1)
+    repeats = [max(1, int(value)) for value in values_of(given)]  # Where it is none, the job fails, which is one event.
+    return num_jobs // len(repeats) * sum(repeats)
 
 
 def _refines(given: Mapping[str, Any], file: Any, *, sweeps: bool, on_gpu: bool) -> bool:
@@ -201,7 +222,7 @@ def run_hydra_job(composed: DictConfig) -> None:
         composed = with_recorded_config(composed, given)
         jobs = repeats_of(resolve(composed), experiment)
     except Exception as error:
-        report_event(Event("failed", label, error=explain(error)))
+        report_event(Event("failed", label, error=explain(error), num_runs=max(1, composed.num_repeats)))
         return
     for job in jobs:
         name = f"{label} repeat {job.repeat}" if len(jobs) > 1 else label
@@ -330,13 +351,13 @@ def _bar(job: Job) -> Iterator[OnStep | None]:
     """Memory account and progress bar of a run that is alone."""
     from rich.progress import Progress
 
-    from uvm_kv.analysis.terminal import print_memory
+    from uvm_kv.analysis.terminal import plain_console, print_memory
 
     console = Console(stderr=True)
     resolved = job.resolved
     where = "the CPU" if resolved.config.runner == "cpu" else identity(job)["hardware"]
     title = f"{resolved.model.name} in {resolved.config.dtype} on {where}"
-    print_memory(title, resolved.memory_account, Console())
+    print_memory(title, resolved.memory_account, plain_console())
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("requests served", total=None)
 
@@ -346,29 +367,34 @@ def _bar(job: Job) -> Iterator[OnStep | None]:
         yield show if console.is_terminal else None
 
 
-def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int:
-    """Tables, verdict, failures; the exit status: 2 where the job, asked for alone, was refused for what it says."""
-    from uvm_kv.analysis.terminal import print_outputs, print_report, print_summary
+def _print_outcome(request: Request, events: list[Event], place: SweepReport | None, argv: list[str]) -> int:
+    """Tables, verdict, failures; the exit status: 2 where the job, asked for alone, was refused for what it says.
+    `place`: of a sweep, where its report goes."""
+    from uvm_kv.analysis.terminal import plain_console, print_outputs, print_report, print_summary
 
-    console = Console()
+    console, sweep = plain_console(), place is not None
     finished = [Path(e.directory) for e in events if e.directory is not None and e.status != "failed"]
     failed = [e for e in events if e.status == "failed"]
-    on_cpu = sum(bool(read_json(d / "summary.json")["memory_emulated"]) for d in finished)
+    runs, left_out = read_directories(finished)
+    on_cpu = sum(record.summary["memory_emulated"] for record in runs)
     if sweep and on_cpu:
         print(f"{on_cpu} runs on the CPU say nothing about memory kinds and are in no figure.", file=sys.stderr)
-    if sweep and len(finished) > on_cpu:
+    if place is not None and len(runs) > on_cpu:
         from uvm_kv.analysis.report import write_report  # pandas and matplotlib: a single run does without
 
-        folder = request.results_dir / request.experiment
         missing = {Path(e.directory).name for e in failed if e.directory is not None}
-        records = [record for name, record in failed_runs(folder).items() if name in missing]
-        runs, left_out = read_directories(finished)
-        print_report(write_report(runs, folder / "report", records, left_out), console)
+        failures, more = read_failures(request.results_dir / request.experiment)
+        records = [record for name, record in failures.items() if name in missing]
+        report = write_report(runs, place.folder, records, [*left_out, *more])
+        place.write_runs(argv, [record.id for record in runs], missing)
+        print_report(report, console)
     elif finished:
-        for directory in finished:
-            print_summary(read_json(directory / "summary.json"), console)
-            print_outputs(read_outputs(directory), console)
-            console.print(f"run: {directory}", markup=False, highlight=False, soft_wrap=True)
+        for record in runs:
+            print_summary(record.summary, console)
+            print_outputs(read_outputs(record.place), console)
+            console.print(f"run: {record.place}", highlight=False, soft_wrap=True)
+        for it in left_out:
+            print(f"error: {it}", file=sys.stderr)
         if any(e.status == "skipped" for e in events):
             print("it was complete already; rerun=true runs it again", file=sys.stderr)
     for event in failed:
@@ -381,17 +407,18 @@ def _print_outcome(request: Request, events: list[Event], *, sweep: bool) -> int
     if sweep:
         skipped = [e for e in events if e.status == "skipped"]
         note = f" ({len(skipped)} were complete already)" if skipped else ""
-        total = max(request.num_jobs, len(events))  # A job with repeats is several runs.
+        total = max(request.num_runs, len(events))
         print(f"{len(finished)} of {total} runs are complete{note}, {len(failed)} failed.", file=sys.stderr)
-        _warn_of_other_commits(skipped)
+        names = {Path(str(e.directory)).name for e in skipped}
+        _warn_of_other_commits([record for record in runs if record.id in names])
     if not sweep and failed and all(event.directory is None for event in failed):
         return 2
     return 1 if failed or not finished else 0
 
 
-def _warn_of_other_commits(skipped: list[Event]) -> None:
+def _warn_of_other_commits(skipped: list[Record]) -> None:
     now = git_state()["git_sha"]
-    others = [e for e in skipped if read_json(Path(str(e.directory)) / "manifest.json")["git_sha"] != now]
+    others = [record for record in skipped if record.manifest["git_sha"] != now]
     if others:
         print(
             f"warning: {len(others)} of them were made by another commit; rerun=true runs them again", file=sys.stderr
@@ -416,6 +443,9 @@ def main() -> int:
         )
         return 2
     try:
+        name, overrides = take_name(overrides)
+        if name is not None and not sweep:
+            raise ValueError(f"name={name} names a sweep, which needs -m")
         arguments = [*flags, *with_implied(overrides)]
         sys.argv[1:] = arguments
         request = preflight(arguments)
@@ -435,14 +465,19 @@ def main() -> int:
         _parent.collected = []
     if request.on_gpu:
         sys.argv += ["hydra/launcher=basic"] if request.launcher is None else []
-    argv = ["python", "-m", "experiments.run", *arguments]
+    argv = ["python", "-m", "experiments.run", *arguments, *([] if name is None else [f"name={name}"])]
+    experiment = request.results_dir / request.experiment
+    place = None
     shared = request.results_dir if sweep and launcher in launchers.PAST_ONE_MACHINE else None
+    end_children_with_me()
     try:
         if request.on_gpu:
             _say_what_is_free()
         if sweep:
-            SweepEnd.clear(request.results_dir / request.experiment)
-        with sweep_log(request.num_jobs, request.experiment if sweep else "", argv, shared) as log:
+            published = request.experiment != EXPERIMENT_WITHOUT_FILE
+            place = place_of(experiment, name, request.given, published=published)
+            SweepEnd.clear(place.end)
+        with sweep_log(request.num_runs, request.experiment if sweep else "", argv, shared) as log:
             if sweep and launcher != launchers.BASIC:
                 launchers.use(launcher, partial(_lose, log))
                 sys.argv.append(f"++hydra.job.env_set.{ENVIRONMENT}={_quoted(str(log.folder))}")
@@ -455,23 +490,28 @@ def main() -> int:
                 log.poll()
                 refine(log.events, request.experiment)
     except KeyboardInterrupt:
-        folder = request.results_dir / request.experiment
+        if place is not None:
+            place.discard_empty()
         print(
-            f"\ninterrupted: {len(completed_runs(folder))} finished runs stay in {folder}; the same command goes on "
-            f"from there",
+            f"\ninterrupted: {len(completed_runs(experiment))} finished runs stay in {experiment}; the "
+            f"same command goes on from there",
             file=sys.stderr,
         )
         return 130
     for problem in launchers.problems:
         print(f"error: hydra/launcher={launcher} cannot go on: {problem}", file=sys.stderr)
     try:
-        mirror_all(log.events)
-        if sweep and not launchers.problems:
-            SweepEnd.of(request.num_jobs, log.events).write(request.results_dir / request.experiment)
-        status = _print_outcome(request, log.events, sweep=sweep)
-    except OSError as error:
+        if place is not None and not launchers.problems:
+            SweepEnd.of(request.num_runs, log.events).write(place.end)
+        status = _print_outcome(request, log.events, place, argv)
+    except (OSError, ValueError) as error:
         print(f"error: the report cannot be written: {explain(error)}", file=sys.stderr)
-        return 1
+        status = 1
+    try:
+        mirror_all(log.events)
+    except KeyboardInterrupt:
+        print("\ninterrupted: python -m experiments.publish sends the rest", file=sys.stderr)
+        return 130
     return 1 if launchers.problems else status
 
 

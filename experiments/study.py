@@ -30,7 +30,8 @@ from experiments.progress import SweepEnd
 from experiments.study_points import write_roofline
 from uvm_kv.analysis.study import STUDIES
 from uvm_kv.analysis.study.publish import INDEX, read_index
-from uvm_kv.telemetry.failures import failed_runs, failure_sha256, reason
+from uvm_kv.config.family import end_children_with_me
+from uvm_kv.telemetry.failures import failure_sha256, reason
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.records import Record, pack, read_failures, read_records
 from uvm_kv.telemetry.store import check_writable
@@ -83,6 +84,7 @@ def run_experiment(name: str, folder: Path, *, rerun: bool) -> int:
     """The sweep of conf/experiment/<name>.yaml, with its report left in `folder`/<name>; its exit status. A point that
     is refused or fails is a record there, and may be a finding."""
     command = [sys.executable, "-m", "experiments.run", "-m", f"experiment={name}", f"results_dir={folder}"]
+    end_children_with_me()
     (folder / name).mkdir(parents=True, exist_ok=True)
     with (folder / name / "sweep.log").open("w") as log:
         return subprocess.run(
@@ -208,7 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def unfinished(folder: Path, failures: dict[str, dict[str, Any]], status: int) -> str | None:
     """Why the sweep whose runs are in `folder` has not all that it asked for; None where it has, or what is missing was
     refused. A sweep with refused points has an exit `status` of 1 too, as one has that broke down."""
-    end = SweepEnd.read(folder)
+    try:
+        end = SweepEnd.read(folder)
+    except ValueError as error:
+        return f"its end is not known: {error}"
     if end is None:
         return f"the sweep did not come to its end (exit status {status})"
     if end.complete + end.failed < end.jobs:
@@ -227,7 +232,8 @@ def _one(name: str, folder: Path, reference: Path, *, update: bool, rerun: bool,
     else:
         status = run_experiment(name, folder, rerun=rerun)
     fresh, left_out = read_records(folder / name)
-    failures = failed_runs(folder / name)
+    failures, failures_left_out = read_failures(folder / name)
+    left_out += failures_left_out
     took = f"{time.monotonic() - start:.0f} s"
     refused = f", {len(failures)} refused or failed" if failures else ""
     print(f"{name}: {len(fresh)} runs{refused} in {took}", flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from experiments.progress import Event
+from uvm_kv.telemetry.checks import visible
 from uvm_kv.telemetry.records import Record, read_directories
+from uvm_kv.telemetry.scratch import scratch_folder
 from uvm_kv.telemetry.store import read_table
 from uvm_kv.telemetry.wandb_sink import (
     OFFLINE,
@@ -20,8 +21,10 @@ from uvm_kv.telemetry.wandb_sink import (
     Address,
     Content,
     address_of,
+    check_settings,
     content_of,
     is_sent,
+    one_line,
     send,
     server_problem,
     title_of,
@@ -38,7 +41,8 @@ class Outcome:
 
 
 def mirror_all(events: list[Event]) -> None:
-    """Every finished run that asked for it and is not there yet; problems are warnings."""
+    """Mirror every finished run that asked for it and is not there yet. Problems are warnings: the runs are finished
+    and the report is written, whatever a tracker raises."""
     wanted: dict[tuple[str, str], list[Path]] = {}
     for event in events:
         if event.status != "failed" and event.directory is not None and event.tracking is not None:
@@ -46,13 +50,18 @@ def mirror_all(events: list[Event]) -> None:
             wanted.setdefault(key, []).append(Path(event.directory))
     for (project, mode), directories in wanted.items():
         records, left_out = read_directories(directories)
-        outcome = send_runs(records, project, mode)
-        for problem in [*map(str, left_out), *outcome.problems]:
-            print(f"warning: {problem}", file=sys.stderr)
+        try:
+            problems = send_runs(records, project, mode).problems
+        except (Exception, SystemExit) as error:
+            problems = [f"tracking=wandb failed: {one_line(error)}"]
+        for problem in [*map(str, left_out), *problems]:
+            print(f"warning: {visible(problem)}", file=sys.stderr)
 
 
 def usable_mode(mode: str) -> tuple[str, str | None]:
-    """`mode`, or offline and why where no server can be reached: mirrors are then written and wait."""
+    """`mode`, or offline and why where no server can be reached: mirrors are then written and wait. ValueError where
+    wandb refuses its settings (WANDB_BASE_URL and the like), so that it can write no mirror either."""
+    check_settings()
     problem = server_problem() if mode == ONLINE else None
     if problem is None:
         return mode, None
@@ -75,12 +84,15 @@ def send_runs(records: Sequence[Record], project: str, mode: str) -> Outcome:
     except ImportError as error:
         outcome.problems.append(f"tracking=wandb failed: {error}; pip install wandb")
         return outcome
+    except ValueError as error:
+        outcome.problems.append(f"tracking=wandb failed: {error}")
+        return outcome
     outcome.problems += [] if problem is None else [problem]
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for record, address in progress.track(pending, description="wandb"):
-            with tempfile.TemporaryDirectory() as folder:
-                failure = _send_run(record, address, mode, Path(folder))
+            with scratch_folder() as folder:
+                failure = _send_run(record, address, mode, folder)
             if failure is not None:
                 outcome.problems.append(failure)
                 mode, gone = usable_mode(mode)  # A server that is gone is not waited for again.
@@ -96,8 +108,6 @@ def _send_run(record: Record, address: Address, mode: str, folder: Path) -> str 
         content = _content(record, folder)
     except (ValueError, OSError, ImportError) as error:
         return f"tracking=wandb failed for {record.id}: {error}"
-    except KeyError as error:
-        return f"tracking=wandb failed for {record.id}: its summary.json has no {error}"
     return send(address, content, mode)
 
 

@@ -20,16 +20,18 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.text import Text
 
 from experiments.ending import say_why
 from uvm_kv.analysis.recorded import Recording, load_file, load_run
-from uvm_kv.analysis.terminal import print_comparison
+from uvm_kv.analysis.terminal import plain_console, print_comparison
 from uvm_kv.analysis.validate import TOLERANCE, Comparison, compare, write_comparison
 from uvm_kv.config.build import jobs_of, run_job
 from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
 from uvm_kv.config.recording import check_simulable, serve_trace, simulation_of_run, work_key
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
+from uvm_kv.telemetry.checks import visible
 from uvm_kv.telemetry.store import check_writable, completed_runs, read_json
 from uvm_kv.types import OUR_ENGINE
 from uvm_kv.workload.trace import write_trace
@@ -104,7 +106,17 @@ def _sources(path: Path) -> list[Source]:
     ours = [run for run in runs if _engine_of(run) in (None, OUR_ENGINE)]
     if not ours:
         raise ValueError(f"recorded={path}: runs of {_engine_of(runs[0])}, which the simulator does not play")
-    return [Source(run, load_run(run), work_key(run)) for run in ours]
+    sources, left_out = [], []
+    for run in ours:
+        try:
+            sources.append(Source(run, load_run(run), work_key(run)))
+        except ValueError as error:
+            left_out.append(error)
+    if not sources:
+        raise left_out[0]
+    for why in left_out:
+        print(f"left out: {visible(why)}", file=sys.stderr)
+    return sources
 
 
 def _engine_of(run: Path) -> str | None:
@@ -177,7 +189,7 @@ def validate(request: Request, console: Console) -> None:
         name = first if request.name is None else request.name if len(groups) == 1 else f"{request.name}-{first}"
         folder = request.out / "validation" / name
         folder.mkdir(parents=True, exist_ok=True)
-        with console.status(f"simulating {name}"):
+        with console.status(Text(f"simulating {name}")):
             pairs = [(s.recording, simulate(s, request, folder / f"served-{s.recording.name}.csv")) for s in sources]
         rows = compare(pairs, request.tolerance)
         _show(name, folder, rows, pairs, request, console)
@@ -223,7 +235,7 @@ def main() -> int:
     try:
         if flags := [a for a in arguments if a.startswith("-")]:
             raise ValueError(f"{flags[0]} is not an option; --help shows what there is")
-        validate(parse(arguments), Console())
+        validate(parse(arguments), plain_console())
     except (ValueError, OmegaConfBaseException, OSError) as error:
         return say_why(error)
     return 0

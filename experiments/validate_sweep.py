@@ -17,6 +17,7 @@ from pathlib import Path
 
 from uvm_kv.analysis.sweep_validation import (
     TOLERANCE,
+    Point,
     compare,
     lines,
     read_points,
@@ -27,8 +28,15 @@ from uvm_kv.analysis.sweep_validation import (
 from uvm_kv.telemetry.provenance import git_state, gpu
 
 
+def _points(folder: Path) -> list[Point]:
+    points, left_out = read_points(folder)
+    for it in left_out:
+        print(f"left out: {it}", file=sys.stderr)
+    return points
+
+
 def predict(options: argparse.Namespace) -> int:
-    points = read_points(options.runs)
+    points = _points(options.runs)
     if not points:
         raise ValueError(f"--runs {options.runs}: no finished run there")
     write_points(options.output, points, {**git_state(), "hardware": options.hardware})
@@ -38,7 +46,7 @@ def predict(options: argparse.Namespace) -> int:
 
 def validate(options: argparse.Namespace) -> int:
     predicted, written = read_written(options.predictions)
-    measured = read_points(options.runs)
+    measured = _points(options.runs)
     if not measured:
         raise ValueError(f"--runs {options.runs}: no finished run there")
     digest = hashlib.sha256(options.predictions.read_bytes()).hexdigest()

@@ -19,6 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 
+from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.names import unknown
 from uvm_kv.config.worker import explain
 
@@ -72,6 +73,7 @@ def use(name: str, on_lost: OnLost) -> None:
     """Let Hydra take our launcher of this name, in this process."""
     global _on_lost
     _on_lost = on_lost
+    end_children_with_me()
     module, kind = LAUNCHERS[name]
     ours = getattr(importlib.import_module(module), kind)
     _, hydras = ours.__bases__

@@ -31,6 +31,7 @@ from experiments.microbench.record import (
     text_table,
     write_json,
 )
+from uvm_kv.config.family import end_children_with_me
 from uvm_kv.hw.host import available_host_bytes
 from uvm_kv.memory import ExtensionMissingError, capabilities, num_devices
 
@@ -212,6 +213,7 @@ def _run_part(options: argparse.Namespace, name: str, path: Path, seconds: float
     command = [sys.executable, "-m", "experiments.microbench", "--parts", name, "--output", str(options.output)]
     command += ["--child", f"{seconds:.1f}", *(["--quick"] if options.quick else [])]
     why = None
+    end_children_with_me()
     try:
         code = subprocess.run(command, timeout=limit, check=False, stdin=subprocess.DEVNULL).returncode
         why = None if code == 0 else f"its process ended with status {code}"

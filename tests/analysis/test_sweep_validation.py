@@ -86,8 +86,8 @@ def test_the_command_from_runs_to_a_table(tmp_path: Path, capsys: Any) -> None:
         assert {row["verdict"] for row in content["rows"]} == expected
         assert len(content["rows"]) == len((out / "validation.csv").read_text().splitlines()) - 1 == 4
         assert "points within 10%" in capsys.readouterr().out
-    assert [p.step_s for p in read_points(tmp_path / "measured")] == [
-        p.step_s for p in read_points(tmp_path / "predicted")
+    assert [p.step_s for p in read_points(tmp_path / "measured")[0]] == [
+        p.step_s for p in read_points(tmp_path / "predicted")[0]
     ]
     assert main(["predict", "--runs", str(tmp_path / "none"), "--output", str(predictions)]) == 2
     assert "no finished run there" in capsys.readouterr().err

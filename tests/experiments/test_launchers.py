@@ -17,7 +17,7 @@ from experiments.progress import ENVIRONMENT, Event, SweepLog, read_command, rep
 from experiments.run import preflight
 from tests.helpers import REPOSITORY
 from uvm_kv.telemetry import store
-from uvm_kv.telemetry.failures import failed_runs
+from uvm_kv.telemetry.records import read_failures
 from uvm_kv.telemetry.store import completed_runs, read_json
 
 COMMAND = [sys.executable, "-m", "experiments.run", "-m"]
@@ -82,7 +82,7 @@ def test_a_killed_worker_costs_its_job_and_the_same_command_runs_it(
     assert said.startswith("error: llama_7b fixed custom batch 2: ")
     assert "worker" in said
     assert summaries(results) == {name: b for name, b in expected.items() if name != victim}
-    record = failed_runs(results)[victim]
+    record = read_failures(results)[0][victim]
     assert (record["offered_batch"], record["tried"]) == (2, True)
     assert record["error"] in said
 
@@ -90,7 +90,7 @@ def test_a_killed_worker_costs_its_job_and_the_same_command_runs_it(
     assert again.returncode == 0, again.stderr
     assert "3 of 3 runs are complete (2 were complete already), 0 failed." in again.stderr
     assert summaries(results) == expected
-    assert failed_runs(results) == {}
+    assert read_failures(results)[0] == {}
     assert not [path for path in results.rglob(".tmp-*") if ".submitit" not in path.parts]
 
 

@@ -19,7 +19,8 @@ from experiments.progress import ENVIRONMENT, Event, SweepEnd, SweepLog, report_
 from tests import jobs
 from tests.helpers import REPOSITORY
 from uvm_kv.config.names import groups
-from uvm_kv.telemetry.failures import failed_runs, reason
+from uvm_kv.telemetry.failures import reason
+from uvm_kv.telemetry.records import read_failures
 from uvm_kv.telemetry.store import completed_runs, read_json
 
 COMMAND = [sys.executable, "-m", "experiments.run"]
@@ -79,11 +80,12 @@ def test_errors_are_short_and_without_a_traceback(tmp_path: Path, arguments: lis
 def test_a_sweep_reports_skips_and_survives_a_bad_job(tmp_path: Path) -> None:
     """Batch 0 fails, the other jobs finish; the second start runs nothing again."""
     sweep = ["-m", "mechanism=device_resident,pinned_balanced", "batch_size=0,2,4", *QUICK, f"results_dir={tmp_path}"]
+    sweep += ["name=it"]
     first = run(*sweep)
     assert first.returncode == 1
     assert first.stderr.count("batch_size=0; it must be at least 1") == 2
     assert "4 of 6 runs are complete, 2 failed." in first.stderr
-    assert SweepEnd.read(tmp_path / "adhoc") == SweepEnd(jobs=6, complete=4, failed=2, unrecorded=2)
+    assert SweepEnd.read(tmp_path / "adhoc" / "reports" / "it") == SweepEnd(jobs=6, complete=4, failed=2, unrecorded=2)
     lines = first.stdout.splitlines()
     assert any(line.startswith("Verdict: ") for line in lines)
     assert any(line.startswith("report: ") and line.endswith("report.html") for line in lines)
@@ -102,7 +104,7 @@ def test_workers_record_the_command_that_was_typed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_sweep_keeps_what_is_finished_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    sweep = ["-m", "batch_size=1,2,3,4,5,6,7,8", "workload.prompt_tokens=512", f"results_dir={tmp_path}"]
+    sweep = ["-m", "batch_size=1,2,3,4,5,6,7,8", "workload.prompt_tokens=512", f"results_dir={tmp_path}", "name=it"]
     process = subprocess.Popen(
         [*COMMAND, *sweep], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -115,14 +117,14 @@ def test_an_interrupted_sweep_keeps_what_is_finished_and_goes_on(tmp_path: Path,
     before = stamps(tmp_path)
     assert len(before) >= 2
     if len(before) < 8:
-        assert SweepEnd.read(tmp_path / "adhoc") is None
+        assert SweepEnd.read(tmp_path / "adhoc" / "reports" / "it") is None
     if number is signal.SIGINT and len(before) < 8:
         assert process.returncode == 130
         assert "interrupted:" in output
         assert "Traceback" not in output
     again = run(*sweep)
     assert again.returncode == 0, again.stderr
-    assert SweepEnd.read(tmp_path / "adhoc") == SweepEnd(jobs=8, complete=8, failed=0, unrecorded=0)
+    assert SweepEnd.read(tmp_path / "adhoc" / "reports" / "it") == SweepEnd(jobs=8, complete=8, failed=0, unrecorded=0)
     after = stamps(tmp_path)
     assert len(after) == 8
     assert {name: after[name] for name in before} == before
@@ -221,7 +223,7 @@ def test_a_sequence_that_does_not_fit_is_a_finding_of_long_context(tmp_path: Pat
     done = run("-m", "experiment=long_context", "mechanism=device_resident,pinned_balanced", *given)
     assert done.returncode == 1
     assert "1 of 2 runs are complete, 1 failed." in done.stderr
-    (record,) = failed_runs(tmp_path).values()
+    (record,) = read_failures(tmp_path)[0].values()
     assert record["refused"] is True
     assert (record["mechanism"], record["prompt_tokens"], record["model"]) == ("device_resident", 131008, "llama3_1_8b")
     assert "the longest request of 131072 tokens needs 1024 (17.18 GB)" in reason(record)

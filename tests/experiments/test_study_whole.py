@@ -11,7 +11,8 @@ from experiments import study
 from experiments.progress import Event, SweepEnd
 from tests import jobs
 from uvm_kv.config.build import identity, run_job
-from uvm_kv.telemetry.failures import failed_runs, write_failure
+from uvm_kv.telemetry.failures import write_failure
+from uvm_kv.telemetry.records import read_failures
 
 Leave = Callable[[Path], None]
 
@@ -100,4 +101,4 @@ def test_runs_that_agree_are_not_enough(ask: Callable[..., int], capsys: pytest.
 def test_refused_points_belong_to_a_whole_sweep(tmp_path: Path) -> None:
     fail(tmp_path, refused=True, error="no room")
     SweepEnd(2, 1, 1, 0).write(tmp_path)
-    assert study.unfinished(tmp_path, failed_runs(tmp_path), 1) is None
+    assert study.unfinished(tmp_path, read_failures(tmp_path)[0], 1) is None

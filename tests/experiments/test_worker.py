@@ -24,7 +24,7 @@ from tests.helpers import REPOSITORY
 from uvm_kv.config import worker as worker_module
 from uvm_kv.config.build import Job
 from uvm_kv.config.worker import OneWorker, Outcome, Reach, Worker, explain, in_order, mechanism, process, reach_of
-from uvm_kv.telemetry.failures import failed_runs
+from uvm_kv.telemetry.records import read_failures
 from uvm_kv.telemetry.store import completed_runs, read_json
 
 SMALL = ("workload.prompt_tokens=32", "workload.output_tokens=16")
@@ -433,8 +433,10 @@ def test_a_killed_worker_costs_its_mechanism_only(
     gap = next(line for line in out.splitlines() if line.startswith("not measured: "))
     assert gap.startswith("not measured: llama_7b, managed_demand, batch ")
     assert "SIGKILL" in gap
-    assert gap.removeprefix("not measured: ").split(":")[0] in (tmp_path / "adhoc/report/report.html").read_text()
-    records = failed_runs(tmp_path)
+    assert (
+        gap.removeprefix("not measured: ").split(":")[0] in (tmp_path / "adhoc/reports/latest/report.html").read_text()
+    )
+    records = read_failures(tmp_path)[0]
     assert {r["mechanism"] for r in records.values()} == {"managed_demand"}
     assert [r["tried"] for r in records.values()].count(True) == 1
     assert len(records) + len(completed_runs(tmp_path)) == 8
@@ -458,7 +460,7 @@ def test_ctrl_c_ends_the_worker_and_the_sweep_goes_on_later(
     assert "interrupted:" in err
     assert "Traceback" not in err
     assert not alive(worker)
-    assert failed_runs(tmp_path) == {}
+    assert read_failures(tmp_path)[0] == {}
     assert set(before) <= set(completed_runs(tmp_path))
 
 
@@ -471,12 +473,12 @@ def test_a_failed_job_is_tried_again_and_its_record_goes(tmp_path: Path) -> None
     first = run(*arguments)
     assert first.returncode == 1
     assert "1 of 2 runs are complete, 1 failed." in first.stderr
-    assert list(failed_runs(tmp_path)) == [blocked]
+    assert list(read_failures(tmp_path)[0]) == [blocked]
     (tmp_path / "adhoc" / blocked).unlink()
     second = run(*arguments)
     assert second.returncode == 0, second.stderr
     assert "(1 were complete already)" in second.stderr
-    assert failed_runs(tmp_path) == {}
+    assert read_failures(tmp_path)[0] == {}
     assert not list(tmp_path.rglob("*.failed.json"))
 
 

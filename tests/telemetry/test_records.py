@@ -15,7 +15,9 @@ from tests import jobs
 from uvm_kv.config.build import run_job
 from uvm_kv.telemetry.failures import failure_sha256, write_failure
 from uvm_kv.telemetry.records import PACKED, PACKED_FAILURES, pack, read_failures, read_records
+from uvm_kv.telemetry.summary import SCHEMA_VERSION
 
+NOTHING_ELSE = json.dumps({"schema_version": SCHEMA_VERSION})
 IDENTITY = {"model": "m", "mechanism": "device_resident", "offered_batch": 4}
 
 
@@ -56,7 +58,7 @@ def test_whole_runs_are_verified_by_the_hash_in_their_manifest(runs: list[Path],
         (lambda d: (d / "steps.parquet").unlink(), "half-written: it has no steps.parquet"),
         (lambda d: (d / "requests.parquet").unlink(), "half-written: it has no requests.parquet"),
         (lambda d: (d / "summary.json").write_text("[1]"), "foreign"),
-        (lambda d: (d / "summary.json").write_text('{"schema_version": 1}'), "foreign: its summary.json has no origin"),
+        (lambda d: (d / "summary.json").write_text(NOTHING_ELSE), "foreign: its summary.json has no origin"),
         (lambda d: change(d / "summary.json", schema_version=0), "schema version 0, where this version reads"),
         (lambda d: change(d / "summary.json", output_tokens_per_s=1e9), "tampered"),
         (lambda d: d.rename(d.with_name(f".tmp-{d.name}-1234")), "half-written: a job that is under way"),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from uvm_kv.hw.overlap import ceiling
-from uvm_kv.telemetry.store import completed_runs, read_json, read_table
+from uvm_kv.telemetry.store import completed_runs, read_summary, read_table
 from uvm_kv.types import BASELINES, GIB, Reach
 
 EAGER_TARGET, COMPILED_TARGET = 1.5, 1.25
@@ -76,7 +76,7 @@ def read_runs(folder: Path, config_of: Callable[[Path], dict[str, Any]]) -> list
 
 
 def _read(directory: Path, config: dict[str, Any]) -> Run:
-    summary, steps = read_json(directory / "summary.json"), read_table(directory, "steps")
+    summary, steps = read_summary(directory), read_table(directory, "steps")
     start, end, tokens, running = (
         np.array(steps[name], float) for name in ("start_ns", "end_ns", "num_scheduled_tokens", "num_running")
     )

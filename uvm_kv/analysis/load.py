@@ -11,6 +11,7 @@ import pandas as pd
 
 from uvm_kv.analysis.repeats import REPEATS
 from uvm_kv.analysis.statistics import median_interval
+from uvm_kv.telemetry.checks import ANALYTIC, formula_safe
 from uvm_kv.telemetry.records import LeftOut, Record, read_records
 from uvm_kv.types import OUR_ENGINE
 
@@ -21,11 +22,26 @@ GROUP = ["group", "title"]
 
 def find_runs(folder: Path) -> tuple[list[Record], list[LeftOut]]:
     """Finished runs at or below a folder, and what is left out; ValueError if none remains."""
-    records, left_out = read_records(folder)
+    records, left_out = without_computed(*read_records(folder))
     if not records:
         more = f" ({len(left_out)} left out, such as {left_out[0]})" if left_out else ""
         raise ValueError(f"{folder}: no finished run there{more}; give a folder with run directories")
     return records, left_out
+
+
+def without_computed(records: Iterable[Record], left_out: Iterable[LeftOut]) -> tuple[list[Record], list[LeftOut]]:
+    """Runs alone: analytic points have no mechanism and no batch, and no place in a table of runs."""
+    records = list(records)
+    runs = [record for record in records if record.summary["origin"] != ANALYTIC]
+    where = sorted({str(record.place) for record in records if record.summary["origin"] == ANALYTIC})
+    return runs, [*left_out, *(LeftOut(place, "computed points, which are no runs") for place in where)]
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """A table as CSV, whose cells a spreadsheet never takes for formulas."""
+    texts = table.select_dtypes(exclude="number")
+    safe = table.assign(**{str(name): texts[name].map(formula_safe) for name in texts})
+    return safe.to_csv(index=False, lineterminator="\n")
 
 
 def load_runs(records: Iterable[Record]) -> pd.DataFrame:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uvm_kv.telemetry.checks import ANALYTIC
 from uvm_kv.telemetry.recorder import Table
-from uvm_kv.telemetry.store import is_complete, read_json, read_table
+from uvm_kv.telemetry.store import is_complete, read_manifest, read_summary, read_table
 from uvm_kv.telemetry.summary import INCOMPLETE
 from uvm_kv.types import NS_PER_S
 
@@ -52,14 +53,13 @@ def load_run(directory: Path) -> Recording:
             f"recorded={directory}: it is neither a finished run directory (they hold summary.json) nor a file"
         )
     try:
-        summary, manifest = read_json(directory / "summary.json"), read_json(directory / "manifest.json")
+        summary, manifest = read_summary(directory), read_manifest(directory)
         requests, steps = read_table(directory, "requests"), read_table(directory, "steps")
     except (OSError, ValueError) as error:  # ValueError: not JSON, or no table.
         reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
         raise ValueError(f"recorded={directory}: not readable ({reason}); record it again") from None
-    missing = {"warnings", "memory_emulated", "runner", "hardware", "origin"} - set(summary)
-    if missing:
-        raise ValueError(f"recorded={directory}: summary.json has no {min(missing)}; record it again")
+    if summary["origin"] == ANALYTIC:
+        raise ValueError(f"recorded={directory}: a computed point, which served nothing; give a run")
     if not requests["request_id"] and summary.get("start") != "steady":
         raise ValueError(f"recorded={directory}: no request was finished; record a longer run")
     if INCOMPLETE in summary["warnings"]:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from uvm_kv.analysis.figures import sweep_figure
-from uvm_kv.analysis.load import GROUP, load_runs, points
+from uvm_kv.analysis.load import GROUP, load_runs, points, to_csv
 from uvm_kv.analysis.style import save_figure
 from uvm_kv.analysis.verdict import Verdict, verdicts, with_gains
 from uvm_kv.telemetry.failures import gaps
@@ -73,7 +73,8 @@ def write_report(
     warnings = [f"left out: {it}" for it in left_out] + _unverified(records) + _warnings(runs)
     with written_whole(out) as staging:
         figure = save_figure(sweep_figure(table), staging / "figure")
-        table.drop(columns=["throughputs", "by_draw", "argv"]).to_csv(staging / "points.csv", index=False)
+        text = to_csv(table.drop(columns=["throughputs", "by_draw", "argv"]))
+        (staging / "points.csv").write_text(text, encoding="utf-8")
         page = _page(runs, table, found, best, memory, warnings, missing, figure[0])
         (staging / "report.html").write_text(page, encoding="utf-8")
     figure = [out / file.name for file in figure]

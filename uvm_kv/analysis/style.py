@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter
 
 PAGE_IN = 7.0
 """Width of both columns of a paper, in inches; one is COLUMN_IN. Figures are made at the size of their print."""
@@ -78,8 +81,28 @@ def look(mechanism: str, others: list[str] | None = None) -> dict[str, Any]:
     return {"color": colour, "linestyle": line, "marker": marker}
 
 
+def _without_math(figure: Any) -> None:
+    """Take the dollars of names as dollars. Labels of logarithmic axes, which matplotlib itself writes as formulas,
+    stay."""
+    ticks = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            ticks |= {id(label) for label in axis.get_ticklabels(which="both")}
+            for formatter in (axis.get_major_formatter(), axis.get_minor_formatter()):
+                if isinstance(formatter, FuncFormatter):  # Also of labels that are given.
+                    formatter.func = _escaped(formatter.func)
+    for text in figure.findobj(Text):
+        if id(text) not in ticks:
+            text.set_parse_math(False)
+
+
+def _escaped(label_of: Callable[[float, Any], str]) -> Callable[[float, Any], str]:
+    return lambda value, position: label_of(value, position).replace("$", r"\$")
+
+
 def save_figure(figure: Any, stem: Path) -> list[Path]:
     """PNG and PDF without a date in them, so that equal results give equal files."""
+    _without_math(figure)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
     figure.savefig(paths[0], dpi=200, metadata={"Software": None})
     figure.savefig(paths[1], metadata={"CreationDate": None, "Creator": None, "Producer": None})

@@ -19,7 +19,22 @@ from typing import Any
 import numpy as np
 
 from uvm_kv.analysis.validate import NOT_OBSERVED, Better, interval, judge, relative_error
-from uvm_kv.telemetry.store import completed_runs, read_json, read_table
+from uvm_kv.telemetry.checks import (
+    AMOUNT,
+    COUNT,
+    NULL,
+    SCALAR,
+    TEXT,
+    TIME,
+    Fields,
+    check_fields,
+    formula_safe,
+    list_of,
+    parse_json,
+    short,
+)
+from uvm_kv.telemetry.records import LeftOut, read_records
+from uvm_kv.telemetry.store import read_table
 from uvm_kv.types import OUR_ENGINE
 
 FORMAT = "uvm-kv sweep points"
@@ -73,25 +88,31 @@ class Row:
     """Whether the prediction was written before the first of the runs began; None without a prediction."""
 
 
-def read_points(folder: Path) -> list[Point]:
-    """Every finished run of our engine below a folder."""
+def read_points(folder: Path) -> tuple[list[Point], list[LeftOut]]:
+    """Every finished run of our engine below a folder, and what is left out."""
     found = []
-    for directory in completed_runs(folder):
-        summary, manifest = read_json(directory / "summary.json"), read_json(directory / "manifest.json")
-        if summary.get("engine", OUR_ENGINE) != OUR_ENGINE:
-            continue  # A peer has no prediction.
+    records, left_out = read_records(folder)
+    for record in records:
+        summary = record.summary
+        if summary.get("engine", OUR_ENGINE) != OUR_ENGINE or not record.place.is_dir():
+            continue  # A peer has no prediction, and a packed set no steps.
+        try:
+            step_s = _step_s(record.place)
+        except ValueError as error:
+            left_out.append(LeftOut(str(record.place), str(error)))
+            continue
         found.append(
             Point(
                 tuple(summary[name] for name in IDENTITY),
                 summary["repeat"],
-                _step_s(directory),
+                step_s,
                 summary["output_tokens_per_s"] or summary["output_tokens_per_s_whole_run"],
                 summary["num_steps"],
                 summary["stopped_by"],
-                manifest["started"],
+                record.manifest["started"],
             )
         )
-    return found
+    return found, left_out
 
 
 def _step_s(directory: Path) -> float | None:
@@ -101,6 +122,15 @@ def _step_s(directory: Path) -> float | None:
     return float(np.median(took)) * 1e-9 if len(took) else None
 
 
+POINT: Fields = {
+    "identity": list_of(SCALAR, len(IDENTITY)),
+    "repeat": COUNT,
+    "step_s": AMOUNT | NULL,
+    "output_tokens_per_s": AMOUNT | NULL,
+    "num_steps": COUNT | NULL,
+    "stopped_by": TEXT | NULL,
+    "started": TIME,
+}
 NEEDED = ("start_ns", "end_ns", "num_scheduled_tokens", "num_running")
 
 
@@ -116,16 +146,18 @@ def write_points(path: Path, points: Sequence[Point], about: dict[str, Any]) -> 
 def read_written(path: Path) -> tuple[list[Point], str]:
     """The points of a file, and when it was written. ValueError for a file that is none."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
         if content["format"] != FORMAT:
-            raise ValueError(content["format"])
+            raise ValueError(f"its format is {short(content['format'])}")
         names = list(Point.__dataclass_fields__)
-        raw = [{name: row[name] for name in names} for row in content["points"]]
+        raw = [{name: check_fields(row, POINT, names, "a point")[name] for name in names} for row in content["points"]]
+        check_fields(content, {"written": TIME}, ("written",), "it")
         return [Point(**row | {"identity": tuple(row["identity"])}) for row in raw], str(content["written"])
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); write predictions first") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of predictions ({error!r}); write it again") from None
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is not a file of predictions ({why}); write it again") from None
 
 
 def compare(
@@ -219,6 +251,6 @@ def write_rows(folder: Path, rows: Sequence[Row], about: dict[str, Any]) -> list
     with paths[1].open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(Row.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows({name: formula_safe(value) for name, value in row.items()} for row in table)
     paths[2].write_text("\n".join(lines(rows, about["tolerance"])) + "\n")
     return paths

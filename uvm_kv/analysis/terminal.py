@@ -30,6 +30,11 @@ LEGEND = (
 )
 
 
+def plain_console(**options: Any) -> Console:
+    """A console that takes text as it is: names in results may hold brackets and colons, which would be markup."""
+    return Console(markup=False, emoji=False, **options)
+
+
 def print_memory(title: str, rows: list[tuple[str, int]], console: Console) -> None:
     """Where the memory of a card, or of the machine, goes."""
     table = Table(show_header=False, **LOOK)

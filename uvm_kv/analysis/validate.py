@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from uvm_kv.analysis.recorded import Recording
 from uvm_kv.kvcache.ops import MemoryCounters
+from uvm_kv.telemetry.checks import formula_safe
 from uvm_kv.telemetry.recorder import Table
 from uvm_kv.telemetry.summary import summarize
 from uvm_kv.types import NS_PER_S
@@ -238,5 +239,5 @@ def write_comparison(
     with paths[1].open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(Comparison.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows({name: formula_safe(value) for name, value in row.items()} for row in table)
     return paths

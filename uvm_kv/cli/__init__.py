@@ -31,8 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     advise.add_argument("--json", action="store_true", help="one JSON object (docs/advise.md) instead of lines")
     report = commands.add_parser("report", help="verdict, tables, figure and HTML page of the runs below a folder")
-    report.add_argument("folder", type=Path, help="results/runs/<experiment>, or any folder of run directories")
-    report.add_argument("--out", type=Path, help="where to write (default: FOLDER/report)")
+    report.add_argument(
+        "folder",
+        type=Path,
+        help="results/runs/<experiment>, or any folder of run directories; or a sweep's report, such as "
+        "results/runs/adhoc/reports/latest, to make it again from its own runs",
+    )
+    report.add_argument("--out", type=Path, help="where to write (default: FOLDER/report, or the sweep's report)")
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command == "advise" and not any(word.startswith("-") for word in rest):
         arguments.overrides += rest  # What stands behind an option.
@@ -56,25 +61,30 @@ def main(argv: list[str] | None = None) -> int:
 
             print_advice(arguments.overrides, as_json=arguments.json)
         else:
-            _report(arguments.folder, arguments.out or arguments.folder / "report")
+            _report(arguments.folder, arguments.out)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        from uvm_kv.telemetry.checks import visible
+
+        print(f"error: {visible(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def _report(folder: Path, out: Path) -> None:
-    from rich.console import Console
-
+def _report(folder: Path, out: Path | None) -> None:
     from uvm_kv.analysis.load import find_runs
     from uvm_kv.analysis.report import write_report
-    from uvm_kv.analysis.terminal import print_report
-    from uvm_kv.telemetry.records import read_failures
-    from uvm_kv.telemetry.store import check_writable
+    from uvm_kv.analysis.terminal import plain_console, print_report
+    from uvm_kv.telemetry.records import read_failures, read_sweep
+    from uvm_kv.telemetry.store import REPORT_RUNS, check_writable
 
-    records, left_out = find_runs(folder)
-    failures, more = read_failures(folder)
+    if (folder / REPORT_RUNS).is_file():
+        records, left_out, failures, more = read_sweep(folder)
+        out = out or folder
+    else:
+        records, left_out = find_runs(folder)
+        failures, more = read_failures(folder)
+        out = out or folder / "report"
     check_writable(out, "--out ")
-    print_report(write_report(records, out, list(failures.values()), [*left_out, *more]), Console())
+    print_report(write_report(records, out, list(failures.values()), [*left_out, *more]), plain_console())

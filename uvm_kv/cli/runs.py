@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from uvm_kv.analysis.load import find_runs
-from uvm_kv.analysis.terminal import print_outputs, print_summary
-from uvm_kv.telemetry.failures import failed_runs, reason
-from uvm_kv.telemetry.records import Record, read_records
+from uvm_kv.analysis.load import find_runs, without_computed
+from uvm_kv.analysis.terminal import plain_console, print_outputs, print_summary
+from uvm_kv.telemetry.checks import visible
+from uvm_kv.telemetry.failures import reason
+from uvm_kv.telemetry.records import Record, read_failures, read_records
 from uvm_kv.telemetry.store import read_outputs
 
 COLUMNS = ("id", "mechanism", "batch", "tok/s", "TPOT p99", "model", "workload", "experiment", "origin", "started")
@@ -29,15 +29,19 @@ def list_runs(folder: Path, conditions: list[str]) -> None:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, name in enumerate(COLUMNS):
         table.add_column(name, no_wrap=True, min_width=None if i >= NUM_WHOLE else len(name))
-    shown, failed = 0, failed_runs(folder)
-    records, left_out = read_records(folder) if failed else find_runs(folder)
+    if not folder.is_dir():
+        read_records(folder)  # It says what to give.
+    failed, failures_left_out = read_failures(folder)
+    records, left_out = without_computed(*read_records(folder)) if failed else find_runs(folder)
+    left_out += failures_left_out
+    shown = 0
     for record in records:
         if all(_matches(record.summary, field, value) for field, value in wanted):
             shown += 1
             table.add_row(*_row(record))
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(width=WIDTH_WHEN_PIPED)
+        console.width = WIDTH_WHEN_PIPED
     console.print(table)
     console.print(f"{shown} runs in {folder}", markup=False, highlight=False)
     for it in left_out:
@@ -51,8 +55,9 @@ def list_runs(folder: Path, conditions: list[str]) -> None:
 
 def show_run(folder: Path, run_id: str) -> None:
     """Print one run; ValueError if the id's beginning fits none or several."""
-    failed = {name: record for name, record in failed_runs(folder).items() if name.startswith(run_id)}
-    found = [record for record in read_records(folder)[0] if record.id.startswith(run_id)]
+    records, _ = without_computed(*read_records(folder))
+    failed = {name: record for name, record in read_failures(folder)[0].items() if name.startswith(run_id)}
+    found = [record for record in records if record.id.startswith(run_id)]
     if len(failed) == 1 and not found:
         for name, record in failed.items():
             print(f"{name}: {'failed' if record['tried'] else 'not tried'} on {record['failed']}: {record['error']}")
@@ -65,7 +70,7 @@ def show_run(folder: Path, run_id: str) -> None:
         names = ", ".join(fitting[:5])
         raise ValueError(f"{run_id} fits {len(fitting)} runs in {folder} ({names}); give more of the id")
     (run,) = found
-    console = Console()
+    console = plain_console()
     print_summary(run.summary, console)
     print_outputs(read_outputs(run.place), console)
     manifest = run.manifest
@@ -105,7 +110,7 @@ def _row(record: Record) -> list[str]:
         "-" if tpot is None else f"{tpot * 1e3:.1f} ms",
         summary["model"],
         summary["workload"],
-        record.place.parent.name,
+        visible(record.experiment),
         summary["origin"],
-        record.manifest["started"],
+        str(record.manifest["started"]),
     ]

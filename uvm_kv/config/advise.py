@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from uvm_kv.config import build
 from uvm_kv.config.calibration import source_of
+from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.names import CONF_DIR, check_overrides, groups, mark_given, parse_overrides
 from uvm_kv.config.resolve import Resolved, resolve
 from uvm_kv.config.schema import WorkloadSchema, register
@@ -346,6 +347,7 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
         )
     leave_interrupts = (signal.SIGINT, signal.SIG_IGN)
     with ExitStack() as stack:
+        end_children_with_me()
         pool = ProcessPoolExecutor(num_workers or os.cpu_count(), get_context("spawn"), signal.signal, leave_interrupts)
         stack.callback(pool.shutdown, cancel_futures=True)
 

@@ -6,11 +6,13 @@ import signal
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+from uvm_kv.config.family import end_children_with_me
 from uvm_kv.memory import Capabilities, capabilities
 
 
 def ask_card() -> Capabilities:
     """What the card can do and has free now. RuntimeError or ImportError where there is none, or no extension."""
+    end_children_with_me()
     leave_interrupts = (signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, leave_interrupts) as pool:
         return pool.submit(capabilities).result()

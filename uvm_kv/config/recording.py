@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from uvm_kv.config.names import groups, parse_overrides
 from uvm_kv.config.schema import ConfigSchema
-from uvm_kv.telemetry.store import read_json
+from uvm_kv.telemetry.store import read_manifest, read_summary
 
 SAYS_HOW = ("results_dir", "rerun", "refine", "tracking", "num_repeats", "record_plans")
 FROM_COMMAND_LINE = ("runner", "replay.path", *SAYS_HOW)
@@ -32,10 +33,10 @@ def with_recorded_config(composed: DictConfig, overrides: Sequence[str]) -> Dict
     recorded = _load(file)
     recorded.replay.recorded_runner = recorded.runner
     # A repeat is the same as one run with its own seed.
-    recorded.seed += read_json(Path(composed.replay.path) / "manifest.json")["repeat"]
+    recorded.seed += read_manifest(Path(composed.replay.path))["repeat"]
     if recorded.max_seconds is not None:
         # A clock that is played back stops a step earlier or later.
-        summary = read_json(Path(composed.replay.path) / "summary.json")
+        summary = read_summary(Path(composed.replay.path))
         recorded.max_seconds, recorded.max_steps = None, summary["num_steps"]
     for key in FROM_COMMAND_LINE:
         OmegaConf.update(recorded, key, OmegaConf.select(composed, key))
@@ -53,18 +54,34 @@ def with_recorded_config(composed: DictConfig, overrides: Sequence[str]) -> Dict
 
 def _load(file: Path, *, without_hardware: bool = False) -> DictConfig:
     """A recorded config.yaml. ValueError where this version knows other keys."""
+    tree = _load_yaml(file)
     try:
-        tree = OmegaConf.load(file)
         if without_hardware and isinstance(tree, DictConfig):
             tree.pop("hardware", None)
         recorded = OmegaConf.merge(OmegaConf.structured(ConfigSchema), tree)
-    except (OmegaConfBaseException, OSError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{file}: not a config of this version ({reason}); record the run again, or give hardware=NAME"
         ) from None
     assert isinstance(recorded, DictConfig)
     return recorded
+
+
+def _load_yaml(file: Path) -> DictConfig:
+    """ValueError where it holds no keys and values, or aliases, which no run writes and which may grow without end."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it has aliases")
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            raise ValueError("it is not of keys and values")
+        tree = OmegaConf.create(content)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise ValueError(f"{file}: not the config of a run ({reason}); record the run again") from None
+    return tree
 
 
 def check_simulable(overrides: Sequence[Override], *, of_run: bool) -> None:
@@ -103,7 +120,7 @@ def simulation_of_run(directory: Path, composed: DictConfig, overrides: Sequence
     config.seed += repeat
     config.update(runner="sim", prompts=None, num_repeats=1, record_plans=False)
     # One that began in its steady state may have been stopped; a simulated clock would stop it elsewhere.
-    summary = read_json(directory / "summary.json")
+    summary = read_summary(directory)
     config.update(
         max_seconds=None, max_steps=None if summary.get("stopped_by", "done") == "done" else summary["num_steps"]
     )
@@ -132,6 +149,6 @@ def serve_trace(config: DictConfig, trace: Path) -> None:
 
 def work_key(directory: Path) -> str:
     """Equal for recorded runs of one config: their differences are noise."""
-    tree = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
+    tree = OmegaConf.to_container(_load_yaml(directory / "config.yaml"))
     assert isinstance(tree, dict)
     return json.dumps({k: v for k, v in tree.items() if k not in NOT_OF_THE_WORK}, sort_keys=True)

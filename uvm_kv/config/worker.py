@@ -26,6 +26,7 @@ from multiprocessing import connection, get_context, resource_tracker
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from uvm_kv.config.build import Job, run_job
+from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.models import ModelCache
 from uvm_kv.runner.replay import PlanMismatch
 
@@ -231,6 +232,7 @@ class Worker:
     """The process, from its start to `close`."""
 
     def __init__(self, make_task: Callable[[], Task]) -> None:
+        end_children_with_me()
         context = get_context("spawn")
         resource_tracker.ensure_running()  # It would unblock what is blocked below.
         self._pipe, its_end = context.Pipe()

@@ -15,13 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from uvm_kv.telemetry.store import is_complete, read_json, temporary_path
+from uvm_kv.telemetry.store import is_complete, temporary_path
 
 SUFFIX = ".failed.json"
 OF_THE_ATTEMPT = ("failed", "argv", "git_sha")
 """Fields of when and how it was tried: not of the point, and not hashed."""
-NEEDED = ("error", "model", "mechanism", "offered_batch")
-"""Fields without which a record is of no job."""
 
 
 def _file(directory: Path) -> Path:
@@ -60,13 +58,8 @@ def clear_failure(directory: Path) -> None:
         _file(directory).unlink(missing_ok=True)
 
 
-def failed_runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Run id -> record of every job below a folder that failed and has not been completed since."""
-    return {name: read_json(file) for name, file in failure_files(folder).items()}
-
-
 def failure_files(folder: Path) -> dict[str, Path]:
-    """Run id -> file of their records."""
+    """Run id -> file of the record of every job below a folder that failed and has not been completed since."""
     files = sorted(f for f in folder.rglob(f"*{SUFFIX}") if not f.name.startswith("."))
     by_id = {file.name.removesuffix(SUFFIX): file for file in files}
     return {name: file for name, file in by_id.items() if not is_complete(file.with_name(name))}

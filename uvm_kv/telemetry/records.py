@@ -17,18 +17,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from uvm_kv.telemetry.failures import NEEDED as NEEDED_OF_FAILURE
+from uvm_kv.telemetry.checks import (
+    ANALYTIC,
+    ANY_TEXT,
+    Kind,
+    check_failure,
+    check_fields,
+    check_manifest,
+    check_summary,
+    list_of,
+    parse_json,
+    short,
+    visible,
+)
 from uvm_kv.telemetry.failures import failure_files
-from uvm_kv.telemetry.store import TEMPORARY, encode_json, read_json, write_gzip
+from uvm_kv.telemetry.store import REPORT_RUNS, TEMPORARY, encode_json, write_gzip
 from uvm_kv.telemetry.summary import SCHEMA_VERSION
 
 PACKED = "runs.jsonl.gz"
 PACKED_FAILURES = "failed.jsonl.gz"
-NEEDED = ("origin", "hardware", "model")
-"""Fields without which a summary.json is not of a run."""
 BESIDE = {"config": ("yaml",), "steps": ("parquet", "jsonl.gz"), "requests": ("parquet", "jsonl.gz")}
 """Files of a run directory beside summary and manifest, each with its endings: seen to be there, and no more."""
 RUN_ID = re.compile(r"[0-9a-f]{12}-r\d+")
+ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
+"""Of a line of a packed set; those of computed points are no hashes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class LeftOut:
     why: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.why}"
+        return visible(f"{self.place}: {self.why}").replace("\n", " ")
 
 
 def read_records(folder: Path, *, any_schema: bool = False) -> tuple[list[Record], list[LeftOut]]:
@@ -111,7 +123,7 @@ class _Reader:
             self._left_out.append(LeftOut(str(file), str(error)))
             return
         for number, line in enumerate(lines, start=1):
-            name = str(line.get("id")) if isinstance(line, dict) else "?"
+            name = _id_of(line)
             self.take(name, file, f"{file}, line {number} ({name})", partial(_read_line, line))
 
 
@@ -122,15 +134,15 @@ def read_failures(folder: Path) -> tuple[dict[str, dict[str, Any]], list[LeftOut
     left_out: list[LeftOut] = []
 
     def take(name: str, where: str, record: Any) -> None:
-        if isinstance(record, dict) and all(field in record for field in NEEDED_OF_FAILURE):
-            found[name] = record
-        else:
-            left_out.append(LeftOut(where, "foreign: it is no record of a job that failed"))
+        try:
+            found[name] = check_failure(record, "it")
+        except ValueError as error:
+            left_out.append(LeftOut(where, f"foreign: it is no record of a job that failed ({error})"))
 
     for name, file in failure_files(folder).items():
         try:
-            take(name, str(file), read_json(file))
-        except ValueError as error:
+            take(name, str(file), parse_json(file.read_bytes()))
+        except (OSError, ValueError) as error:
             left_out.append(LeftOut(str(file), f"damaged: {error}"))
     for file in sorted(folder.rglob(PACKED_FAILURES)):
         try:
@@ -140,9 +152,31 @@ def read_failures(folder: Path) -> tuple[dict[str, dict[str, Any]], list[LeftOut
             continue
         for number, line in enumerate(lines, start=1):
             it = line if isinstance(line, dict) else {}
-            name = str(it.get("id", "?"))
+            name = _id_of(it)
             take(name, f"{file}, line {number} ({name})", it.get("record") if "id" in it else None)
     return {name: found[name] for name in sorted(found)}, left_out
+
+
+def read_sweep(
+    folder: Path,
+) -> tuple[list[Record], list[LeftOut], dict[str, dict[str, Any]], list[LeftOut]]:
+    """The runs of a sweep, and its failures, by the folder of its report: each with what is left out. ValueError where
+    none of its runs is there."""
+    file = folder / REPORT_RUNS
+    try:
+        told = check_fields(parse_json(file.read_bytes()), SWEEP, SWEEP, "it")
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); run the sweep again, which keeps its runs") from None
+    experiment = folder.resolve().parent.parent
+    records, left_out = read_directories(experiment / name for name in told["runs"])
+    if not records:
+        raise ValueError(f"{file}: none of its {len(told['runs'])} runs is in {experiment}; run the sweep again")
+    failures, more = read_failures(experiment)
+    return records, left_out, {name: it for name, it in failures.items() if name in told["failed"]}, more
+
+
+ID_OF_RUN = Kind("an id of a run", lambda x: isinstance(x, str) and RUN_ID.fullmatch(x) is not None)
+SWEEP = {"argv": list_of(ANY_TEXT), "runs": list_of(ID_OF_RUN), "failed": list_of(ID_OF_RUN)}
 
 
 def unverified(records: Iterable[Record]) -> list[str]:
@@ -204,21 +238,28 @@ def _read_directory(directory: Path) -> tuple[Any, Any, str]:
             )
     try:
         content = summary.read_bytes()
-        return json.loads(content), json.loads(manifest.read_bytes()), hashlib.sha256(content).hexdigest()
+        return parse_json(content), parse_json(manifest.read_bytes()), hashlib.sha256(content).hexdigest()
     except (OSError, ValueError) as error:
         raise ValueError(f"half-written or damaged: {error}") from None
+
+
+def _id_of(line: Any) -> str:
+    name = line.get("id") if isinstance(line, dict) else None
+    return name if isinstance(name, str) and ID.fullmatch(name) else "?"
 
 
 def _read_line(line: Any) -> tuple[Any, Any, str]:
     if not (isinstance(line, dict) and isinstance(line.get("summary"), dict)):
         raise ValueError("foreign: it is no line of a packed set")
+    if _id_of(line) == "?":
+        raise ValueError(f"foreign: its id is {short(line.get('id'))}")
     return line["summary"], line.get("manifest"), hashlib.sha256(encode_json(line["summary"])).hexdigest()
 
 
 def _lines(file: Path) -> list[Any]:
     try:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+            return [parse_json(line) for line in lines]
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"damaged: {error}; take it from the repository again") from None
 
@@ -228,11 +269,14 @@ def _record(name: str, place: Path, summary: Any, manifest: Any, sha256: str, *,
         raise ValueError("foreign: its summary.json or manifest.json is not of a run")
     if summary["schema_version"] != SCHEMA_VERSION and not any_schema:
         raise ValueError(
-            f"schema version {summary['schema_version']}, where this version reads {SCHEMA_VERSION}; "
+            f"schema version {short(summary['schema_version'])}, where this version reads {SCHEMA_VERSION}; "
             f"run it again, or take it as it is with --allow-mixed"
         )
-    if absent := [field for field in NEEDED if field not in summary]:
-        raise ValueError(f"foreign: its summary.json has no {', '.join(absent)}")
+    try:
+        summary = check_summary(summary)
+        manifest = check_manifest(manifest, of_run=summary["origin"] != ANALYTIC)
+    except ValueError as error:
+        raise ValueError(f"foreign: {error}") from None
     written = manifest.get("summary_sha256")
     if written is not None and written != sha256:
         raise ValueError("tampered: its summary.json is not what the run wrote (manifest.json has its hash)")

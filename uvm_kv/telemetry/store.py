@@ -23,9 +23,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from uvm_kv.sched.plan import StepOutput, StepPlan
-from uvm_kv.telemetry.recorder import Table
+from uvm_kv.kvcache.ops import MemoryCounters
+from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
+from uvm_kv.telemetry.checks import (
+    ANY_TEXT,
+    COUNT,
+    NULL,
+    check_fields,
+    check_manifest,
+    check_summary,
+    check_table,
+    list_of,
+    parse_json,
+    short,
+)
+from uvm_kv.telemetry.recorder import REQUEST_COLUMNS, STEP_COLUMNS, Table
 
+REPORT_RUNS = "runs.json"
+"""In the folder of a sweep's report: {"argv": what was typed, "runs": run ids, "failed": ids of those that failed}."""
 TEMPORARY = ".tmp-"
 """How names of what is being written begin; they end with who writes it: -<pid>@<machine>."""
 
@@ -147,11 +162,11 @@ def remove_abandoned(path: Path) -> None:
     prefix = f"{TEMPORARY}{path.name}-"
     for left in path.parent.glob(f"{prefix}*@{machine()}*"):
         pid, _, where = left.name.removeprefix(prefix).removesuffix("-old").partition("@")
-        if where == machine() and not (pid.isdigit() and int(pid) != os.getpid() and _alive(int(pid))):
+        if where == machine() and not (pid.isdigit() and int(pid) != os.getpid() and is_alive(int(pid))):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -167,19 +182,46 @@ def encode_json(value: dict[str, Any]) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """An object of a results file. ValueError for anything else, and for numbers that are not finite."""
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
+        value = parse_json(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"it is {short(value)}, not an object of names and values")
     except ValueError as error:
         raise ValueError(f"{path}: not readable ({error}); delete its run directory and run again") from None
     return value
 
 
+def read_summary(directory: Path) -> dict[str, Any]:
+    """summary.json of a run directory, its fields checked. ValueError where it is none."""
+    return check_summary(read_json(path := directory / "summary.json"), str(path))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """manifest.json of a run directory, its fields checked. ValueError where it is none."""
+    return check_manifest(read_json(path := directory / "manifest.json"), str(path))
+
+
 def read_outputs(directory: Path) -> list[dict[str, Any]]:
     """outputs.jsonl of a run with a real model; empty where there is none."""
     path = directory / "outputs.jsonl"
-    # Lines end at \n alone: text may hold what else Unicode calls a line end.
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines if line]
+    if not path.is_file():
+        return []
+    try:
+        # Lines end at \n alone: text may hold what else Unicode calls a line end.
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [parse_json(line) for line in lines if line]
+        return [check_fields(row, OUTPUT, ("request_id", "output_ids"), "a line") for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable ({error}); run it again") from None
+
+
+STEP_OUTPUT = {
+    "timing": list_of(COUNT, len(StepTiming._fields)),
+    "counters": list_of(COUNT | NULL, len(MemoryCounters._fields)),
+    "token_ids": list_of(COUNT) | NULL,
+}
+OUTPUT = {"request_id": COUNT, "output_ids": list_of(COUNT), "text": ANY_TEXT}
 
 
 def write_gzip(path: Path, lines: Iterable[str]) -> None:
@@ -205,22 +247,47 @@ def _write_table(stem: Path, table: Table) -> None:
 
 
 def read_table(directory: Path, name: str) -> Table:
-    """`steps` or `requests` of a run, whichever way it was written."""
-    parquet = directory / f"{name}.parquet"
-    if parquet.is_file():
-        try:
-            import pyarrow.parquet as pq
-        except ImportError:
-            raise ValueError(f"{parquet}: reading it needs pyarrow; install it with pip install pyarrow") from None
-        columns: Table = pq.read_table(parquet).to_pydict()
-        return columns
-    path = directory / f"{name}.jsonl.gz"
-    if not path.is_file():
-        raise ValueError(f"{directory}: it holds neither {name}.parquet nor {name}.jsonl.gz")
+    """`steps` or `requests` of a run, whichever way it was written. ValueError where it is damaged."""
+    parquet, packed = directory / f"{name}.parquet", directory / f"{name}.jsonl.gz"
+    path = parquet if parquet.is_file() else packed
+    try:
+        table = _read_parquet(parquet) if path is parquet else _read_packed(packed)
+    except FileNotFoundError:
+        raise ValueError(f"{directory}: it holds neither {name}.parquet nor {name}.jsonl.gz") from None
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise ValueError(f"{path}: not readable ({reason}); run it again") from None
+    steps = name == "steps"
+    check_table(table, STEP_COLUMNS if steps else REQUEST_COLUMNS, STEP_NEEDED if steps else REQUEST_NEEDED, str(path))
+    return table
+
+
+STEP_NEEDED = ("step", "start_ns", "end_ns", "num_running", "num_scheduled_tokens", "num_output_tokens")
+REQUEST_NEEDED = ("request_id", "prompt_tokens", "output_tokens", "arrival_ns", "measured")
+"""Columns of which each row is known."""
+
+
+def _read_parquet(path: Path) -> Table:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError("reading it needs pyarrow; install it with pip install pyarrow") from None
+    try:
+        columns: Table = pq.read_table(path).to_pydict()
+    except pa.ArrowException as error:  # Some are no ValueError.
+        raise ValueError(str(error)) from None
+    return columns
+
+
+def _read_packed(path: Path) -> Table:
     table: Table = {}
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
-            for key, value in json.loads(line).items():
+            row = parse_json(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a line is {short(row)}, not an object of names and values")
+            for key, value in row.items():
                 table.setdefault(key, []).append(value)
     return table
 
@@ -235,7 +302,10 @@ def read_plans(directory: Path) -> Iterator[tuple[StepPlan, StepOutput]]:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 number += 1
-                plan, output = json.loads(line)
-                yield StepPlan.from_json(plan), StepOutput.from_json(output)
-    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, TypeError, KeyError) as error:
+                plan, output = parse_json(line)
+                yield (
+                    StepPlan.from_json(plan),
+                    StepOutput.from_json(check_fields(output, STEP_OUTPUT, STEP_OUTPUT, "it")),
+                )
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"{path}, line {number}: not a recorded step ({error}); record the run again") from None

@@ -221,8 +221,29 @@ def send(address: Address, content: Content, mode: str) -> str | None:
             if mode == ONLINE and not _is_synced(mirror):
                 _sync(mirror)
     except Exception as error:
-        return f"tracking=wandb failed for {address.id}: {_one_line(error)}"
+        return f"tracking=wandb failed for {address.id}: {one_line(error)}"
     return None
+
+
+def check_settings() -> None:
+    """ValueError where wandb does not take what its environment variables and files say."""
+    try:
+        _quiet_wandb()
+    except ImportError:
+        raise
+    except Exception as error:  # Of pydantic, of wandb, or of what they call.
+        raise ValueError(
+            f"wandb refuses its settings ({_told_by_pydantic(error) or one_line(error)}); mend them, and python -m "
+            f"experiments.publish sends the runs"
+        ) from None
+
+
+def _told_by_pydantic(error: Exception) -> str | None:
+    """`WANDB_BASE_URL: Invalid URL`, of the several lines of a ValidationError."""
+    errors = getattr(error, "errors", None)
+    if not callable(errors):
+        return None
+    return "; ".join(f"WANDB_{'.'.join(map(str, it['loc'])).upper()}: {it['msg']}" for it in errors())
 
 
 def server_problem() -> str | None:
@@ -233,7 +254,7 @@ def server_problem() -> str | None:
         if not wandb.login(prompt=False, verify=False):
             return "no login to a wandb server (wandb login, or WANDB_API_KEY)"
     except Exception as error:
-        return f"no login to a wandb server ({_one_line(error)})"
+        return f"no login to a wandb server ({one_line(error)})"
     failure: list[str] = [f"no answer in {PROBE_S:.0f} s"]
 
     def ask() -> None:
@@ -243,7 +264,7 @@ def server_problem() -> str | None:
         except urllib.error.HTTPError:  # It answers.
             failure.clear()
         except Exception as error:
-            failure[:] = [_one_line(error)]
+            failure[:] = [one_line(error)]
 
     # In a thread: looking up a name has no timeout of its own.
     thread = threading.Thread(target=ask, daemon=True)
@@ -409,5 +430,5 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -57,7 +57,7 @@ def write_page(published: Sequence[Published], out: Path) -> Path:
         num_runs=len(table["rows"]),
         origins=", ".join(origins),
         figures=[_figure(it) for it in published],
-        data=json.dumps(table, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
+        data=json.dumps(table, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     )
     with written_whole(out) as staging:
         (staging / PAGE).write_text(page, encoding="utf-8")

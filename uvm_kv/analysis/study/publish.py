@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from uvm_kv.analysis.load import flatten, load_runs
+from uvm_kv.analysis.load import flatten, load_runs, to_csv
 from uvm_kv.analysis.study.base import Drawn, Study, with_origin
 from uvm_kv.analysis.style import SMALL, save_figure
+from uvm_kv.telemetry.checks import TEXT, check_fields, dict_of, parse_json, short
 from uvm_kv.telemetry.failures import failure_sha256, gaps
 from uvm_kv.telemetry.records import LeftOut, Record, read_failures, read_records, unverified
 from uvm_kv.telemetry.store import written_whole
@@ -106,9 +107,14 @@ def read_index(reference: Path) -> Index:
     if not path.is_file():
         return {}
     try:
-        index: Index = json.loads(path.read_text())
-        return {name: {kind: dict(hashes[kind]) for kind in ("runs", "failed")} for name, hashes in index.items()}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        index = parse_json(path.read_bytes())
+        if not isinstance(index, dict):
+            raise ValueError(f"it is {short(index)}, not an object of experiments")
+        kinds = ("runs", "failed")
+        for name, hashes in index.items():
+            check_fields(hashes, dict.fromkeys(kinds, dict_of(TEXT)), kinds, short(name))
+        return {name: {kind: hashes[kind] for kind in kinds} for name, hashes in index.items()}
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); take it from the repository again") from None
 
 
@@ -164,7 +170,7 @@ def publish(study: Study, source: Source, out: Path, index: Index, expected: Sou
         left_out=source.left_out,
         files=[],
     )
-    table = drawn.table.to_csv(index=False, lineterminator="\n")
+    table = to_csv(drawn.table)
     content = {
         "name": study.name,
         "title": study.title,
@@ -192,7 +198,7 @@ def publish(study: Study, source: Source, out: Path, index: Index, expected: Sou
             files += save_figure(drawn.figure, staging / study.name)
         for suffix, text in ((".csv", table), (".json", json.dumps(content, indent=1) + "\n")):
             files.append(staging / f"{study.name}{suffix}")
-            files[-1].write_text(text)
+            files[-1].write_text(text, encoding="utf-8")
     return replace(published, files=[out / file.name for file in files])
 
 

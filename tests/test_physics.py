@@ -217,3 +217,21 @@ def test_llama_7b_kv_budget_on_an_rtx3090() -> None:
     assert parts[0] == ("card", 24 * 2**30)
     assert 8.6e9 < kv_bytes < 9.5e9
     assert sum(value for _, value in parts) == kv_bytes == job.config.memory.device_kv_bytes
+
+
+def test_throughput_does_not_depend_on_the_length_of_the_run() -> None:
+    """Where nothing is preempted: Llama-3-8B, 60 clients, with 4 and 8 requests each."""
+    given = ("model=llama3_8b", "mechanism=device_recompute", "batch_size=60")
+    short, usual = (throughput(*given, f"workload.num_requests={60 * n}") for n in (4, 8))
+    assert short == pytest.approx(usual, rel=1e-4)
+    assert usual == throughput(*given), "8 for each client is the default"
+
+
+@pytest.mark.parametrize(("model", "cliff"), [("llama_7b", 22), ("llama3_8b", 61)])
+def test_optimistic_admission_falls_off_a_cliff_where_it_begins_to_preempt(model: str, cliff: int) -> None:
+    at, beyond = (
+        summary(f"model={model}", "mechanism=device_recompute", f"batch_size={b}") for b in (cliff, cliff + 1)
+    )
+    assert (at["preemptions"], at["num_requests"]) == (0, 8 * cliff)
+    assert beyond["preemptions"] > 0 and beyond["num_requests"] > 3 * at["num_requests"], "it settles slowly"
+    assert beyond["output_tokens_per_s"] < 0.95 * at["output_tokens_per_s"]

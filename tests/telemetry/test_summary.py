@@ -93,3 +93,19 @@ def test_energy_per_token_with_and_without_idle_power() -> None:
     blind = summarize(FOUR_STEPS, TWO_REQUESTS, power=None, complete=True)
     for name in ("energy_j_per_output_token", "energy_j_per_output_token_above_idle", "power_w", "idle_power_w"):
         assert blind[name] is None
+
+
+def test_the_steady_window_begins_after_the_last_request_that_is_not_measured() -> None:
+    """All clients' first prefill lies before it. In an open loop, where all are measured, the first finish counts."""
+    rows = [
+        (0, 8, 2, 0, 0, S, S, 0, False),
+        (1, 8, 5, 0, 0, S, 2 * S, 0, False),
+        (2, 8, 5, 0, 4 * S, 4 * S, 5 * S, 0, True),
+    ]
+    result = summarize(FOUR_STEPS, requests(rows), power=None, complete=True)
+    assert result["steady_window_s"] == [2.0, 4.0]
+    open_loop = summarize(FOUR_STEPS, requests([(*row[:-1], True) for row in rows]), power=None, complete=True)
+    assert open_loop["steady_window_s"] == [1.0, 4.0]
+    late = [rows[0], (*rows[1][:6], 5 * S, 0, False), rows[2]]
+    result = summarize(FOUR_STEPS, requests(late), power=None, complete=True)
+    assert result["steady_window_s"] is None and "no admission follows the warm-up requests" in result["warnings"][0]

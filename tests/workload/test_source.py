@@ -77,3 +77,18 @@ def test_a_finished_request_does_not_wake_a_dry_source() -> None:
     only.status = Status.FINISHED
     source.finished(only, 10)
     assert (source.more_to_come(), source.next_arrival_ns()) == (False, None)
+
+
+def test_a_closed_loop_that_preempts_goes_on() -> None:
+    """The further lengths are used once, and only if a request that ended was preempted."""
+    source = ClosedLoop([Lengths(3, 4)] * 3, 1, if_preempted=[Lengths(5, 6)] * 2)
+    lengths = []
+    for preempted in (False, True, True, True, True):
+        (request,) = source.arrivals(0)
+        lengths.append(request.prompt_tokens)
+        request.num_preemptions = int(preempted)
+        source.finished(request, 0)
+    assert lengths == [3, 3, 3, 5, 5] and not source.more_to_come()
+    calm = ClosedLoop([Lengths(3, 4)], 1, if_preempted=[Lengths(5, 6)])
+    calm.finished(calm.arrivals(0)[0], 0)
+    assert not calm.more_to_come()

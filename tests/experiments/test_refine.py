@@ -14,9 +14,9 @@ SMALL = ("workload.prompt_tokens=32", "workload.output_tokens=32", "memory.devic
 """16 blocks of 16 tokens: 4 requests with prompt plus output."""
 
 
-def points(folder: Path) -> pd.DataFrame:
-    (table,) = folder.rglob("points.csv")
-    return pd.read_csv(table)
+def points(printed: str) -> pd.DataFrame:
+    (line,) = (line for line in printed.splitlines() if line.startswith("table: "))
+    return pd.read_csv(line.removeprefix("table: "))
 
 
 def test_the_cliff_is_found_and_a_second_start_runs_nothing(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_the_cliff_is_found_and_a_second_start_runs_nothing(tmp_path: Path) -> N
     done = run(*sweep, "refine=true", f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "cannot say" not in done.stdout and "Verdict: " in done.stdout
-    table = points(tmp_path)
+    table = points(done.stdout)
     recompute = table[table["mechanism"] == "device_recompute"].sort_values("offered_batch")
     free = recompute[recompute["preemptions"] == 0]["offered_batch"].max()
     assert free + 1 in set(recompute["offered_batch"]), "the first batch that preempts is known"

@@ -117,7 +117,9 @@ class Resolved:
     def understood(self) -> str:
         """What the model's weights and KV are counted from, in words."""
         stored = self.precision.quantization
-        return self.model.understood() + ("" if stored is None else f", quantized ({stored}; embedding and head 16)")
+        return self.model.understood() + (
+            "" if stored is None else f", quantized ({stored}; embedding and head 16 bits)"
+        )
 
     def notes(self) -> list[str]:
         """What was understood of the model, and of the prompts."""

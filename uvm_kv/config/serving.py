@@ -13,8 +13,8 @@ import numpy as np
 
 from uvm_kv.config.names import CONF_DIR
 from uvm_kv.config.schema import ConfigSchema
-from uvm_kv.hw.host import available_host_bytes
 from uvm_kv.hw.hf_config import has_own_code
+from uvm_kv.hw.host import available_host_bytes
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.workload.prompts import Prompt, read_prompts

@@ -42,7 +42,7 @@ class MemoryBudget:
             ]
         weights = "weights"
         if self.quantization is not None:
-            weights += f" ({self.quantization}; embedding and head 16)"
+            weights += f" ({self.quantization}; embedding and head 16 bits)"
         return [
             ("card", self.card_bytes),
             ("CUDA context and libraries", -self.context_bytes),

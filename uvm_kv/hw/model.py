@@ -78,7 +78,7 @@ class ModelGeometry:
         """What the counts are made of, in words."""
         window = "" if self.sliding_window is None else f" within a window of {self.sliding_window} tokens"
         parts = [
-            f"{self.num_layers} layers of full attention{window}, {self.num_kv_heads} KV heads of {self.head_dim}",
+            f"{self.num_layers} layers of full attention{window}, KV heads: {self.num_kv_heads} of {self.head_dim}",
             f"{'gated' if self.gated_mlp else 'ungated'} MLP of {self.intermediate_size}",
             "rotary positions" if self.rope else "learned positions",
             f"{self.num_parameters / 1e9:.2f}e9 weights with {'tied' if self.tied_embeddings else 'untied'} embeddings",

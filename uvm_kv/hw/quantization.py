@@ -61,9 +61,7 @@ def of_checkpoint(config: Mapping[str, Any]) -> Quantization:
         "compressed-tensors": _compressed_tensors,
     }
     if method not in readers:
-        raise ValueError(
-            f"quantization_config.quant_method={method} is not counted; counted are {', '.join(readers)}"
-        )
+        raise ValueError(f"quantization_config.quant_method={method} is not counted; counted are {', '.join(readers)}")
     for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "dynamic", "modules_in_block_to_quantize"):
         kept = config.get(key) or ()
         for name in [kept] if isinstance(kept, str) else kept:

@@ -20,8 +20,8 @@ def build_model(model: ModelSchema, folder: Path | None = None) -> ModelGeometry
     """Geometry of a config; of the `folder` that is served, where there is one."""
     if model.path is not None and model.source is not None:
         raise ValueError(
-            f"model={model.name} has shapes of its own, and model.path={model.path} is given too; use model=hf model.path="
-            f"{model.path}, or drop the path"
+            f"model={model.name} has shapes of its own, and model.path={model.path} is given too; use model=hf with "
+            f"the path, or drop it"
         )
     given = {name: value for name in SHAPES if (value := getattr(model, name)) is not None}
     if folder is not None:
@@ -63,9 +63,9 @@ def check_window(model: ModelGeometry, num_tokens: int) -> None:
     if model.sliding_window is not None and num_tokens > model.sliding_window:
         raise ValueError(
             f"{model.name}: sliding_window={model.sliding_window} in config.json, and the longest sequence has "
-            f"{num_tokens} tokens; layers that forget what is behind their window are not counted (it needs block tables "
-            f"by the kind of layer). Keep sequences within the window (max_model_len={model.sliding_window}); there all "
-            f"layers attend to everything"
+            f"{num_tokens} tokens; KV that stops at a window is not counted, since one block table per sequence serves "
+            f"all layers; keep sequences within the window, where all layers keep everything: "
+            f"max_model_len={model.sliding_window}"
         )
 
 

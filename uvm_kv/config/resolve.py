@@ -279,9 +279,6 @@ def _check_tiers_hold_blocks(config: ConfigSchema, spec: KVCacheSpec, capacity: 
 def _precision(config: ConfigSchema, model: ModelGeometry, *, served: bool) -> Precision:
     """Bits of weights, activations and KV. What is given as it is by default is left out of the config."""
     dtype_bits = 8 * DTYPE_BYTES[config.dtype]
-    if model.quantization is not None:
-        stored = model.quantization
-        return Precision(stored.bits, dtype_bits, config.kv_bits or dtype_bits, stored)
     if config.model.weight_bits == dtype_bits:
         config.model.weight_bits = None
     if config.kv_bits == dtype_bits:
@@ -292,7 +289,10 @@ def _precision(config: ConfigSchema, model: ModelGeometry, *, served: bool) -> P
                 f"{name}={bits} with dtype={config.dtype} and a real model, whose weights and KV are {dtype_bits} bits "
                 f"wide; quantized ones are simulated only: runner=sim"
             )
-    return Precision(config.model.weight_bits or dtype_bits, dtype_bits, config.kv_bits or dtype_bits)
+    kv_bits = config.kv_bits or dtype_bits
+    if model.quantization is not None:
+        return Precision(model.quantization.bits, dtype_bits, kv_bits, model.quantization)
+    return Precision(config.model.weight_bits or dtype_bits, dtype_bits, kv_bits)
 
 
 def _full_request_blocks(config: ConfigSchema, spec: KVCacheSpec) -> int:

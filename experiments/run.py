@@ -357,7 +357,7 @@ def _bar(job: Job) -> Iterator[OnStep | None]:
     resolved = job.resolved
     where = "the CPU" if resolved.config.runner == "cpu" else identity(job)["hardware"]
     title = f"{resolved.model.name} in {resolved.config.dtype} on {where}"
-    print_memory(title, resolved.memory_account, plain_console())
+    print_memory(title, resolved.memory_account, plain_console(), notes=resolved.notes())
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("requests served", total=None)
 

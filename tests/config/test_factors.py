@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.jobs import composed, job, resolved, run
-from uvm_kv.config.build import build_roofline, identity
+from uvm_kv.config.build import build_roofline, identity, workload_of
 from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import UvmReplaySchema
@@ -18,10 +18,11 @@ SMALL = ("memory.device_kv_bytes=1073741824", "workload.prompt_tokens=100", "wor
 
 
 @pytest.mark.parametrize(("ratio", "clients"), [(0.5, 5), (0.9, 9), (1.0, 10), (1.1, 11), (2, 20), (0.001, 1)])
-def test_a_working_set_is_a_number_of_clients(ratio: float, clients: int) -> None:
-    found = resolved(*SMALL, f"working_set_ratio={ratio}")
+def test_a_working_set_is_a_number_of_clients(ratio: float, clients: int, tmp_path: Path) -> None:
+    asked = job(tmp_path, *SMALL, f"working_set_ratio={ratio}")
+    found = asked.resolved
     assert found.config.batch_size == clients
-    assert found.config.workload.num_requests == 8 * clients
+    assert len(workload_of(asked).lengths) == 8 * clients
     assert found.working_set_ratio() == clients * 13 / 128
 
 
@@ -85,12 +86,14 @@ def test_what_cannot_be_is_refused(overrides: list[str], said: str) -> None:
 
 
 def test_int8_weights_halve_the_weights_alone() -> None:
-    """Llama-2-13B in fp16 does not fit 24 GB; its int8 weights take a byte each, and KV and activations stay fp16."""
+    """Llama-2-13B in fp16 does not fit 24 GB. In int8 the matrices of its layers take a byte per weight and two per
+    output for the scale; embedding, head, norms, KV and activations stay fp16."""
     with pytest.raises(ValueError, match="llama2_13b leaves no KV memory on rtx3090"):
         resolved("model=llama2_13b")
     found = resolved("model=llama2_13b_int8")
     account = dict(found.memory_account)
-    assert account["weights"] == -found.model.num_parameters == -13_015_864_320
+    assert found.model.num_parameters == 13_015_864_320
+    assert account["weights (by size, 8 bits; embedding and head 16 bits)"] == -13_348_218_880
     assert found.spec.token_bytes == 819_200
     whole = dict(resolved("model=llama2_13b", "hardware=a6000").memory_account)
     assert account["activation peak"] == whole["activation peak"]

@@ -229,7 +229,12 @@ def test_a_hugging_face_folder_gives_the_geometry(tmp_path: Path) -> None:
     )
     model = resolved("model=hf", f"model.path={tmp_path}").model
     assert (model.num_layers, model.num_kv_heads, model.head_dim) == (3, 2, 16)
-    broken = {"[]": "not a model's config", '{"hidden_size": "abc"}': "hidden_size is 'abc'", "{}": "has none of"}
+    broken = {
+        "[]": "not a model's config",
+        '{"model_type": "llama", "hidden_size": "abc"}': "hidden_size is 'abc'",
+        '{"model_type": "llama", "vocab_size": null}': "has none of vocab_size",
+        "{}": "model_type=null is none of the",
+    }
     for text, said in broken.items():
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=said):

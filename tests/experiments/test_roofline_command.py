@@ -108,8 +108,8 @@ def test_a_hugging_face_config_is_the_model(capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"num_local_experts": 8}, "num_local_experts=8 in config.json, a mixture of experts; only dense models"),
-        ({"kv_lora_rank": 512}, "kv_lora_rank=512 in config.json, latent attention"),
+        ({"num_local_experts": 8}, "num_local_experts=8, a mixture of experts, in config.json; only dense models"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank=512, latent attention, in config.json"),
         ({"num_hidden_layers": None}, "config.json has none of num_hidden_layers, n_layer"),
         ({"num_key_value_heads": 5}, "model.num_heads=32 is not a multiple of model.num_kv_heads=5"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),

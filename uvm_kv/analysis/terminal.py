@@ -35,14 +35,16 @@ def plain_console(**options: Any) -> Console:
     return Console(markup=False, emoji=False, **options)
 
 
-def print_memory(title: str, rows: list[tuple[str, int]], console: Console) -> None:
-    """Where the memory of a card, or of the machine, goes."""
+def print_memory(title: str, rows: list[tuple[str, int]], console: Console, notes: Sequence[str] = ()) -> None:
+    """Where the memory of a card, or of the machine, goes. `notes`: lines above the table."""
     table = Table(show_header=False, **LOOK)
     table.add_column()
     table.add_column(justify="right")
     for name, value in rows:
         table.add_row(f"  {name}", f"{value / 1e9:.2f} GB")
     console.print(f"Memory: {title}", style="italic")
+    for note in notes:
+        console.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
     console.print(table)
 
 

@@ -392,7 +392,7 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
         answer="no" if best is None else "yes",
         hardware=base.profile.name,
         measured_on=base.config.hardware.measured_on,
-        model=f"{base.model.name} {base.config.dtype}",
+        model=f"{base.model.name} {base.config.dtype} ({base.understood()})",
         workload=f"{workload.name}{_lengths(workload)}, {workload.arrival}"
         + (", steady start: decode alone" if workload.start == "steady" else ""),
         device_kv_bytes=base.capacity.num_device_blocks * base.spec.block_bytes,

@@ -398,6 +398,7 @@ def run_job(
         "device_kv_bytes": resolved.capacity.num_device_blocks * resolved.spec.block_bytes,
         "host_kv_bytes": resolved.capacity.num_host_blocks * resolved.spec.block_bytes,
         "memory_emulated": config.runner == "cpu",
+        "chat_template": None if serving is None else serving.chat_template,
         "eviction": eviction,
         "chunk_loss_bytes": resolved.spec.chunk_loss_bytes(sum(resolved.capacity))
         if resolved.memory == "managed" and simulated

@@ -15,7 +15,7 @@ from uvm_kv.config.peers import is_peer
 from uvm_kv.config.schema import ConfigSchema
 from uvm_kv.config.serving import free_host_bytes
 from uvm_kv.hw.budget import memory_budget
-from uvm_kv.hw.counting import Precision
+from uvm_kv.hw.counting import Precision, weight_bytes
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.kvcache.manager import KVCapacity
@@ -155,7 +155,7 @@ def _check_cap_binds(config: ConfigSchema, needed_bytes: int, free_bytes: int) -
 
 def check_room_for_weights(resolved: Resolved) -> None:
     """ValueError where the card has less free than the model's weights take. Asked in the process that loads them."""
-    needed, free = resolved.model.weight_bytes(DTYPE_BYTES[resolved.config.dtype]), extension().free_bytes(0)
+    needed, free = weight_bytes(resolved.model, resolved.precision), extension().free_bytes(0)
     if needed > free:
         raise ValueError(
             f"no room for the weights of {resolved.model.name} in {resolved.config.dtype}: they take {needed} bytes "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -263,7 +263,7 @@ class _Reader:
         if "model" not in raw:
             raise self.error("curves.operators needs a model: its shape, at the top level of the file")
         flags = ("gated_mlp", "rope", "tied_embeddings")
-        names = {f.name: f.type for f in fields(ModelGeometry) if f.name not in flags}
+        names = {f.name: f.type for f in fields(ModelGeometry) if f.default is MISSING}
         node = dict(self.object(raw["model"], "model", {**names, "dtype": str}, flags))
         dtype = self.word(node.pop("dtype"), "model.dtype", tuple(DTYPE_BYTES))
         for name, value in node.items():

@@ -105,6 +105,7 @@ def run_peer_job(
         "num_left_out": workload.num_left_out,
         "memory_budget": resolved.memory_account,
         "memory_emulated": on_cpu,
+        "chat_template": None if resolved.serving is None else resolved.serving.chat_template,
         **dict.fromkeys(("eviction", "chunk_loss_bytes", "closed_form_ceiling", "closed_form")),
         **served.summary,
     }

@@ -16,7 +16,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from uvm_kv.config import names
-from uvm_kv.config.resolve import build_model, build_profile
+from uvm_kv.config.geometry import build_model
+from uvm_kv.config.resolve import build_profile
 from uvm_kv.config.schema import register
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import HardwareProfile

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from uvm_kv.config.cuda import capacity_of, check_cuda, check_shape, size_tiers
+from uvm_kv.config.geometry import build_model, check_window
 from uvm_kv.config.ignored import check_heeded
 from uvm_kv.config.names import CONF_DIR, length_workloads, unknown
 from uvm_kv.config.peers import ENGINES, check_engine, is_peer, page_size
@@ -22,7 +23,6 @@ from uvm_kv.config.schema import (
     ConfigSchema,
     HardwareSchema,
     HintsSchema,
-    ModelSchema,
     OperatorSchema,
     PlacementSchema,
     WorkloadSchema,
@@ -31,7 +31,7 @@ from uvm_kv.config.serving import Serving, model_folder, prepare, tier_bytes
 from uvm_kv.config.workload import build_workload, longest_request
 from uvm_kv.hw.budget import MemoryBudget, memory_budget
 from uvm_kv.hw.counting import Precision
-from uvm_kv.hw.model import ModelGeometry, check_dense
+from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import Gpu, HardwareProfile, Link, ManagedDriver, OperatorCost, Power
 from uvm_kv.hw.roofline import peak_ops_per_s
 from uvm_kv.kvcache.manager import KVCapacity
@@ -62,6 +62,7 @@ CHOICES = {
     "model.weights": ("file", "random"),
     "model.weight_bits": (16, 8, 4),
     "kv_bits": (16, 8, 4),
+    "chat_template": ("auto", "none"),
     "tracking.name": ("none", "wandb"),
     "tracking.mode": ("offline", "online"),
 }
@@ -113,6 +114,20 @@ class Resolved:
     serving: Serving | None
     """What a real model serves; None on the simulator."""
 
+    def understood(self) -> str:
+        """What the model's weights and KV are counted from, in words."""
+        stored = self.precision.quantization
+        return self.model.understood() + (
+            "" if stored is None else f", quantized ({stored}; embedding and head 16 bits)"
+        )
+
+    def notes(self) -> list[str]:
+        """What was understood of the model, and of the prompts."""
+        found = [f"model: {self.understood()}"]
+        if self.serving is not None and self.serving.chat_template is not None:
+            found.append(f"chat template of text prompts: {self.serving.chat_template}")
+        return found
+
     def determining(self) -> dict[str, Any]:
         """What the run id is a hash of. Files count by content, not by path."""
         tree: dict[str, Any] = dataclasses.asdict(self.config) | {"schema_version": SCHEMA_VERSION}
@@ -123,7 +138,7 @@ class Resolved:
         tree["hardware"].pop("sources")
         if self.config.dtype != "float32":
             del tree["hardware"]["gpu"]["float32_tflop_per_s"]
-        tree["model"] = dataclasses.asdict(self.model)
+        tree["model"] = {k: v for k, v in dataclasses.asdict(self.model).items() if v is not None}
         del tree["working_set_ratio"]  # It is resolved to batch_size.
         if self.config.model.weight_bits is not None:
             tree["model"]["weight_bits"] = self.config.model.weight_bits
@@ -135,7 +150,7 @@ class Resolved:
             tree["workload"]["path"] = hashlib.sha256(Path(tree["workload"]["path"]).read_bytes()).hexdigest()
         if tree["workload"]["lengths"] is not None:
             tree["workload"]["lengths"].pop("source")
-        tree.pop("prompts")
+        del tree["prompts"], tree["chat_template"]  # What is served counts by its token ids.
         if self.serving is not None:
             tree["serving"] = self.serving.fingerprint()
         if tree["replay"]["path"] is not None:
@@ -191,7 +206,7 @@ def resolve(composed: DictConfig) -> Resolved:
     if config.dtype == "auto":
         # float16 is slow on a CPU, and parity is in float32.
         config.dtype = "float32" if served and card is None else "float16"
-    precision = _precision(config, served=served)
+    precision = _precision(config, model, served=served)
     if not is_peer(config):
         peak_ops_per_s(profile, precision.activation_bits)  # That of float32 may not be known.
     memory = MemoryKind(config.memory.kind)
@@ -225,6 +240,8 @@ def resolve(composed: DictConfig) -> Resolved:
     _check_token_budget(config)
     workload = build_workload(config, max_model_len, None if serving is None else serving.prompts)
     lengths, longest = [sum(pair) for pair in workload.lengths], longest_request(config, max_model_len, workload)
+    if not served:
+        check_window(model, longest)
     if card is not None:
         check_shape(model)
         account = size_tiers(config, profile, model, spec, lengths, longest, card)
@@ -259,7 +276,7 @@ def _check_tiers_hold_blocks(config: ConfigSchema, spec: KVCacheSpec, capacity: 
         )
 
 
-def _precision(config: ConfigSchema, *, served: bool) -> Precision:
+def _precision(config: ConfigSchema, model: ModelGeometry, *, served: bool) -> Precision:
     """Bits of weights, activations and KV. What is given as it is by default is left out of the config."""
     dtype_bits = 8 * DTYPE_BYTES[config.dtype]
     if config.model.weight_bits == dtype_bits:
@@ -272,7 +289,10 @@ def _precision(config: ConfigSchema, *, served: bool) -> Precision:
                 f"{name}={bits} with dtype={config.dtype} and a real model, whose weights and KV are {dtype_bits} bits "
                 f"wide; quantized ones are simulated only: runner=sim"
             )
-    return Precision(config.model.weight_bits or dtype_bits, dtype_bits, config.kv_bits or dtype_bits)
+    kv_bits = config.kv_bits or dtype_bits
+    if model.quantization is not None:
+        return Precision(model.quantization.bits, dtype_bits, kv_bits, model.quantization)
+    return Precision(config.model.weight_bits or dtype_bits, dtype_bits, kv_bits)
 
 
 def _full_request_blocks(config: ConfigSchema, spec: KVCacheSpec) -> int:
@@ -372,28 +392,6 @@ def build_profile(hardware: HardwareSchema) -> HardwareProfile:
         operators,
         {str(k): "" if v is None else str(v) for k, v in hardware.sources.items()},
     )
-
-
-def build_model(model: ModelSchema, folder: Path | None = None) -> ModelGeometry:
-    """Geometry of a config; of the `folder` that is served, where there is one."""
-    if folder is not None:
-        return dataclasses.replace(ModelGeometry.from_hf_config(str(folder)), name=_served_name(model))
-    if model.name == "hf" and model.path is None:
-        raise ValueError("model=hf needs a model folder in Hugging Face format: model.path=DIR")
-    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(ModelGeometry)}
-    if model.path is not None:
-        check_dense(model.path)
-        # model=hf has no counts of its own: what is set there was given by hand, and stands in place of the file's.
-        given = {k: v for k, v in fields.items() if isinstance(v, int) and not isinstance(v, bool)}
-        return ModelGeometry.from_hf_config(model.path, **(given if model.name == "hf" else {}))
-    unset = [name for name, value in fields.items() if value is None]
-    if unset:
-        raise ValueError(f"model.{unset[0]} is not set; a model needs it, or model.path of a Hugging Face folder")
-    return ModelGeometry(**fields)
-
-
-def _served_name(model: ModelSchema) -> str:
-    return model.name if model.path is None else Path(model.path).resolve().stem
 
 
 def _value(config: ConfigSchema, path: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from uvm_kv.config.geometry import build_model, check_window
 from uvm_kv.config.names import unknown
-from uvm_kv.config.resolve import build_model, build_profile
+from uvm_kv.config.resolve import build_profile
 from uvm_kv.config.schema import RooflineSchema
 from uvm_kv.hw.counting import Counting, Precision
 from uvm_kv.hw.step import StepAnalysis, analyze_step
@@ -20,15 +21,18 @@ def analyze(config: RooflineSchema) -> StepAnalysis:
         raise unknown("stage", config.stage, Phase)
     if config.counting not in tuple(Counting):
         raise unknown("counting", config.counting, Counting)
-    weight_bits = config.weight_bits
-    if weight_bits is None:
-        weight_bits = 16 if config.model.weight_bits is None else config.model.weight_bits
+    if config.weight_bits is not None:
+        config.model.weight_bits = config.weight_bits
+    model = build_model(config.model)
+    check_window(model, config.sequence_length)
+    stored = model.quantization
+    weight_bits = stored.bits if stored is not None else config.model.weight_bits
     return analyze_step(
         build_profile(config.hardware),
-        build_model(config.model),
+        model,
         stage=Phase(config.stage),
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
-        precision=Precision(weight_bits, config.activation_bits, config.kv_bits),
+        precision=Precision(16 if weight_bits is None else weight_bits, config.activation_bits, config.kv_bits, stored),
         counting=Counting(config.counting),
     )

@@ -93,9 +93,9 @@ class ModelSchema:
     intermediate_size: int | None = None
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
-    gated_mlp: bool = True
-    rope: bool = True
-    tied_embeddings: bool = False
+    gated_mlp: bool | None = None
+    rope: bool | None = None
+    tied_embeddings: bool | None = None
 
 
 @dataclass
@@ -211,6 +211,7 @@ class ConfigSchema:
     engine: str = OUR_ENGINE
     peer: PeerSchema = field(default_factory=PeerSchema)
     prompts: str | None = None
+    chat_template: str = "auto"
     runner: str = "sim"
     layout: str = "auto"
     block_size: int = 16

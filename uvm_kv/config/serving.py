@@ -13,6 +13,7 @@ import numpy as np
 
 from uvm_kv.config.names import CONF_DIR
 from uvm_kv.config.schema import ConfigSchema
+from uvm_kv.hw.hf_config import has_own_code
 from uvm_kv.hw.host import available_host_bytes
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.kvcache.spec import KVCacheSpec
@@ -30,6 +31,8 @@ class Serving:
     """None: random token ids of the workload's lengths."""
     tokenizer: Any | None
     stop_tokens: frozenset[int]
+    chat_template: str | None = None
+    """Whether text prompts went through the model's chat template, in words; None where there are none."""
 
     def fingerprint(self) -> str:
         """Of what is served: the model's files and the prompts, by content."""
@@ -56,7 +59,13 @@ def model_folder(config: ConfigSchema) -> Path:
     path = Path(config.model.path)
     if not path.exists():
         raise ValueError(f"model.path={path}: there is no such folder or file")
-    return materialize(path)
+    folder = materialize(path)
+    if has_own_code(str(folder)):
+        raise ValueError(
+            f"model.path={path}: auto_map in config.json names code of the folder's own, which is never run here; only "
+            f"models of transformers are served (if the model is one of them, take auto_map out of a copy)"
+        )
+    return folder
 
 
 def prepare(config: ConfigSchema, folder: Path | None, geometry: ModelGeometry) -> Serving:
@@ -67,6 +76,8 @@ def prepare(config: ConfigSchema, folder: Path | None, geometry: ModelGeometry) 
     if folder is None:
         check_expressible(geometry)
     if config.prompts is None:
+        if config.chat_template != ConfigSchema.chat_template:
+            raise ValueError(f"chat_template={config.chat_template} has no meaning without prompts=FILE; drop it")
         return Serving(folder, None, None, frozenset())
     if folder is None:
         raise ValueError(f"prompts={config.prompts} with model.weights=random, which has no tokenizer and no answers")
@@ -94,26 +105,66 @@ def prepare(config: ConfigSchema, folder: Path | None, geometry: ModelGeometry) 
             f"requests per second goes with workload.arrival=poisson, and only with it"
         )
     tokenizer = load_tokenizer(folder)
+    encode = None if tokenizer is None else PromptEncoder(tokenizer, config.chat_template)
     assert workload.output_tokens is not None
     prompts = read_prompts(
         path,
-        encode=None if tokenizer is None else lambda text: list(tokenizer(text)["input_ids"]),
+        encode=encode,
         vocab_size=geometry.vocab_size,
         output_tokens=workload.output_tokens,
     )[: workload.num_requests]
     workload.num_requests = len(prompts)
     workload.arrival = workload.arrival or "all_at_once"
-    return Serving(folder, prompts, tokenizer, _stop_tokens(folder))
+    used = None if encode is None or not encode.num_texts else encode.description
+    return Serving(folder, prompts, tokenizer, _stop_tokens(folder), used)
+
+
+class PromptEncoder:
+    """Text -> token ids: as a user's message in the tokenizer's chat template, or as it is.
+
+    `mode`: auto uses the template where the tokenizer has one; none leaves it out.
+    """
+
+    def __init__(self, tokenizer: Any, mode: str) -> None:
+        self._tokenizer = tokenizer
+        self.num_texts = 0
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._templated = mode == "auto" and has_template
+        if self._templated:
+            self.description = "the model's chat template"
+        else:
+            self.description = "none: " + ("chat_template=none" if has_template else "the tokenizer has no template")
+
+    def __call__(self, text: str) -> list[int]:
+        self.num_texts += 1
+        if not self._templated:
+            return list(self._tokenizer(text)["input_ids"])
+        message = [{"role": "user", "content": text}]
+        try:
+            encoded = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # Templates are programs of their authors.
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"the model's chat template fails ({reason[0]}); use chat_template=none") from error
+        return list(encoded["input_ids"])
 
 
 def _stop_tokens(folder: Path) -> frozenset[int]:
-    """End-of-sequence ids of the model, as `generate` would stop at them."""
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        if file.is_file():
-            ids = json.loads(file.read_text()).get("eos_token_id")
-            if ids is not None:
-                return frozenset(ids if isinstance(ids, list) else [ids])
+    """End-of-sequence ids of the model, as `generate` would stop at them. ValueError for a file that says no ids."""
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        if not file.is_file():
+            continue
+        try:
+            raw = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"model.path={folder}: {file.name} cannot be read ({error})") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"model.path={folder}: {file.name} is {str(raw)[:40]!r}; it must be an object")
+        ids = raw.get("eos_token_id")
+        if ids is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+                raise ValueError(f"model.path={folder}: eos_token_id is {str(ids)[:40]} in {file.name}; it must be ids")
+            return frozenset(ids)
     return frozenset()
 
 

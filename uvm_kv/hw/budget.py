@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from uvm_kv.hw.counting import Precision
+from uvm_kv.hw.counting import Precision, weight_bytes
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import HardwareProfile
 
@@ -25,6 +25,8 @@ class MemoryBudget:
     """Of attention, where a kernel has one that is known before it runs."""
     kv_bytes: int
     kv_is_given: bool
+    quantization: str | None = None
+    """How quantized weights are stored."""
 
     def rows(self) -> list[tuple[str, int]]:
         """What each line of the printed table says."""
@@ -38,10 +40,13 @@ class MemoryBudget:
                 (f"left by gpu_memory_utilization {self.utilization:.2f}", usable - self.card_bytes),
                 ("KV budget", self.kv_bytes),
             ]
+        weights = "weights"
+        if self.quantization is not None:
+            weights += f" ({self.quantization}; embedding and head 16 bits)"
         return [
             ("card", self.card_bytes),
             ("CUDA context and libraries", -self.context_bytes),
-            ("weights", -self.weight_bytes),
+            (weights, -self.weight_bytes),
             ("activation peak", -self.activation_bytes),
             *([("attention workspace", -self.workspace_bytes)] if self.workspace_bytes else []),
             *closing,
@@ -61,7 +66,7 @@ def memory_budget(
 ) -> MemoryBudget:
     """ValueError where weights, activations, the workspace and KV do not fit the card."""
     card = profile.gpu.memory_bytes
-    weights = model.weight_bytes(precision.weight_bits / 8)
+    weights = weight_bytes(model, precision)
     rows = max(batch_size, LOGIT_ROWS)
     activations = model.activation_bytes(max_num_batched_tokens, rows, precision.activation_bits / 8)
     fixed = f"weights {_gb(weights)} + activation peak {_gb(activations)}"
@@ -83,7 +88,8 @@ def memory_budget(
                 f"at most {max(0, card - weights - activations - workspace_bytes)} is allowed"
             )
     context, is_given = profile.gpu.context_bytes, device_kv_bytes is not None
-    return MemoryBudget(card, utilization, context, weights, activations, workspace_bytes, kv, is_given)
+    stored = None if precision.quantization is None else str(precision.quantization)
+    return MemoryBudget(card, utilization, context, weights, activations, workspace_bytes, kv, is_given, stored)
 
 
 def _gb(num_bytes: int) -> str:

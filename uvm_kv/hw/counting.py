@@ -5,8 +5,9 @@ both activations once. Attention is one fused kernel: no scores in memory, its s
 element beside 4 * head_dim), only the causal half in prefill. A norm counts 7 operations an element and one for the
 residual add that engines fuse into it, and reads and writes two streams; SiLU-mul counts 5 an element of the
 intermediate size with two operands in and one out; RoPE 6 an element of Q and K. New K and V are written in the KV
-cache's width. Logits are taken of one token a sequence, with the 2 of any linear layer. Biases, rotation tables and
-the scales of quantized values are left out.
+cache's width. Logits are taken of one token a sequence, with the 2 of any linear layer. Quantized weights are the
+matrices of the layers, with their scales and zeros; embedding and head stay 16 bits wide. Biases, rotation tables and
+the scales of quantized KV are left out.
 
 `llm_viewer` is the counting of LLM-Viewer (hahnyuan/LLM-Viewer; "LLM Inference Unveiled", table 1) with its quirks:
 lm_head without the 2 and with one row of activations, SiLU-mul over the hidden size, an add that reads one operand,
@@ -21,8 +22,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from math import ceil
 
 from uvm_kv.hw.model import ModelGeometry
+from uvm_kv.hw.quantization import WIDE_BITS, Quantization, by_size
 from uvm_kv.types import Phase
 
 Work = tuple[float, float]
@@ -38,16 +41,19 @@ class Counting(StrEnum):
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits an element. ValueError where they are not between 1 and 32."""
+    """Bits per element. ValueError where they are not between 1 and 32."""
 
     weight_bits: int = 16
+    """Of the matrices of the layers."""
     activation_bits: int = 16
     kv_bits: int = 16
+    checkpoint: Quantization | None = None
+    """How a quantized checkpoint of `weight_bits` stores them; None: the usual format of that width."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             bits = getattr(self, field.name)
-            if not 1 <= bits <= MAX_BITS:
+            if isinstance(bits, int) and not 1 <= bits <= MAX_BITS:
                 raise ValueError(f"{field.name}={bits}; it must lie between 1 and {MAX_BITS}")
 
     @classmethod
@@ -56,12 +62,39 @@ class Precision:
         return cls(8 * dtype_bytes, 8 * dtype_bytes, 8 * dtype_bytes)
 
     @property
+    def quantization(self) -> Quantization | None:
+        """Of the weights; None where they are not quantized."""
+        if self.weight_bits >= WIDE_BITS:
+            return None
+        return self.checkpoint or by_size(self.weight_bits)
+
+    @property
+    def table_bits(self) -> int:
+        """Of embedding, head and norms."""
+        return self.weight_bits if self.quantization is None else max(WIDE_BITS, self.activation_bits)
+
+    def matrix_bits(self, fan_in: int, fan_out: int) -> float:
+        """Of one matrix of a layer, with its scales and zeros."""
+        if self.quantization is None:
+            return self.weight_bits * fan_in * fan_out
+        return self.quantization.matrix_bits(fan_in, fan_out)
+
+    @property
     def widest(self) -> int:
         return max(self.weight_bits, self.activation_bits, self.kv_bits)
 
 
-def _linear(fan_in: int, fan_out: int, num_tokens: int, precision: Precision, out_bits: int) -> Work:
-    bits = precision.weight_bits * fan_in * fan_out
+def weight_bytes(model: ModelGeometry, precision: Precision) -> int:
+    """All weights: quantized ones are the matrices of the layers; embedding, head and norms are 16 bits wide then."""
+    bits = model.num_layers * sum(precision.matrix_bits(*shape) for shape in model.layer_matrices)
+    return ceil((bits + precision.table_bits * model.num_parameters_outside_matrices) / 8)
+
+
+def _linear(
+    fan_in: int, fan_out: int, num_tokens: int, precision: Precision, out_bits: int, matrix_bits: float | None = None
+) -> Work:
+    """`matrix_bits`: of all weights, where they are not those of a matrix of a layer."""
+    bits = precision.matrix_bits(fan_in, fan_out) if matrix_bits is None else matrix_bits
     bits += num_tokens * (precision.activation_bits * fan_in + out_bits * fan_out)
     return 2.0 * fan_in * fan_out * num_tokens, bits / 8
 
@@ -104,14 +137,15 @@ def attention_work(model: ModelGeometry, num_tokens: int, context_len: int, prec
 
 def embedding_work(model: ModelGeometry, num_tokens: int, precision: Precision) -> Work:
     """Exact: a row of the table read and written for every token."""
-    return 0.0, num_tokens * model.hidden_size * (precision.weight_bits + precision.activation_bits) / 8
+    return 0.0, num_tokens * model.hidden_size * (precision.table_bits + precision.activation_bits) / 8
 
 
 def head_work(model: ModelGeometry, num_rows: int, precision: Precision) -> dict[str, Work]:
     """Exact: last norm and logits of the sampled rows."""
+    h, v = model.hidden_size, model.vocab_size
     return {
-        "final_layernorm": _elementwise(model.hidden_size, 8, 4, num_rows, precision),
-        "lm_head": _linear(model.hidden_size, model.vocab_size, num_rows, precision, precision.activation_bits),
+        "final_layernorm": _elementwise(h, 8, 4, num_rows, precision),
+        "lm_head": _linear(h, v, num_rows, precision, precision.activation_bits, precision.table_bits * h * v),
     }
 
 
@@ -147,7 +181,9 @@ def llm_viewer_work(
     k_bits = p.kv_bits * batch_size * s * model.num_kv_heads * head_dim
     qk_read_bits = 2 * k_bits if stage is Phase.PREFILL else k_bits + a * n * model.num_heads * head_dim
     work = {
-        name: _linear(fan_in, fan_out, n, p, p.kv_bits if name in ("k_proj", "v_proj") else a)
+        name: _linear(
+            *(fan_in, fan_out, n, p, p.kv_bits if name in ("k_proj", "v_proj") else a), p.weight_bits * fan_in * fan_out
+        )
         for name, (fan_in, fan_out) in _llm_viewer_linear(model).items()
     }
     return work | {

@@ -38,7 +38,8 @@ def peak_ops_per_s(profile: HardwareProfile, bits: int) -> float:
 def operand_bits(operator: str, precision: Precision) -> int:
     """Width of the wider operand: what is narrower is widened to it before the multiplication."""
     if operator in LINEAR:
-        return max(precision.weight_bits, precision.activation_bits)
+        weight_bits = precision.table_bits if operator == "lm_head" else precision.weight_bits
+        return max(weight_bits, precision.activation_bits)
     if operator == "attn":
         return max(precision.activation_bits, precision.kv_bits)
     return max(precision.activation_bits, 16)  # Norms, RoPE and activations are no matrix products.

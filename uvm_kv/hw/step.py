@@ -15,6 +15,7 @@ from uvm_kv.hw.counting import (
     llm_viewer_weight_bytes,
     llm_viewer_work,
     operator_work,
+    weight_bytes,
 )
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import HardwareProfile
@@ -164,7 +165,7 @@ def analyze_step(
     arguments = (profile, model, stage, batch_size, sequence_length, precision)
     exact = counting is Counting.EXACT
     operators = _exact(*arguments) if exact else _llm_viewer(*arguments)
-    weights = model.weight_bytes(precision.weight_bits / 8)
+    weights = weight_bytes(model, precision)
     kv = batch_size * sequence_length * model.kv_bytes_per_token(precision.kv_bits / 8)
     num_tokens = batch_size * (sequence_length if stage is Phase.PREFILL else 1)
     activations = model.activation_bytes(num_tokens, batch_size, precision.activation_bits / 8)

@@ -14,7 +14,7 @@ import pytest
 
 from tests import jobs
 from tests.helpers import CONF, drive, make_profile, make_scheduler
-from uvm_kv.hw.model import ModelGeometry
+from uvm_kv.hw.hf_config import read_geometry
 from uvm_kv.hw.roofline import Roofline
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import OpKind
@@ -184,7 +184,7 @@ def context_for(
     num_layers_ahead: int = 2,
     link_gb_per_s: float = 25.0,
 ) -> PlacementContext:
-    geometry = ModelGeometry.from_hf_config(str(folder))
+    geometry = read_geometry(str(folder), counted=False)
     size = DTYPE_BYTES[dtype]
     spec = KVCacheSpec(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, size, block_size, layout)
     roofline = Roofline(make_profile(link_gb_per_s), geometry, size)

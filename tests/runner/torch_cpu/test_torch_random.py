@@ -12,6 +12,7 @@ import pytest
 from tests import jobs
 from tests.runner.torch_cpu.models import TorchRunner, axes_of, context_for, load_model, save_model, serve, torch
 from uvm_kv.config.build import Job, run_job
+from uvm_kv.hw.hf_config import read_geometry
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.runner.torch import random_model
@@ -62,7 +63,7 @@ def test_nothing_is_made_anywhere_but_on_the_device(monkeypatch: pytest.MonkeyPa
 def test_rotary_embeddings_are_those_of_transformers(tmp_path: Path) -> None:
     """They are buffers, which leaving out the initialisation must not leave out."""
     folder = save_model(tmp_path / "llama")
-    loaded, model = load_model(folder, "float32"), random_model(ModelGeometry.from_hf_config(str(folder)), "float32", 0)
+    loaded, model = load_model(folder, "float32"), random_model(read_geometry(str(folder)), "float32", 0)
     for (name, expected), (same, buffer) in zip(loaded.named_buffers(), model.named_buffers(), strict=True):
         assert name == same and torch.equal(expected, buffer)
 

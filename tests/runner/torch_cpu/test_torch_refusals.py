@@ -23,7 +23,7 @@ from tests.runner.torch_cpu.models import (
 )
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import MemoryOp, OpKind
-from uvm_kv.runner.torch import materialize
+from uvm_kv.runner.torch import load_tokenizer, materialize
 from uvm_kv.runner.torch.attention import check_keywords
 from uvm_kv.sched.plan import ScheduledSequence, StepPlan
 from uvm_kv.sched.request import Request
@@ -37,6 +37,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("MiniMaxConfig", GQA),
     "falcon": ("FalconConfig", {}),
     "bloom": ("BloomConfig", {}),
+    "falcon_h1": (
+        "FalconH1Config",
+        GQA | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+    ),
 }
 LONGROPE = {
     "rope_type": "longrope",
@@ -75,6 +79,7 @@ def runner_for(folder: Path, model: Any = None, max_tokens: int = 100) -> TorchR
         ),
         ("minimax", {}, "MiniMaxForCausalLM cannot be served: .* called paged attention 2 times, for 4 layers"),
         ("falcon", {}, "cannot be loaded for serving: .* attention is its own"),
+        ("falcon_h1", {}, "FalconH1ForCausalLM cannot be served: the logits of two sequences in one step differ from"),
         ("bloom", {}, "BloomForCausalLM cannot be served: .* called paged attention 0 times, for 4 layers"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
@@ -207,6 +212,70 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "nothing known"}))
     with pytest.raises(ValueError, match=r"cannot be loaded for serving: .*nothing known"):
         load_model(folder, "float32")
+
+
+@pytest.mark.parametrize("kind", ["llama", "of_the_folder"])
+def test_code_that_lies_in_a_folder_never_runs(kind: str, tmp_path: Path) -> None:
+    """A folder that names code of its own is refused, nobody is asked, and loading it by other ways runs nothing."""
+    folder = save_model(tmp_path / "llama")
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": own}))
+    with pytest.raises(
+        ValueError, match=r"auto_map in config\.json names code of the folder's own, which is never run"
+    ):
+        jobs.job(tmp_path, "runner=cpu", "model=hf", f"model.path={folder}")
+    if kind == "of_the_folder":
+        with pytest.raises(ValueError, match="cannot be loaded for serving"):
+            load_model(folder, "float32")
+    tokenizer = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Tokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="cannot be loaded for serving"):
+        load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", r"generation_config\.json is '\[\]'; it must be an object"),
+        ("{", r"generation_config\.json cannot be read"),
+        ('{"eos_token_id": "end"}', r"eos_token_id is \['end'\] in generation_config\.json; it must be ids"),
+    ],
+)
+def test_a_generation_config_that_is_none(text: str, message: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "llama")
+    (folder / "generation_config.json").write_text(text)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt_ids": [5, 6]}')
+    with pytest.raises(ValueError, match=message):
+        jobs.job(tmp_path, "model=hf", f"model.path={folder}", f"prompts={prompts}")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("model.gated_mlp=false", r"model\.gated_mlp=false with model=hf on a real runner, which serves"),
+        ("model.num_layers=3", r"model\.num_layers=3 with model=hf on a real runner, .* with 4; drop it"),
+        ("model.tied_embeddings=true", r"model\.tied_embeddings=true with model=hf on a real runner"),
+        ("chat_template=none", "chat_template=none has no meaning without prompts=FILE"),
+    ],
+)
+def test_settings_that_a_real_model_would_ignore(given: str, message: str, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "llama")
+    with pytest.raises(ValueError, match=message):
+        jobs.job(tmp_path, "runner=cpu", "model=hf", f"model.path={folder}", given)
+
+
+def test_a_quantized_checkpoint_is_not_served(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}})
+    )
+    with pytest.raises(ValueError, match=r"quantization_config \(quant_method=awq\) .* simulated only: runner=sim"):
+        jobs.job(tmp_path, "runner=cpu", "model=hf", f"model.path={folder}")
 
 
 def test_a_gguf_file_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

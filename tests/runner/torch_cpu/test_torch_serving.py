@@ -249,11 +249,15 @@ def test_cpu_generate(smollm2: Path, tmp_path: Path) -> None:
 def test_a_gguf_file_is_served_by_its_path(smollm2: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "The capital of France is", "output_tokens": 4}\n')
-    job = jobs.job(
-        tmp_path, "runner=cpu", "model=hf", f"model.path={smollm2}", f"prompts={file}", "dtype=float32", "batch_size=1"
-    )
+    words = ["runner=cpu", "model=hf", f"model.path={smollm2}", f"prompts={file}", "dtype=float32", "batch_size=1"]
+    job = jobs.job(tmp_path, *words, "chat_template=none")
     summary = jobs.run_job(job, argv=["test"])
     assert "Paris" in read_outputs(job.directory)[0]["text"]
+    assert summary["chat_template"] == "none: chat_template=none"
+    chat = jobs.resolved(*words)
+    assert chat.serving is not None and chat.serving.prompts is not None
+    assert chat.serving.prompts[0].ids[-13:-4] == (4093, 198, 504, 3575, 282, 4649, 314, 2, 198)  # <|im_start|>user ...
+    assert chat.notes()[-1] == "chat template of text prompts: the model's chat template"
     assert summary["model"].startswith("SmolLM2")
 
 

@@ -126,13 +126,14 @@ def _variant_name(setting: dict[str, Any]) -> str:
 
 def _step(run: pd.Series[Any]) -> dict[str, float]:
     """The mean decode step of a run: operations and bytes of its weights and of the KV of its running batch, contexts
-    in the middle of their range. As in the roofline's exact counting, without norms and activations."""
+    in the middle of their range. As in the roofline's exact counting, without norms, activations and scales."""
     s, bits = run["setting"], int(run["kv_bits"])
     hidden, layers, head = s["model.hidden_size"], s["model.num_layers"], s["model.head_dim"]
     q, kv = s["model.num_heads"] * head, s["model.num_kv_heads"] * head
     mlp = (3 if s["model.gated_mlp"] else 2) * hidden * s["model.intermediate_size"]
-    weights = layers * (hidden * (2 * q + 2 * kv) + mlp) + hidden * s["model.vocab_size"]
-    weight_bytes = weights * run["weight_bits"] / 8
+    in_layers, in_head = layers * (hidden * (2 * q + 2 * kv) + mlp), hidden * s["model.vocab_size"]
+    weights = in_layers + in_head
+    weight_bytes = (in_layers * run["weight_bits"] + in_head * max(16, run["weight_bits"])) / 8
     context = run["prompt_tokens"] + run["output_tokens"] / 2
     batch, kv_token_bytes = run["running_batch_mean"], 2 * layers * kv * bits / 8
     attention_ops, kv_bytes = 4.0 * layers * q * context, kv_token_bytes * context

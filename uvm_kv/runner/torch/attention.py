@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from uvm_kv.runner.torch import ranges
-from uvm_kv.runner.torch.kv import KVBackend
 
 NAME = "uvm_kv_paged"
 HARMLESS = {
@@ -41,9 +40,15 @@ REFUSED = {
 """What some of the rest mean."""
 
 
+class Attends(Protocol):
+    """What a model's attention needs: a KVBackend is one."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor: ...
+
+
 @dataclass
 class StepContext:
-    kv: KVBackend
+    kv: Attends
     max_tokens: int
     """Longest sequence of the run: a sliding window at least as long changes nothing."""
     probing: bool = False

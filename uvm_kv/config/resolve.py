@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from uvm_kv.config.command import check_complete
 from uvm_kv.config.cuda import capacity_of, check_cuda, check_shape, size_tiers
 from uvm_kv.config.ignored import check_heeded
-from uvm_kv.config.names import CONF_DIR, length_workloads, unknown
+from uvm_kv.config.names import length_workloads, unknown
+from uvm_kv.config.option_file import axes_of
 from uvm_kv.config.peers import ENGINES, check_engine, is_peer, page_size
 from uvm_kv.config.schema import (
     ConfigSchema,
@@ -174,13 +177,15 @@ def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def resolve(composed: DictConfig) -> Resolved:
+def resolve(composed: DictConfig, folders: Sequence[Path] = ()) -> Resolved:
+    """A checked job. `folders`: the user's own, where its mechanism may be."""
+    check_complete(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, ConfigSchema)
     check_engine(config)
     _check_choices(config)
     _check_numbers(config)
-    _check_mechanism(config)
+    _check_mechanism(config, folders)
     _check_runner(config)
     check_heeded(config)
     profile = build_profile(config.hardware)
@@ -448,26 +453,11 @@ def _check_token_budget(config: ConfigSchema) -> None:
         )
 
 
-def _check_mechanism(config: ConfigSchema) -> None:
+def _check_mechanism(config: ConfigSchema, folders: Sequence[Path]) -> None:
     """A label never lies: the axes must be those of conf/mechanism/<name>.yaml."""
     if config.mechanism == "custom":
         return
-    file = CONF_DIR / "mechanism" / f"{config.mechanism}.yaml"
-    if not file.is_file():
-        raise unknown("mechanism", config.mechanism, [f.stem for f in (CONF_DIR / "mechanism").glob("*.yaml")])
-    tree = OmegaConf.to_container(OmegaConf.load(file))
-    assert isinstance(tree, dict)
-    chosen = {next(iter(d)).removeprefix("override /"): next(iter(d.values())) for d in tree["defaults"]}
-    expected = {
-        "memory.kind": chosen["memory"],
-        "memory.pageable": tree.get("memory", {}).get("pageable", False),
-        "placement.name": chosen["placement"],
-        "scheduler.admission": tree["scheduler"]["admission"],
-        "scheduler.preemption": tree["scheduler"]["preemption"],
-    }
-    hints = OmegaConf.merge(HintsSchema, OmegaConf.load(CONF_DIR / "hints" / f"{chosen['hints']}.yaml"))
-    expected |= {f"hints.{key!s}": value for key, value in hints.items()}
-    for path, value in expected.items():
+    for path, value in axes_of(config.mechanism, folders).items():
         given = _value(config, path)
         if given != value:
             axis = path.removesuffix(".kind").removesuffix(".name")

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from uvm_kv.config.schema import (
     WorkloadSchema,
 )
 from uvm_kv.config.serving import Serving, model_folder, prepare, tier_bytes
-from uvm_kv.config.workload import build_workload, longest_request
+from uvm_kv.config.workload import Workload, build_workload, longest_request
 from uvm_kv.hw.budget import MemoryBudget, memory_budget
 from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.model import ModelGeometry, check_dense
@@ -115,6 +116,8 @@ class Resolved:
     """Tokens, prompt and output, of the longest request that any repeat of the job may have."""
     serving: Serving | None
     """What a real model serves; None on the simulator."""
+    trace: Workload | None = None
+    """The requests of a trace file, which is read once a job; None where they are drawn or given."""
 
     def determining(self) -> dict[str, Any]:
         """What the run id is a hash of. Files count by content, not by path."""
@@ -135,7 +138,7 @@ class Resolved:
         if tree["scheduler"]["chunked_prefill"]:
             del tree["scheduler"]["chunked_prefill"]
         if tree["workload"]["path"] is not None:
-            tree["workload"]["path"] = hashlib.sha256(Path(tree["workload"]["path"]).read_bytes()).hexdigest()
+            tree["workload"]["path"] = self._trace_sha256
         if tree["workload"]["lengths"] is not None:
             tree["workload"]["lengths"].pop("source")
         tree.pop("prompts")
@@ -145,6 +148,11 @@ class Resolved:
             recording = Path(tree["replay"]["path"]) / "plans.jsonl.gz"
             tree["replay"]["path"] = hashlib.sha256(recording.read_bytes()).hexdigest()
         return tree
+
+    @cached_property
+    def _trace_sha256(self) -> str:
+        with Path(str(self.config.workload.path)).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def working_set_ratio(self) -> float | None:
         """KV blocks of the full requests of all clients over those of the device. None unless they are a closed loop of
@@ -251,7 +259,8 @@ def resolve(composed: DictConfig, folders: Sequence[Path] = ()) -> Resolved:
     if memory is MemoryKind.MANAGED and not config.driver.concurrent_managed_access:
         _check_without_concurrent_access(config)
     tokens = (max_model_len, longest)
-    return Resolved(config, profile, model, precision, memory, spec, capacity, account, *tokens, serving)
+    trace = workload if config.workload.path is not None else None
+    return Resolved(config, profile, model, precision, memory, spec, capacity, account, *tokens, serving, trace)
 
 
 def _check_tiers_hold_blocks(config: ConfigSchema, spec: KVCacheSpec, capacity: KVCapacity) -> None:

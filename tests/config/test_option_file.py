@@ -4,6 +4,9 @@ given is never said to be what a data sheet says."""
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,13 @@ from omegaconf import OmegaConf
 from experiments import uvm_replay
 from experiments.roofline import main as roofline
 from experiments.run import preflight
+from tests.helpers import REPOSITORY
 from tests.jobs import composed
-from uvm_kv.config.advise import Question
+from uvm_kv.cli.advise import lines
+from uvm_kv.config.advise import Advice, Question
 from uvm_kv.config.command import compose_command, compose_config
 from uvm_kv.config.names import groups
-from uvm_kv.config.option_file import NUMBERS, axes_of, mark_sources
+from uvm_kv.config.option_file import NUMBERS, axes_of, mark_sources, without_source
 from uvm_kv.config.profile_file import load_profile
 from uvm_kv.config.resolve import build_profile, resolve
 from uvm_kv.config.roofline import analyze
@@ -78,7 +83,7 @@ def test_every_command_takes_every_quantity() -> None:
     step: RooflineSchema = compose_command("roofline", RooflineSchema, given)
     assert analyze(step).total_s > 0
     assert uvm_replay.published_ms(replay) == [None] * 4
-    advised = Question(tuple(given), None, False).resolved("device_resident", 2).profile
+    advised = Question(tuple(given)).resolved("device_resident", 2).profile
     for profile in (advised, build_profile(replay.hardware), build_profile(step.hardware)):
         check_given(profile, values)
 
@@ -256,3 +261,38 @@ def test_a_mechanism_that_leaves_an_axis_open_is_refused(own: Path) -> None:
     write(own, "mechanism/m", "# @package _global_\nmechanism: m\n")
     with pytest.raises(ValueError, match=r"must say its memory and placement and scheduler\.admission and"):
         axes_of("m", [own])
+
+
+def test_the_page_on_adding_a_card_works_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (REPOSITORY / "docs" / "hardware.md").read_text()
+    found = re.search(r"<!-- file: (\S+) -->\s*```yaml\n(.*?)```", page, re.DOTALL)
+    assert found is not None
+    file = tmp_path / found[1]
+    file.parent.mkdir(parents=True)
+    file.write_text(textwrap.dedent(found[2]))
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"<!-- commands -->\s*```sh\n(.*?)```", page, re.DOTALL)
+    assert block is not None
+    commands = [shlex.split(line) for line in block[1].splitlines() if line.strip()]
+    assert [command[2] for command in commands] == ["experiments.roofline", "experiments.run", "experiments.uvm_replay"]
+    for _, _, module, *arguments in commands:
+        if module == "experiments.run":
+            assert preflight(arguments).num_jobs == 1
+            found_profile = resolve(compose_config(arguments)).profile
+            assert (found_profile.name, found_profile.link.h2d_gb_per_s) == (file.stem, 56.0)
+            assert not without_source(found_profile.sources)
+        else:
+            assert (roofline if module.endswith("roofline") else uvm_replay.main)(arguments) == 0
+            assert file.stem in capsys.readouterr().out
+
+
+def test_advise_says_which_numbers_have_no_source() -> None:
+    given = {"gpu.memory_bytes": "given by mine, no source", "power": SHEET, "link": "given by it, no source"}
+    found = without_source(given)
+    assert found == {"gpu.memory_bytes": "mine", "link": "it"}
+    advice = Advice("no", "mine", None, "m", "w", 0, 0, None, None, None, None, None, [], {}, found)
+    assert lines(advice)[-1].startswith(
+        "  no source: gpu.memory_bytes (given by mine), link (given by it); the range leaves out how far off"
+    )

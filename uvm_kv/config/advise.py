@@ -17,7 +17,7 @@ import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from math import ceil, hypot
 from multiprocessing import get_context
@@ -33,7 +33,7 @@ from uvm_kv.config.calibration import source_of
 from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.command import compose_config
 from uvm_kv.config.names import check_overrides, folders_of, groups, parse_overrides
-from uvm_kv.config.option_file import check_files
+from uvm_kv.config.option_file import check_files, without_source
 from uvm_kv.config.resolve import Resolved, resolve
 from uvm_kv.config.schema import WorkloadSchema
 from uvm_kv.config.search import Tried, search_best
@@ -132,6 +132,8 @@ class Advice:
     tried: list[Point]
     left_out: dict[str, str]
     """Mechanisms that cannot run this, and why."""
+    no_source: dict[str, str] = field(default_factory=dict)
+    """Numbers of the profile that nothing vouches for, and who gave them: how wrong they are is not in the range."""
     gain: float | None = None
     """Of best over baseline, as a fraction; None where one of them is, and so below."""
     gain_range: tuple[float, float] | None = None
@@ -398,6 +400,7 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
         refused=left_out.get(mechanisms[0] if best is None else BASELINES[0]) if len(sides) == 1 else None,
         tried=device + backed,
         left_out=left_out,
+        no_source=without_source(base.profile.sources),
     )
     if advice.best is None or advice.baseline is None:
         return advice

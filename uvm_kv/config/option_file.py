@@ -267,6 +267,16 @@ def mark_sources(
                 _set(hardware.sources, leaf, COMMAND_LINE)
 
 
+def without_source(sources: Mapping[str, str]) -> dict[str, str]:
+    """Numbers that were given with no source, and the option that gave each."""
+    head, tail = NO_SOURCE.split("{}")
+    return {
+        path: text.removeprefix(head).removesuffix(tail)
+        for path, text in sources.items()
+        if text.startswith(head) and text.endswith(tail)
+    }
+
+
 def _setting_hardware(choices: Mapping[str, Any], group: str, folders: Sequence[Path]) -> list[OptionFile]:
     """The files of a chosen option that set anything of the profile."""
     path = find_option(group, str(choices.get(group)), folders)

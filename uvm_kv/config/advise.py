@@ -32,7 +32,7 @@ from uvm_kv.config import build
 from uvm_kv.config.calibration import source_of
 from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.command import compose_config
-from uvm_kv.config.names import check_overrides, folders_of, groups, parse_overrides
+from uvm_kv.config.names import check_overrides, folders_of, groups, own_options, parse_overrides
 from uvm_kv.config.option_file import check_files, without_source
 from uvm_kv.config.resolve import Resolved, resolve
 from uvm_kv.config.schema import WorkloadSchema
@@ -293,8 +293,9 @@ def _checked(arguments: list[str]) -> tuple[tuple[str, ...], list[str], int | No
     check_overrides(overrides)
     check_files(overrides, folders_of(overrides))
     kept, most = [], None
-    allowed = [m for m in groups()["mechanism"] if m not in NOT_ADVISED]
-    mechanisms = [m for m in allowed if m not in ON_REQUEST]
+    own = own_options(folders_of(overrides)).get("mechanism", [])
+    allowed = [m for m in (*groups()["mechanism"], *own) if m not in NOT_ADVISED]
+    mechanisms = [m for m in allowed if m not in (*ON_REQUEST, *own)]
     for override in overrides:
         key, text = override.key_or_group, str(override.input_line)
         if key == "mechanism":

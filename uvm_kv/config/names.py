@@ -63,7 +63,7 @@ def find_option(group: str, name: str, folders: Iterable[Path] = ()) -> Path | N
     return next((file for file in files if file.is_file()), None)
 
 
-def _own_options(folders: Iterable[Path]) -> dict[str, list[str]]:
+def own_options(folders: Iterable[Path]) -> dict[str, list[str]]:
     """Options by group in the user's own folders. ValueError for one that `conf/` has too: Hydra would take ours."""
     ours, found = groups(), dict[str, list[str]]()
     for file in (file for folder in folders for file in sorted(folder.glob("*/*.yaml"))):
@@ -143,7 +143,7 @@ def check_overrides(
         keyless = NOT_A_KEY if config is None else ()
     schema = schema_of(config)
     keys = keys_of(schema)
-    own = _own_options([*folders, *folders_of(overrides)])
+    own = own_options([*folders, *folders_of(overrides)])
     options = {name: values + own.get(name, []) for name, values in groups().items() if name in keys or name in keyless}
     for override in overrides:
         key = override.key_or_group

@@ -36,8 +36,8 @@ from experiments.sweep_report import SweepReport, place_of, take_name
 from experiments.track import mirror_all
 from uvm_kv.config.build import Job, check_fits, identity, is_done, repeats_of, run_job
 from uvm_kv.config.card import ask_card
-from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.command import compose_config
+from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.ignored import check_command
 from uvm_kv.config.names import (
     CONF_DIR,

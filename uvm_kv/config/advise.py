@@ -30,8 +30,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from uvm_kv.config import build
 from uvm_kv.config.calibration import source_of
-from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.command import compose_config
+from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.names import check_overrides, folders_of, groups, own_options, parse_overrides
 from uvm_kv.config.option_file import check_files, without_source
 from uvm_kv.config.resolve import Resolved, resolve

@@ -6,13 +6,13 @@ import os
 from math import inf
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from rich.console import Console
 from rich.progress import Progress
 
 from uvm_kv.config.build import Job, build_roofline, is_done, jobs_of, workload_of
-from uvm_kv.config.names import CONF_DIR
+from uvm_kv.config.command import compose_config
+from uvm_kv.config.names import folders_of
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.types import MemoryKind
@@ -75,15 +75,12 @@ def list_jobs(overrides: list[Any], experiment: str) -> int:
     combinations = BasicSweeper.split_arguments(overrides, None)[0]
     left = refused = complete = 0.0
     one_by_one = any(o.key_or_group == "hydra/launcher" and o.value() == "basic" for o in overrides)
-    with (
-        initialize_config_dir(str(CONF_DIR), version_base="1.3"),
-        Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as progress,
-    ):
+    with Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as progress:
         for number, combination in enumerate(progress.track(combinations, description="composing")):
             name = " ".join(combination) or "(defaults)"
             try:
-                composed = with_recorded_config(compose("config", list(combination)), combination)
-                jobs = jobs_of(resolve(composed), experiment)
+                composed = with_recorded_config(compose_config(list(combination)), combination)
+                jobs = jobs_of(resolve(composed, folders_of(overrides)), experiment)
             except ValueError as error:
                 refused += 1
                 console.print(f"{number:4d}  refused   {name}: {error}", markup=False, highlight=False, soft_wrap=True)

@@ -16,8 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra import compose, initialize_config_dir
-
 from experiments.run import preflight
 from uvm_kv.analysis.step_profile import kernel_line, layer_kernels, step_profile, table_lines
 from uvm_kv.config.build import (
@@ -31,7 +29,8 @@ from uvm_kv.config.build import (
     jobs_of,
     workload_of,
 )
-from uvm_kv.config.names import CONF_DIR, mark_given, with_implied
+from uvm_kv.config.command import compose_config
+from uvm_kv.config.names import folders_of, with_implied
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.config.worker import explain
@@ -69,8 +68,7 @@ def job_of(overrides: list[str]) -> Job:
     request = preflight(with_implied(overrides))
     if request.num_jobs > 1:
         raise ValueError(f"{request.num_jobs} jobs are asked for; a profile is of one")
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        composed = compose("config", [o.input_line for o in request.overrides])
+    composed = compose_config([o.input_line for o in request.overrides])
     if composed.engine != OUR_ENGINE:
         raise ValueError(
             f"engine={composed.engine}: its steps are transformers' own and have none of our ranges; drop engine, or "
@@ -78,8 +76,7 @@ def job_of(overrides: list[str]) -> Job:
         )
     if composed.runner not in ("cpu", "cuda"):
         raise ValueError(f"runner={composed.runner} runs no model, so that nothing takes time; give runner=cpu or cuda")
-    mark_given(composed.hardware.sources, request.overrides)
-    return jobs_of(resolve(composed), "profile")[0]
+    return jobs_of(resolve(composed, folders_of(request.overrides)), "profile")[0]
 
 
 def run(job: Job, recorder: Any, *, num_steps: int, warmup: int) -> int:

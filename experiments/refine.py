@@ -19,13 +19,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.progress import Event, read_command, report_event
 from uvm_kv.config.build import Job, check_fits, identity, is_done, repeats_of, run_job
-from uvm_kv.config.names import CONF_DIR, mark_given, parse_overrides
+from uvm_kv.config.command import compose_config
+from uvm_kv.config.names import folders_of, parse_overrides
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.config.search import Tried, search_best
@@ -56,6 +56,8 @@ class Line:
     """Run directories that this sweep has run already, which rerun=true does not run again."""
     hints: tuple[int, ...] = ()
     """Batches to begin with beside its own."""
+    search_path: tuple[str, ...] = ()
+    """The override that adds folders of the user's own."""
 
     @property
     def is_backed(self) -> bool:
@@ -86,9 +88,10 @@ def _tried(summary: dict[str, Any], *, is_backed: bool) -> Tried:
     )
 
 
-def refine(events: Sequence[Event], experiment: str) -> None:
-    """Run what the search asks for; each run is reported as an event of the sweep."""
-    lines = _lines(events, experiment)
+def refine(events: Sequence[Event], experiment: str, search_path: tuple[str, ...] = ()) -> None:
+    """Run what the search asks for; each run is reported as an event of the sweep. `search_path`: the override that
+    adds folders of the user's own."""
+    lines = [replace(line, search_path=search_path) for line in _lines(events, experiment)]
     if not lines:
         return
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin_worker) as pool:
@@ -142,9 +145,7 @@ def _with_hints(line: Line, alone: Iterable[Line]) -> Line:
 
 
 def _compose(line: Line) -> DictConfig:
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        composed: DictConfig = compose("config", list(line.overrides))
-    mark_given(composed.hardware.sources, parse_overrides(list(line.overrides)))
+    composed = compose_config([*line.search_path, *line.overrides])
     with open_dict(composed):
         composed.working_set_ratio = None
     return composed
@@ -154,7 +155,8 @@ def _jobs(line: Line, composed: DictConfig, batch_size: int, num_repeats: int = 
     config = composed.copy()
     OmegaConf.update(config, "batch_size", batch_size)
     OmegaConf.update(config, "num_repeats", num_repeats)
-    return repeats_of(resolve(config), line.experiment)
+    folders = folders_of(parse_overrides(list(line.search_path)))
+    return repeats_of(resolve(config, folders), line.experiment)
 
 
 def _search(line: Line) -> Line:

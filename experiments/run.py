@@ -36,17 +36,21 @@ from experiments.sweep_report import SweepReport, place_of, take_name
 from experiments.track import mirror_all
 from uvm_kv.config.build import Job, check_fits, identity, is_done, repeats_of, run_job
 from uvm_kv.config.card import ask_card
+from uvm_kv.config.command import compose_config
 from uvm_kv.config.family import end_children_with_me
 from uvm_kv.config.ignored import check_command
 from uvm_kv.config.names import (
     CONF_DIR,
     check_overrides,
+    find_option,
+    folders_of,
+    groups,
     length_workloads,
-    mark_given,
     parse_overrides,
     values_of,
     with_implied,
 )
+from uvm_kv.config.option_file import check_files, mark_sources
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
@@ -117,6 +121,8 @@ def preflight(arguments: list[str]) -> Request:
     """Check names, and that results can be written, before Hydra composes anything; ValueError if not."""
     overrides = parse_overrides([a for a in arguments if not a.startswith("-")])
     check_overrides(overrides)
+    folders = folders_of(overrides)
+    check_files(overrides, folders)
     by_key = given = {o.key_or_group: o for o in overrides}
     if "batch_size" in by_key and "working_set_ratio" in by_key and by_key["working_set_ratio"].value() is not None:
         raise ValueError("batch_size and working_set_ratio each say how many clients there are; drop one of the two")
@@ -126,16 +132,20 @@ def preflight(arguments: list[str]) -> Request:
             raise ValueError("experiment takes one name; sweep its parts instead, or start it once a name")
         experiment = by_key["experiment"].value()
     if experiment is not None:
-        file = OmegaConf.load(CONF_DIR / "experiment" / f"{experiment}.yaml")
+        path = find_option("experiment", experiment, folders)
+        assert path is not None  # Its name is checked.
+        file = OmegaConf.load(path)
         params = OmegaConf.select(file, "hydra.sweeper.params") or {}
         swept = parse_overrides([f"{key}={value}" for key, value in params.items()])
-        check_overrides(swept)
+        check_overrides(swept, folders=folders)
+        check_files(swept, folders)
         by_key = {o.key_or_group: o for o in swept} | by_key
     drawn = "experiment" in by_key or (
-        "workload" in by_key and {*values_of(by_key["workload"])} <= {*length_workloads()}
+        "workload" in by_key and {*values_of(by_key["workload"])} <= {*length_workloads(folders)}
     )
     if any(key.startswith("workload.lengths.") for key in by_key) and not drawn:
-        raise ValueError(f"workload.lengths belongs to workload={' or '.join(length_workloads())}; give one of them")
+        allowed = " or ".join(length_workloads(folders))
+        raise ValueError(f"workload.lengths belongs to workload={allowed}; give one of them")
     sweeps = [o for o in by_key.values() if o.is_sweep_override() and o.is_discrete_sweep()]
     num_jobs = prod(len(list(o.sweep_string_iterator())) for o in sweeps)
     results_dir = by_key["results_dir"].value() if "results_dir" in by_key else "results/runs"
@@ -152,8 +162,9 @@ def preflight(arguments: list[str]) -> Request:
         )
     launchers.check(launcher or DEFAULT_LAUNCHER, tuned)
     worked = on_gpu or (bool(SWEEP_FLAGS & set(arguments)) and launcher == launchers.BASIC)
-    check_command(given, by_key, file, has_worker=worked)
+    check_command(given, by_key, file, has_worker=worked, folders=folders)
     check_writable(folder, "results_dir=")
+    _check_composes(list(by_key.values()), folders)
     refined = _refines(given, file, sweeps=bool(SWEEP_FLAGS & set(arguments)), on_gpu=on_gpu)
     return Request(
         experiment or EXPERIMENT_WITHOUT_FILE,
@@ -189,6 +200,19 @@ def _refines(given: Mapping[str, Any], file: Any, *, sweeps: bool, on_gpu: bool)
     return sweeps and not on_gpu and file is not None and bool(OmegaConf.select(file, "refine"))
 
 
+def _check_composes(overrides: list[Any], folders: list[Path]) -> None:
+    """ValueError for an option in a folder of the user's own with which Hydra composes no job."""
+    rest = [o for o in overrides if not o.key_or_group.startswith("hydra") or o.key_or_group == "hydra.searchpath"]
+    first = {o.key_or_group: f"{o.key_or_group}={values_of(o)[0]}" for o in rest if o.is_sweep_override()}
+    first = {o.key_or_group: o.input_line for o in rest} | first
+    for override in overrides:
+        for value in values_of(override) if override.key_or_group in groups() else []:
+            file = find_option(override.key_or_group, value, folders)
+            if file is not None and not file.is_relative_to(CONF_DIR):
+                choice = {override.key_or_group: f"{override.key_or_group}={value}"}
+                compose_config(list((first | choice).values()))
+
+
 def _on_gpu(by_key: dict[str, Any], file: Any) -> bool:
     given = by_key.get("runner")
     if given is None:
@@ -218,9 +242,10 @@ def run_hydra_job(composed: DictConfig) -> None:
     given = list(HydraConfig.get().overrides.task)
     try:
         experiment = HydraConfig.get().runtime.choices.get("experiment") or EXPERIMENT_WITHOUT_FILE
-        mark_given(composed.hardware.sources, parse_overrides(given))
+        overrides, folders = parse_overrides(given), _own_folders()
+        mark_sources(composed.hardware, overrides, choices=HydraConfig.get().runtime.choices, folders=folders)
         composed = with_recorded_config(composed, given)
-        jobs = repeats_of(resolve(composed), experiment)
+        jobs = repeats_of(resolve(composed, folders), experiment)
     except Exception as error:
         report_event(Event("failed", label, error=explain(error), num_runs=max(1, composed.num_repeats)))
         return
@@ -237,6 +262,12 @@ def run_hydra_job(composed: DictConfig) -> None:
             _parent.collected.append(named)
         elif _begin(named):
             _run_here(named, alone=_parent is not None and not _parent.sweep)
+
+
+def _own_folders() -> list[Path]:
+    """The user's own folders of options, as Hydra found them."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [Path(s.path) for s in sources if s.schema == "file" and s.provider.startswith("hydra.searchpath")]
 
 
 def _join_sweep() -> None:
@@ -488,7 +519,8 @@ def main() -> int:
                 _run_in_worker(_parent.collected, log, sweep=sweep)
             if request.refine and not launchers.problems:
                 log.poll()
-                refine(log.events, request.experiment)
+                search_path = (o.input_line for o in request.overrides if o.key_or_group == "hydra.searchpath")
+                refine(log.events, request.experiment, tuple(search_path))
     except KeyboardInterrupt:
         if place is not None:
             place.discard_empty()

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from uvm_kv.config.command import compose_command
+from uvm_kv.config.profile_file import load_profile
 from uvm_kv.config.resolve import build_profile
 from uvm_kv.config.schema import UvmReplaySchema
 from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
@@ -32,6 +33,7 @@ def published_ms(config: UvmReplaySchema) -> list[float | None]:
     """What the study measured, for the passes of which we have it."""
     as_published = (
         config.hardware.name == "a30"
+        and _is_studied_card(config)
         and config.capacity_bytes == PUBLISHED_CAPACITY_BYTES
         and config.working_set_ratio == 0.95
         and config.prefetch_threshold_percent == 51
@@ -43,6 +45,12 @@ def published_ms(config: UvmReplaySchema) -> list[float | None]:
     )
     first = list(PUBLISHED_MS[config.prefetcher]) if as_published else []
     return [*first, *[None] * len(config.passes)][: len(config.passes)]
+
+
+def _is_studied_card(config: UvmReplaySchema) -> bool:
+    """Whether no number of the card was changed, its link's included."""
+    given, studied = build_profile(config.hardware), load_profile("a30")
+    return (given.gpu, given.link, given.managed) == (studied.gpu, studied.link, studied.managed)
 
 
 def run(config: UvmReplaySchema) -> list[PassResult]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -27,7 +26,9 @@ from uvm_kv.analysis.recorded import Recording, load_file, load_run
 from uvm_kv.analysis.terminal import plain_console, print_comparison
 from uvm_kv.analysis.validate import TOLERANCE, Comparison, compare, write_comparison
 from uvm_kv.config.build import jobs_of, run_job
-from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
+from uvm_kv.config.command import compose_config
+from uvm_kv.config.names import check_overrides, folders_of, parse_overrides
+from uvm_kv.config.option_file import check_files
 from uvm_kv.config.recording import check_simulable, serve_trace, simulation_of_run, work_key
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
@@ -80,6 +81,7 @@ def parse(arguments: list[str]) -> Request:
     sources = [source for path in paths for source in _sources(path)]
     parsed = parse_overrides(overrides)
     check_overrides(parsed)
+    check_files(parsed, folders_of(parsed))
     for is_run in {source.is_run for source in sources}:
         check_simulable(parsed, of_run=is_run)
     given = {override.key_or_group for override in parsed}
@@ -162,7 +164,7 @@ def simulate(source: Source, request: Request, trace: Path) -> Recording:
         write_trace(trace, rows)
         serve_trace(config, trace)
     config.results_dir, config.rerun = str(request.out / "runs"), True  # The simulator may have changed since.
-    (job,) = jobs_of(resolve(config), "validate")
+    (job,) = jobs_of(resolve(config, folders_of(parsed)), "validate")
     run_job(job, argv=_argv())
     simulated = load_run(job.directory)
     changed = [o.removeprefix("hardware.") for o in request.overrides if o.startswith("hardware.")]
@@ -174,9 +176,7 @@ def _argv() -> list[str]:
 
 
 def _compose(overrides: list[str]) -> DictConfig:
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config: DictConfig = compose("config", overrides)
-        return config
+    return compose_config(overrides)
 
 
 def validate(request: Request, console: Console) -> None:

@@ -14,7 +14,7 @@ from experiments.calibrate import main
 from experiments.uvm_replay import run as replay
 from tests.config.curves import curves_of
 from tests.helpers import CONF
-from uvm_kv.config import command, names
+from uvm_kv.config import names
 from uvm_kv.config.calibration import quantities_of
 from uvm_kv.config.command import compose_command
 from uvm_kv.config.curves import PLAN
@@ -30,8 +30,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of conf/, so that a test may add a card."""
     folder = tmp_path / "conf"
     shutil.copytree(CONF, folder)
-    for module in (names, command):
-        monkeypatch.setattr(module, "CONF_DIR", folder)
+    monkeypatch.setattr(names, "CONF_DIR", folder)
     return folder
 
 

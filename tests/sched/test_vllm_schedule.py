@@ -68,7 +68,7 @@ def test_plans_are_those_of_vllm(scenario: str, tmp_path: Path) -> None:
     write_trace(tmp_path / "trace.csv", trace)
     requests = [
         Request(i, row.prompt_tokens, row.output_tokens, row.arrival_ns)
-        for i, row in enumerate(read_trace(str(tmp_path / "trace.csv")))
+        for i, row in enumerate(read_trace(str(tmp_path / "trace.csv")).rows)
     ]
     context = make_context(num_blocks, memory=MemoryKind.DEVICE)
     scheduler = make_scheduler(

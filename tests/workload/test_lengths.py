@@ -68,7 +68,7 @@ def test_azure_quantiles_are_those_of_the_trace(name: str, rows: int) -> None:
     if not path.is_file():
         pytest.skip(f"{path} is not there: traces are not part of the project")
     raw = yaml.safe_load((CONF / "workload" / f"azure_{name}.yaml").read_text())["lengths"]
-    trace = read_trace(str(path))
+    trace = read_trace(str(path)).rows
     assert len(trace) == rows
     for part in ("prompt", "output"):
         tokens = np.array([getattr(row, f"{part}_tokens") for row in trace])

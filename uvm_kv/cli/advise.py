@@ -46,6 +46,7 @@ def lines(advice: Advice) -> list[str]:
     out.append(f"  why:     {_why(advice)}")
     if advice.uncertainty:
         out.append(f"  range:   {_effects(advice.uncertainty)}")
+    out += [f"  no source: {_without_source(advice)}"] if advice.no_source else []
     out += [f"  not tried: {m}: {why}" for m, why in advice.left_out.items() if why != advice.refused]
     return out + [f"  {command}" for command in (advice.best_command, advice.baseline_command) if command]
 
@@ -95,6 +96,13 @@ def _effects(uncertainty: Iterable[Effect]) -> str:
             told.append(f"{effect.quantity}{moved}: {low:+.1f} to {high:+.1f}")
         parts.append(f"{', '.join(told)} points ({why})")
     return "; ".join(parts)
+
+
+def _without_source(advice: Advice) -> str:
+    """Numbers by who gave them; those that the range moves are assumed to be as uncertain as any."""
+    by_giver = [f"{', '.join(p for p, by in advice.no_source.items() if by == giver)} (given by {giver})"
+                for giver in dict.fromkeys(advice.no_source.values())]  # fmt: skip
+    return f"{', '.join(by_giver)}; the range leaves out how far off they may be, beyond what it assumes of any card"
 
 
 def _gib(num_bytes: int) -> str:

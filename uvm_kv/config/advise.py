@@ -17,7 +17,7 @@ import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from math import ceil, hypot
 from multiprocessing import get_context
@@ -26,16 +26,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from uvm_kv.config import build
 from uvm_kv.config.calibration import source_of
+from uvm_kv.config.command import compose_config
 from uvm_kv.config.family import end_children_with_me
-from uvm_kv.config.names import CONF_DIR, check_overrides, groups, mark_given, parse_overrides
+from uvm_kv.config.names import check_overrides, folders_of, groups, own_options, parse_overrides
+from uvm_kv.config.option_file import check_files, without_source
 from uvm_kv.config.resolve import Resolved, resolve
-from uvm_kv.config.schema import WorkloadSchema, register
+from uvm_kv.config.schema import WorkloadSchema
 from uvm_kv.config.search import Tried, search_best
 from uvm_kv.engine import Engine
 from uvm_kv.hw.profile import HardwareProfile
@@ -132,6 +132,8 @@ class Advice:
     tried: list[Point]
     left_out: dict[str, str]
     """Mechanisms that cannot run this, and why."""
+    no_source: dict[str, str] = field(default_factory=dict)
+    """Numbers of the profile that nothing vouches for, and who gave them: how wrong they are is not in the range."""
     gain: float | None = None
     """Of best over baseline, as a fraction; None where one of them is, and so below."""
     gain_range: tuple[float, float] | None = None
@@ -162,7 +164,7 @@ class Question:
         config = copy.deepcopy(_composed(self.overrides, mechanism))
         for path, value in self.changes(mechanism, batch_size, host_kv_bytes, 1).items():
             OmegaConf.update(config, path, value)
-        return resolve(config)
+        return resolve(config, folders_of(parse_overrides(list(self.overrides))))
 
     def command(self, mechanism: str, batch_size: int, host_kv_bytes: int | None, num_repeats: int) -> str:
         changes = {"mechanism": mechanism} | self.changes(mechanism, batch_size, host_kv_bytes, num_repeats)
@@ -172,15 +174,8 @@ class Question:
 
 @cache
 def _composed(overrides: tuple[str, ...], mechanism: str) -> DictConfig:
-    register()
     kept = [o for o in overrides if mechanism not in BASELINES or not o.startswith("memory.host_kv_bytes=")]
-    try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            config: DictConfig = compose("config", [*kept, f"mechanism={mechanism}"])
-    except HydraException as error:
-        raise ValueError(str(error).splitlines()[0]) from None
-    mark_given(config.hardware.sources, parse_overrides(kept))
-    return config
+    return compose_config([*kept, f"mechanism={mechanism}"])
 
 
 def simulate(resolved: Resolved, repeat: int = 0, profile: HardwareProfile | None = None) -> Point:
@@ -296,9 +291,11 @@ def _checked(arguments: list[str]) -> tuple[tuple[str, ...], list[str], int | No
     """(overrides, mechanisms to try, largest batch given); ValueError for what is unknown or not part of a question."""
     overrides = parse_overrides(arguments)
     check_overrides(overrides)
+    check_files(overrides, folders_of(overrides))
     kept, most = [], None
-    allowed = [m for m in groups()["mechanism"] if m not in NOT_ADVISED]
-    mechanisms = [m for m in allowed if m not in ON_REQUEST]
+    own = own_options(folders_of(overrides)).get("mechanism", [])
+    allowed = [m for m in (*groups()["mechanism"], *own) if m not in NOT_ADVISED]
+    mechanisms = [m for m in allowed if m not in (*ON_REQUEST, *own)]
     for override in overrides:
         key, text = override.key_or_group, str(override.input_line)
         if key == "mechanism":
@@ -404,6 +401,7 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
         refused=left_out.get(mechanisms[0] if best is None else BASELINES[0]) if len(sides) == 1 else None,
         tried=device + backed,
         left_out=left_out,
+        no_source=without_source(base.profile.sources),
     )
     if advice.best is None or advice.baseline is None:
         return advice

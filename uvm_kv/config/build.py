@@ -91,6 +91,8 @@ def is_done(job: Job) -> bool:
 
 def workload_of(job: Job) -> Workload:
     resolved = job.resolved
+    if resolved.trace is not None:
+        return resolved.trace  # Every repeat serves it.
     prompts = None if resolved.serving is None else resolved.serving.prompts
     workload = build_workload(resolved.config, resolved.max_model_len, prompts, job.repeat)
     if prompts is not None or is_peer(resolved.config):
@@ -388,6 +390,7 @@ def run_job(
         measured["warnings"].append(
             f"{total} requests for {config.batch_size} clients; {REQUESTS_PER_CLIENT} a client give a steady window"
         )
+    measured["warnings"] += workload.notes
     eviction = "planned" if config.placement.name == "demand_capped" else None
     summary = {
         **identity(job),

@@ -5,14 +5,16 @@ What belongs to one placement, memory kind or peer is refused where those are ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from uvm_kv.config.names import CONF_DIR, values_of
+from uvm_kv.config.names import values_of
+from uvm_kv.config.option_file import axes_of
 from uvm_kv.config.schema import ConfigSchema, DriverSchema, MemorySchema, SamplingSchema, SchedulerSchema
 
 REAL = ("cpu", "cuda")
@@ -47,13 +49,18 @@ def check_heeded(config: ConfigSchema) -> None:
 
 
 def check_command(
-    given: Mapping[str, Override], by_key: Mapping[str, Override], file: Any, *, has_worker: bool
+    given: Mapping[str, Override],
+    by_key: Mapping[str, Override],
+    file: Any,
+    *,
+    has_worker: bool,
+    folders: Sequence[Path] = (),
 ) -> None:
     """ValueError for a setting that no job of the command heeds. One that is meant for some of a sweep's jobs is not
     refused, and what an experiment's file says serves a real run and its prediction alike.
 
     `given`: the command line's; `by_key`: with the sweep of the experiment's `file`. `has_worker`: jobs run in a
-    process that can be stopped.
+    process that can be stopped. `folders`: the user's own.
     """
     runners = _values(by_key, file, "runner") or ["sim"]
     if "sim" in runners and (_values(by_key, file, "prompts") or ["null"]) != ["null"]:
@@ -69,7 +76,7 @@ def check_command(
         raise _meaningless(
             "watchdog_s", values_of(watchdog)[0], only, "runner=cuda, or a sweep with hydra/launcher=basic"
         )
-    if "sim" in runners and "managed" not in (kinds := _memory_kinds(by_key, file)):
+    if "sim" in runners and "managed" not in (kinds := _memory_kinds(by_key, file, folders)):
         for it in fields(DriverSchema):
             override, usual = given.get(f"driver.{it.name}"), _text(getattr(DriverSchema(), it.name))
             if override is not None and (other := [v for v in map(str.lower, values_of(override)) if v != usual]):
@@ -102,11 +109,11 @@ def _chosen(file: Any) -> dict[str, str]:
     return {str(key).removeprefix("override /"): value for entry in entries for key, value in entry.items()}
 
 
-def _memory_kinds(by_key: Mapping[str, Override], file: Any) -> set[str]:
+def _memory_kinds(by_key: Mapping[str, Override], file: Any, folders: Sequence[Path]) -> set[str]:
     kinds: set[str] = set()
     for name in _values(by_key, file, "mechanism") or ["custom"]:
         if name == "custom":
             kinds.update(_values(by_key, file, "memory.kind") or _values(by_key, file, "memory") or ["device"])
         else:
-            kinds.add(_chosen(OmegaConf.load(CONF_DIR / "mechanism" / f"{name}.yaml"))["memory"])
+            kinds.add(axes_of(name, folders)["memory.kind"])
     return kinds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +37,51 @@ def groups() -> dict[str, list[str]]:
     }
 
 
-def _own_options(overrides: Iterable[Override]) -> dict[str, list[str]]:
-    """Options of the folders that hydra.searchpath=[file:///DIR] adds, such as a profile that was calibrated here."""
-    found: dict[str, list[str]] = {}
+def folders_of(overrides: Iterable[Override]) -> list[Path]:
+    """The folders that hydra.searchpath=[DIR] adds, such as one with a profile of the user's own; pkg:// is not among
+    them. ValueError for a folder that does not exist."""
+    found = []
     for override in overrides:
-        folders = override.value() if override.key_or_group == "hydra.searchpath" else []
-        for folder in (Path(str(f).removeprefix("file://")) for f in folders if str(f).startswith("file://")):
-            for file in sorted(folder.glob("*/*.yaml")):
-                found.setdefault(file.parent.name, []).append(file.stem)
+        if override.key_or_group != "hydra.searchpath":
+            continue
+        value = override.value()
+        if not isinstance(value, list):
+            raise ValueError(f"{override.input_line} is not a list of folders; write hydra.searchpath=[DIR]")
+        for text in map(str, value):
+            folder = Path(text.removeprefix("file://"))
+            if "://" in text and not text.startswith("file://"):
+                continue
+            if not folder.is_dir():
+                raise ValueError(f"hydra.searchpath=[{text}]: there is no such folder")
+            found.append(folder)
     return found
 
 
-def _keys(node: DictConfig, prefix: str = "") -> set[str]:
+def find_option(group: str, name: str, folders: Iterable[Path] = ()) -> Path | None:
+    """The file of a group's option, in `conf/` or else in the user's own `folders`; None where there is none."""
+    files = (folder / group / f"{name}.yaml" for folder in (CONF_DIR, *folders))
+    return next((file for file in files if file.is_file()), None)
+
+
+def own_options(folders: Iterable[Path]) -> dict[str, list[str]]:
+    """Options by group in the user's own folders. ValueError for one that `conf/` has too: Hydra would take ours."""
+    ours, found = groups(), dict[str, list[str]]()
+    for file in (file for folder in folders for file in sorted(folder.glob("*/*.yaml"))):
+        group, name = file.parent.name, file.stem
+        if name in ours.get(group, ()):
+            raise ValueError(f"{file}: {group}={name} is one of ours and would be taken instead; rename yours")
+        found.setdefault(group, []).append(name)
+    return found
+
+
+def keys_of(node: DictConfig, prefix: str = "") -> set[str]:
     found = set()
     for key in node:
         path = f"{prefix}{key!s}"
         found.add(path)
         child = node._get_node(str(key))
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            found |= _keys(child, path + ".")
+            found |= keys_of(child, path + ".")
     return found
 
 
@@ -80,33 +105,45 @@ def values_of(override: Override) -> list[str]:
     return list(override.sweep_string_iterator())
 
 
-def length_workloads() -> list[str]:
+def length_workloads(folders: Iterable[Path] = ()) -> list[str]:
     """The workloads that bring a distribution of lengths."""
-    files = sorted((CONF_DIR / "workload").glob("*.yaml"))
+    files = sorted(file for folder in (CONF_DIR, *folders) for file in (folder / "workload").glob("*.yaml"))
     return [file.stem for file in files if OmegaConf.select(OmegaConf.load(file), "lengths") is not None]
 
 
-def _operators() -> dict[str, set[str]]:
-    """Operators of the profiles, and the fields of their costs."""
-    files = [OmegaConf.to_container(OmegaConf.load(f)) for f in (CONF_DIR / "hardware").glob("*.yaml")]
-    names = {op for file in files if isinstance(file, dict) for op in file.get("operators", {})}
-    return {str(name): {f.name for f in fields(OperatorSchema)} for name in names}
+def operators() -> list[str]:
+    """The operators of a profile, by the card that they are measured on; every card has these."""
+    return [str(name) for name in OmegaConf.load(CONF_DIR / "hardware" / "rtx3090.yaml").operators]
 
 
-def check_overrides(overrides: Iterable[Override], config: Any = None) -> None:
-    """ValueError for a group option or key that does not exist, or a value of the wrong type, before Hydra composes.
-
-    `config` is an instance of the schema of a command of its own; without it, the main config's.
-    """
-    overrides = list(overrides)
-    keyless = NOT_A_KEY if config is None else ()
+def schema_of(config: Any = None) -> DictConfig:
+    """The schema of a command with all that is optional filled in; without `config` the main config's."""
     if config is None:
         config = ConfigSchema(workload=WorkloadSchema(lengths=LengthsSchema()))
     if hasattr(config, "hardware"):
-        config.hardware = HardwareSchema(operators={name: OperatorSchema() for name in _operators()})
-    schema = OmegaConf.structured(config)
-    keys = _keys(schema)
-    own = _own_options(overrides)
+        config.hardware = HardwareSchema(operators={name: OperatorSchema() for name in operators()})
+    schema: DictConfig = OmegaConf.structured(config)
+    return schema
+
+
+def check_overrides(
+    overrides: Iterable[Override],
+    config: Any = None,
+    *,
+    keyless: Iterable[str] | None = None,
+    folders: Iterable[Path] = (),
+) -> None:
+    """ValueError for a group option or key that does not exist, or a value of the wrong type, before Hydra composes.
+
+    `config` is an instance of the schema of a command of its own, and `keyless` its groups that are no keys; without
+    it, the main config's. `folders`: the user's own, beside those that the overrides name.
+    """
+    overrides = list(overrides)
+    if keyless is None:
+        keyless = NOT_A_KEY if config is None else ()
+    schema = schema_of(config)
+    keys = keys_of(schema)
+    own = own_options([*folders, *folders_of(overrides)])
     options = {name: values + own.get(name, []) for name, values in groups().items() if name in keys or name in keyless}
     for override in overrides:
         key = override.key_or_group
@@ -118,16 +155,31 @@ def check_overrides(overrides: Iterable[Override], config: Any = None) -> None:
         if key in options:
             for value in values:
                 if value not in options[key] and not (key == "experiment" and value == "null"):
-                    raise unknown(key, value.strip("'\""), options[key])
-        elif key.startswith("hardware.sources."):
-            continue
+                    raise unknown_option(key, value.strip("'\""), options[key])
+        elif key == "hardware.sources" or key.startswith("hardware.sources."):
+            raise ValueError(
+                f"{key} cannot be given on the command line: sources stand in the file of a profile "
+                f"(docs/hardware.md), and a number from the command line is recorded as given there"
+            )
         elif key not in keys:
-            group = key.rpartition(".")[0] + "." if "." in key else ""
-            siblings = {k for k in keys | set(options) if k.startswith(group) and "." not in k[len(group) :]}
-            raise unknown("key", key, siblings or {k for k in keys | set(options) if "." not in k})
+            raise unknown_key(key, keys | set(options))
         else:
             for value in values:
                 _check_type(schema, key, value)
+
+
+def unknown_option(group: str, given: str, allowed: Iterable[str]) -> ValueError:
+    """The error for an unknown option; that of an unknown card names the page that tells how to add one."""
+    error = unknown(group, given, allowed)
+    return ValueError(f"{error}; docs/hardware.md tells how to add a card") if group in ("hardware", "base") else error
+
+
+def unknown_key(key: str, keys: set[str]) -> ValueError:
+    """The error for a key that is not among `keys`; what is allowed are its neighbours."""
+    parts = key.split(".")
+    known = next((n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in keys), 0)
+    group = "".join(f"{part}." for part in parts[:known])
+    return unknown("key", key, {k for k in keys if k.startswith(group) and "." not in k[len(group) :]})
 
 
 def with_implied(arguments: list[str]) -> list[str]:
@@ -144,23 +196,27 @@ def with_implied(arguments: list[str]) -> list[str]:
     return [*arguments, *implied]
 
 
-def mark_given(hardware_sources: Any, overrides: Iterable[Override]) -> None:
-    """What the command line changes of a profile is not what the profile's source speaks of."""
-    for override in overrides:
-        path = override.key_or_group.removeprefix("hardware.")
-        if path != override.key_or_group and not path.startswith("sources"):
-            hardware_sources[path] = "given on the command line"
-
-
 def _check_type(schema: DictConfig, key: str, text: str) -> None:
     try:
         value = OverridesParser.create().parse_override(f"{key}={text}").value()
+    except OverrideParseException as error:
+        raise _wrong_type(schema, key, text, error) from None
+    check_value(schema, key, value, text)
+
+
+def check_value(schema: DictConfig, key: str, value: Any, text: str) -> None:
+    """ValueError for a value that the key does not take; `text`: as the user wrote it."""
+    try:
         OmegaConf.update(schema, key, value)
-    except (OmegaConfBaseException, OverrideParseException) as error:
-        if (wanted := _wanted(schema, key)) is not None:
-            raise ValueError(f"{key}={text} is not of the right type; it must be {wanted}") from None
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{key}={text} is not of the right type: {reason[:1].lower()}{reason[1:]}") from None
+    except OmegaConfBaseException as error:
+        raise _wrong_type(schema, key, text, error) from None
+
+
+def _wrong_type(schema: DictConfig, key: str, text: str, error: Exception) -> ValueError:
+    if (wanted := _wanted(schema, key)) is not None:
+        return ValueError(f"{key}={text} is not of the right type; it must be {wanted}")
+    reason = str(error).splitlines()[0]
+    return ValueError(f"{key}={text} is not of the right type: {reason[:1].lower()}{reason[1:]}")
 
 
 def _wanted(schema: DictConfig, key: str) -> str | None:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from uvm_kv.config import names
+from uvm_kv.config.command import compose_config
 from uvm_kv.config.geometry import build_model
 from uvm_kv.config.resolve import build_profile
-from uvm_kv.config.schema import register
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import HardwareProfile
 
@@ -27,11 +26,8 @@ def load_profile(name: str) -> HardwareProfile:
     """`conf/hardware/<name>.yaml`; ValueError for a name that is not there."""
     known = names.groups()["hardware"]
     if name not in known:
-        raise names.unknown("base", name, known)
-    register()
-    with initialize_config_dir(str(names.CONF_DIR), version_base="1.3"):
-        config = compose("config", [f"hardware={name}"])
-    hardware: Any = OmegaConf.to_object(config.hardware)
+        raise names.unknown_option("base", name, known)
+    hardware: Any = OmegaConf.to_object(compose_config([f"hardware={name}"]).hardware)
     return build_profile(hardware)
 
 
@@ -40,10 +36,7 @@ def load_geometry(name: str) -> ModelGeometry:
     known = names.groups()["model"]
     if name not in known:
         raise names.unknown("model", name, known)
-    register()
-    with initialize_config_dir(str(names.CONF_DIR), version_base="1.3"):
-        config = compose("config", [f"model={name}"])
-    model: Any = OmegaConf.to_object(config.model)
+    model: Any = OmegaConf.to_object(compose_config([f"model={name}"]).model)
     return build_model(model)
 
 

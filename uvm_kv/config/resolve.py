@@ -8,16 +8,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from uvm_kv.config.command import check_complete
 from uvm_kv.config.cuda import capacity_of, check_cuda, check_shape, size_tiers
 from uvm_kv.config.geometry import build_model, check_window
 from uvm_kv.config.ignored import check_heeded
-from uvm_kv.config.names import CONF_DIR, length_workloads, unknown
+from uvm_kv.config.names import length_workloads, unknown
+from uvm_kv.config.option_file import axes_of
 from uvm_kv.config.peers import ENGINES, check_engine, is_peer, page_size
 from uvm_kv.config.schema import (
     ConfigSchema,
@@ -28,7 +32,7 @@ from uvm_kv.config.schema import (
     WorkloadSchema,
 )
 from uvm_kv.config.serving import Serving, model_folder, prepare, tier_bytes
-from uvm_kv.config.workload import build_workload, longest_request
+from uvm_kv.config.workload import Workload, build_workload, longest_request
 from uvm_kv.hw.budget import MemoryBudget, memory_budget
 from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.model import ModelGeometry
@@ -113,6 +117,8 @@ class Resolved:
     """Tokens, prompt and output, of the longest request that any repeat of the job may have."""
     serving: Serving | None
     """What a real model serves; None on the simulator."""
+    trace: Workload | None = None
+    """The requests of a trace file, which is read once a job; None where they are drawn or given."""
 
     def understood(self) -> str:
         """What the model's weights and KV are counted from, in words."""
@@ -147,7 +153,7 @@ class Resolved:
         if tree["scheduler"]["chunked_prefill"]:
             del tree["scheduler"]["chunked_prefill"]
         if tree["workload"]["path"] is not None:
-            tree["workload"]["path"] = hashlib.sha256(Path(tree["workload"]["path"]).read_bytes()).hexdigest()
+            tree["workload"]["path"] = self._trace_sha256
         if tree["workload"]["lengths"] is not None:
             tree["workload"]["lengths"].pop("source")
         del tree["prompts"], tree["chat_template"]  # What is served counts by its token ids.
@@ -157,6 +163,11 @@ class Resolved:
             recording = Path(tree["replay"]["path"]) / "plans.jsonl.gz"
             tree["replay"]["path"] = hashlib.sha256(recording.read_bytes()).hexdigest()
         return tree
+
+    @cached_property
+    def _trace_sha256(self) -> str:
+        with Path(str(self.config.workload.path)).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def working_set_ratio(self) -> float | None:
         """KV blocks of the full requests of all clients over those of the device. None unless they are a closed loop of
@@ -189,13 +200,15 @@ def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def resolve(composed: DictConfig) -> Resolved:
+def resolve(composed: DictConfig, folders: Sequence[Path] = ()) -> Resolved:
+    """A checked job. `folders`: the user's own, where its mechanism may be."""
+    check_complete(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, ConfigSchema)
     check_engine(config)
     _check_choices(config)
     _check_numbers(config)
-    _check_mechanism(config)
+    _check_mechanism(config, folders)
     _check_runner(config)
     check_heeded(config)
     profile = build_profile(config.hardware)
@@ -263,7 +276,8 @@ def resolve(composed: DictConfig) -> Resolved:
     if memory is MemoryKind.MANAGED and not config.driver.concurrent_managed_access:
         _check_without_concurrent_access(config)
     tokens = (max_model_len, longest)
-    return Resolved(config, profile, model, precision, memory, spec, capacity, account, *tokens, serving)
+    trace = workload if config.workload.path is not None else None
+    return Resolved(config, profile, model, precision, memory, spec, capacity, account, *tokens, serving, trace)
 
 
 def _check_tiers_hold_blocks(config: ConfigSchema, spec: KVCacheSpec, capacity: KVCapacity) -> None:
@@ -446,26 +460,11 @@ def _check_token_budget(config: ConfigSchema) -> None:
         )
 
 
-def _check_mechanism(config: ConfigSchema) -> None:
+def _check_mechanism(config: ConfigSchema, folders: Sequence[Path]) -> None:
     """A label never lies: the axes must be those of conf/mechanism/<name>.yaml."""
     if config.mechanism == "custom":
         return
-    file = CONF_DIR / "mechanism" / f"{config.mechanism}.yaml"
-    if not file.is_file():
-        raise unknown("mechanism", config.mechanism, [f.stem for f in (CONF_DIR / "mechanism").glob("*.yaml")])
-    tree = OmegaConf.to_container(OmegaConf.load(file))
-    assert isinstance(tree, dict)
-    chosen = {next(iter(d)).removeprefix("override /"): next(iter(d.values())) for d in tree["defaults"]}
-    expected = {
-        "memory.kind": chosen["memory"],
-        "memory.pageable": tree.get("memory", {}).get("pageable", False),
-        "placement.name": chosen["placement"],
-        "scheduler.admission": tree["scheduler"]["admission"],
-        "scheduler.preemption": tree["scheduler"]["preemption"],
-    }
-    hints = OmegaConf.merge(HintsSchema, OmegaConf.load(CONF_DIR / "hints" / f"{chosen['hints']}.yaml"))
-    expected |= {f"hints.{key!s}": value for key, value in hints.items()}
-    for path, value in expected.items():
+    for path, value in axes_of(config.mechanism, folders).items():
         given = _value(config, path)
         if given != value:
             axis = path.removesuffix(".kind").removesuffix(".name")

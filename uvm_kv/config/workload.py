@@ -25,6 +25,8 @@ class Workload:
     rows: list[TraceRow] | None
     num_left_out: int
     """Requests drawn again, or dropped from a trace, because they exceed the model's context."""
+    notes: tuple[str, ...] = ()
+    """What of a trace is not served, in words."""
     if_preempted: Sequence[Lengths] = ()
     """Further requests of a closed loop, served if any of the first ones is preempted."""
 
@@ -55,23 +57,7 @@ def build_workload(
                 )
         return Workload([Lengths(len(p.ids), p.output_tokens) for p in prompts], None, 0)
     if workload.path is not None:
-        rows, left_out = [], 0
-        for row in read_trace(workload.path):
-            total = row.prompt_tokens + row.output_tokens
-            if total <= limit:
-                rows.append(row)
-            elif workload.too_long == "drop":
-                left_out += 1
-            else:
-                raise ValueError(
-                    f"workload.path={workload.path}, line {row.line}: {row.prompt_tokens} prompt and "
-                    f"{row.output_tokens} output tokens exceed the {limit} of model={config.model.name}; use "
-                    f"workload.too_long=drop to leave such rows out"
-                )
-        rows = rows[: workload.num_requests]
-        if not rows:
-            raise ValueError(f"workload.path={workload.path}: no row fits the {limit} tokens of the model")
-        return Workload([Lengths(r.prompt_tokens, r.output_tokens) for r in rows], rows, left_out)
+        return _of_trace(config, workload.path, limit)
     num_requests = workload.num_requests or REQUESTS_PER_CLIENT * config.batch_size
     lengths, redrawn = _made(config, limit, num_requests, np.random.default_rng([config.seed + repeat, 0]))
     return Workload(lengths, None, redrawn)
@@ -106,3 +92,26 @@ def _made(config: ConfigSchema, limit: int, num_requests: int, rng: np.random.Ge
         return draw_lengths(prompt_lengths, output_lengths, num_requests, limit, rng)
     assert workload.prompt_tokens is not None and workload.output_tokens is not None
     return [Lengths(workload.prompt_tokens, workload.output_tokens)] * num_requests, 0
+
+
+def _of_trace(config: ConfigSchema, path: str, limit: int) -> Workload:
+    """The first `workload.num_requests` rows of a trace that fit the model's context of `limit` tokens."""
+
+    def fits(where: str, prompt: int, output: int) -> bool:
+        if prompt + output > limit and config.workload.too_long != "drop":
+            raise ValueError(
+                f"{where}: {prompt} prompt and {output} output tokens exceed the {limit} of model={config.model.name}; "
+                f"use workload.too_long=drop to leave such rows out"
+            )
+        return prompt + output <= limit
+
+    trace = read_trace(path, fits=fits, most=config.workload.num_requests)
+    if not trace.rows:
+        raise ValueError(f"workload.path={path}: no row fits the {limit} tokens of the model")
+    notes = []
+    if trace.num_failed:
+        notes.append(f"{trace.num_failed} requests of the trace have no prompt or no output, failed and are left out")
+    if trace.has_prefix_ids:
+        notes.append("hash_ids of the trace are not used: every prompt is computed whole, though some begin alike")
+    lengths = [Lengths(row.prompt_tokens, row.output_tokens) for row in trace.rows]
+    return Workload(lengths, trace.rows, trace.num_unfit, tuple(notes))

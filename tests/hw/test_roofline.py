@@ -75,7 +75,8 @@ def test_the_profile_is_what_the_fit_gives(split: tuple[Table, Table], costs: di
     for name, cost in refit.items():
         assert cost.knee == costs[name].knee, name
         assert costs[name].overhead_us == pytest.approx(cost.overhead_us, rel=0.01, abs=0.01), name
-        assert costs[name].compute_efficiency == pytest.approx(cost.compute_efficiency, rel=0.01), name
+        if all_work(LLAMA_3_8B, 64, 2)[name][0]:  # Without operations any efficiency fits: the processor decides.
+            assert costs[name].compute_efficiency == pytest.approx(cost.compute_efficiency, rel=0.01), name
         assert costs[name].memory_efficiency == pytest.approx(cost.memory_efficiency, rel=0.01), name
 
 

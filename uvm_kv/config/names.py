@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from uvm_kv.config.schema import ConfigSchema, HardwareSchema, LengthsSchema, OperatorSchema, WorkloadSchema
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+ALLOWED = {"rerun": ("false", "true", "changed")}
+"""Of settings that are no group: their values, known before anything is composed."""
 NOT_A_KEY = ("experiment", "link")
 """Groups of the main config whose options fill in keys of others."""
 
@@ -153,6 +155,8 @@ def mark_given(hardware_sources: Any, overrides: Iterable[Override]) -> None:
 
 
 def _check_type(schema: DictConfig, key: str, text: str) -> None:
+    if key in ALLOWED and text.lower() not in ALLOWED[key]:
+        raise ValueError(f"{key}={text}; it must be {', '.join(ALLOWED[key][:-1])} or {ALLOWED[key][-1]}")
     try:
         value = OverridesParser.create().parse_override(f"{key}={text}").value()
         OmegaConf.update(schema, key, value)

@@ -1,7 +1,9 @@
-"""Whatever is wrong with a run directory, one function says so: it is no complete run, and is set aside, not deleted."""
+"""Damaged run directories: one function says so for everyone, and they are set aside, not deleted."""
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import jobs
-from uvm_kv.config.build import is_done, run_job
+from uvm_kv.config.build import Job, is_done, run_job
 from uvm_kv.telemetry import store
 from uvm_kv.telemetry import whole as whole_run
 from uvm_kv.telemetry.records import read_directories, read_records
@@ -22,19 +24,25 @@ FILES = ("summary.json", "manifest.json", "config.yaml", "steps.parquet", "reque
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A finished run, and one of another batch beside it."""
     folder = tmp_path_factory.mktemp("whole")
     run_job(jobs.job(folder, "batch_size=3", "max_steps=3"), argv=["test"])
     job = jobs.job(folder, *GIVEN)
     run_job(job, argv=["test"])
-    return job.directory
+    return job
 
 
 @pytest.fixture
-def run(whole: Path, tmp_path: Path) -> Path:
-    shutil.copytree(whole_run.parent, tmp_path / whole_run.parent.name)
-    return tmp_path / whole_run.parent.name / whole_run.name
+def job(whole: Job, tmp_path: Path) -> Job:
+    """The same in a place of its own."""
+    shutil.copytree(whole.directory.parent, tmp_path / "test")
+    return dataclasses.replace(whole, directory=tmp_path / "test" / whole.directory.name)
+
+
+@pytest.fixture
+def run(job: Job) -> Path:
+    return job.directory
 
 
 def other(run: Path) -> Path:
@@ -87,10 +95,10 @@ SPOILS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("what", SPOILS)
-def test_what_is_damaged_is_no_run_for_anyone_and_is_set_aside(run: Path, what: str) -> None:
+def test_what_is_damaged_is_no_run_for_anyone_and_is_set_aside(job: Job, what: str) -> None:
+    run = job.directory
     neighbour = other(run)
     SPOILS[what](run)
-    job = jobs.job(run.parent.parent, *GIVEN)
     assert not whole_run.is_complete(run) and not is_done(job)
     records, left_out = read_records(run.parent)
     assert [record.place for record in records] == [neighbour]
@@ -110,20 +118,22 @@ def test_what_is_damaged_is_no_run_for_anyone_and_is_set_aside(run: Path, what: 
 
 
 @pytest.mark.parametrize("what", ["truncated steps.parquet", "a file in its place", "all files of another run"])
-def test_it_is_run_again_as_it_was(run: Path, what: str) -> None:
+def test_it_is_run_again_as_it_was(job: Job, what: str) -> None:
+    run = job.directory
     content = (run / "summary.json").read_bytes()
     for number in ("", "-2"):
         SPOILS[what](run)
-        job = jobs.job(run.parent.parent, *GIVEN)
         run_job(job, argv=["again"])
         assert is_done(job) and (run / "summary.json").read_bytes() == content
         assert os.path.lexists(run.with_name(f"{run.name}.damaged{number}"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_what_cannot_be_read_is_damaged(run: Path) -> None:
-    (run / "summary.json").chmod(0)
-    assert "it cannot be read (Permission denied)" in str(whole_run.damage(run))
+def test_what_cannot_be_read_is_damaged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert whole_run.damage(run) == "damaged: it cannot be read (Permission denied)"
 
 
 def test_a_whole_run_and_an_empty_place_are_left_alone(run: Path, tmp_path: Path) -> None:

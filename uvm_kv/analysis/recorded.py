@@ -14,8 +14,8 @@ from typing import Any
 from uvm_kv.telemetry.checks import ANALYTIC
 from uvm_kv.telemetry.recorder import Table
 from uvm_kv.telemetry.store import read_manifest, read_summary, read_table
-from uvm_kv.telemetry.whole import is_complete
 from uvm_kv.telemetry.summary import INCOMPLETE
+from uvm_kv.telemetry.whole import is_complete
 from uvm_kv.types import NS_PER_S
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens", "e2e_s")

@@ -39,8 +39,8 @@ from uvm_kv.telemetry.energy import PowerModel
 from uvm_kv.telemetry.provenance import manifest
 from uvm_kv.telemetry.recorder import Recorder
 from uvm_kv.telemetry.store import read_plans, run_id, write_run
-from uvm_kv.telemetry.whole import is_complete, read_run
 from uvm_kv.telemetry.summary import SCHEMA_VERSION, summarize
+from uvm_kv.telemetry.whole import is_complete, read_run
 from uvm_kv.types import DTYPE_BYTES, NS_PER_S, Allocation, Hints, MemoryKind, Reach, ceil_div
 from uvm_kv.workload.draws import Purpose, entropy
 from uvm_kv.workload.lengths import Lengths, mean_lengths

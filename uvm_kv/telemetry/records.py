@@ -19,13 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from uvm_kv.telemetry.checks import (
-    ANALYTIC,
     ANY_TEXT,
     Kind,
     check_failure,
     check_fields,
-    check_manifest,
-    check_summary,
     list_of,
     parse_json,
     short,

@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=FIGURES, help=f"where they go (default: {FIGURES})")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="the set whose hashes count as known")
     parser.add_argument("--origin", choices=("simulated", "measured", "replayed"), help="only runs of that origin")
-    parser.add_argument("--allow-mixed", action="store_true", help="runs of several origins or schema versions")
+    parser.add_argument(
+        "--allow-mixed", action="store_true", help="runs of several origins, schema versions or versions of the code"
+    )
     parser.add_argument("--list", action="store_true", help="the figures and their questions")
     options = parser.parse_args(arguments)
     if options.list:

@@ -15,6 +15,8 @@ from uvm_kv.config.command import compose_config
 from uvm_kv.config.names import folders_of
 from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
+from uvm_kv.telemetry.code import is_of_other_code
+from uvm_kv.telemetry.whole import read_run
 from uvm_kv.types import MemoryKind
 from uvm_kv.workload.lengths import mean_lengths
 
@@ -73,7 +75,7 @@ def list_jobs(overrides: list[Any], experiment: str) -> int:
     """Print one line a run, and the sum; the exit status: 1 where a job is refused."""
     console = Console()
     combinations = BasicSweeper.split_arguments(overrides, None)[0]
-    left = refused = complete = 0.0
+    left = refused = complete = others = 0.0
     one_by_one = any(o.key_or_group == "hydra/launcher" and o.value() == "basic" for o in overrides)
     with Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as progress:
         for number, combination in enumerate(progress.track(combinations, description="composing")):
@@ -90,13 +92,17 @@ def list_jobs(overrides: list[Any], experiment: str) -> int:
                 done, seconds = is_done(job), estimate_s(job)
                 complete += done
                 left += 0.0 if done else seconds
-                state = "complete" if done else f"{seconds:6.1f} s"
+                by_other_code = done and is_of_other_code(read_run(job.directory)[1], job.resolved.config.runner)
+                others += by_other_code
+                state = "complete, by other code" if by_other_code else "complete" if done else f"{seconds:6.1f} s"
                 line = f"{number:4d}  {state:8s}  {name}  -> {job.directory.name}"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
     cores = 1 if one_by_one else os.cpu_count() or 1
     how = "one after another" if cores == 1 else f"on {cores} cores"
     console.print(
-        f"{len(combinations)} jobs, {complete:.0f} runs complete, {refused:.0f} jobs refused; about "
+        f"{len(combinations)} jobs, {complete:.0f} runs complete"
+        + (f" ({others:.0f} by other code; rerun=changed runs them again)" if others else "")
+        + f", {refused:.0f} jobs refused; about "
         f"{left / cores:.0f} s left {how}",
         highlight=False,
         soft_wrap=True,

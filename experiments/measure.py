@@ -25,7 +25,7 @@ from uvm_kv.hw.host import available_host_bytes
 from uvm_kv.telemetry.failures import reason
 from uvm_kv.telemetry.provenance import gpu
 from uvm_kv.telemetry.records import read_failures
-from uvm_kv.telemetry.store import completed_runs
+from uvm_kv.telemetry.whole import completed_runs
 from uvm_kv.types import GIB
 
 WATCHDOG_S = 180

@@ -84,7 +84,7 @@ def run(job: Job, recorder: Any, *, num_steps: int, warmup: int) -> int:
     resolved = job.resolved
     roofline, workload = build_roofline(resolved), workload_of(job)
     check_requests_fit(resolved, workload.lengths)
-    runner = build_runner(resolved, roofline, job.seed)
+    runner = build_runner(resolved, roofline, job.sampling_seed)
     steps = Recorder()
     scheduler = build_scheduler(resolved, build_placement(resolved, roofline))
     engine = Engine(scheduler, runner, build_source(job, workload), steps)

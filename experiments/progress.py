@@ -51,6 +51,8 @@ class Event:
     """Of a run that has started: what a record of its failure begins with."""
     num_runs: int = 1
     """Of a job that failed before it was a run: the repeats that it asked for, none of which will come."""
+    note: str | None = None
+    """Of a run that has started: a line for the user, such as what was set aside for it."""
 
 
 def report_event(event: Event) -> None:
@@ -130,6 +132,7 @@ class SweepLog:
         """How runs ended."""
         self.running: dict[str, Event] = {}
         """By run directory."""
+        self.notes: list[str] = []
         self.current = ""
         """What one worker process is at."""
         self._read: dict[Path, int] = {}
@@ -149,6 +152,8 @@ class SweepLog:
                     self._take(Event(**json.loads(line)))
 
     def _take(self, event: Event) -> None:
+        if event.note is not None:
+            self.notes.append(event.note)
         if event.status == "started":
             self.running[str(event.directory)] = event
         else:

@@ -30,9 +30,10 @@ from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.config.search import Tried, search_best
 from uvm_kv.config.worker import end_with_parent, explain
+from uvm_kv.telemetry.code import is_of_other_code
 from uvm_kv.telemetry.failures import clear_failure, write_failure
 from uvm_kv.telemetry.provenance import git_state
-from uvm_kv.telemetry.store import read_summary
+from uvm_kv.telemetry.whole import read_run, set_aside
 from uvm_kv.types import BASELINES
 
 NUM_DRAWS = 5
@@ -116,10 +117,12 @@ def _lines(events: Iterable[Event], experiment: str) -> list[Line]:
     found: dict[tuple[str, str], list[tuple[Event, dict[str, Any]]]] = {}
     for event in finished:
         try:
-            summary = read_summary(Path(str(event.directory)))
+            summary, manifest, _ = read_run(Path(str(event.directory)))
         except ValueError:  # Damaged since; the report leaves it out and says so.
             continue
         if summary["origin"] != "simulated" or summary["mechanism"] == "custom":
+            continue
+        if is_of_other_code(manifest, summary["runner"]):  # Its numbers say nothing about those of the present code.
             continue
         comparison = json.dumps([summary["setting"], summary["hardware"], summary["model"], summary["workload"]])
         key = comparison, json.dumps([summary["mechanism"], summary["variant"]])
@@ -210,7 +213,8 @@ def _draw(line: Line, batch_size: int) -> None:
 
 
 def _run(line: Line, job: Job) -> dict[str, Any] | None:
-    """The summary of a job, run where it is not finished; None where it is refused or fails."""
+    """The summary of a job, run where it is not finished; None where it is refused or fails, or where what is there is
+    of other code, which rerun=changed runs again."""
     directory, overrides = str(job.directory), [*line.overrides, f"batch_size={job.resolved.config.batch_size}"]
     label = f"{job.resolved.model.name} {job.resolved.config.workload.name} {line.mechanism}"
     label += f" batch {job.resolved.config.batch_size} (searched)"
@@ -218,22 +222,23 @@ def _run(line: Line, job: Job) -> dict[str, Any] | None:
         if directory not in line.finished:
             report_event(Event("skipped", label, directory, tracking=line.tracking, overrides=overrides))
         try:
-            return read_summary(job.directory)
+            summary, manifest, _ = read_run(job.directory)
         except ValueError:  # As above.
             return None
+        return None if is_of_other_code(manifest, summary["runner"]) else summary
     try:
         check_fits(job)
     except ValueError:  # No finding: the batches of the sweep are those that were asked for.
         return None
     argv = read_command().argv
-    report_event(Event("started", label, directory, overrides=overrides, identity=identity(job)))
+    told = identity(job)
     try:
+        note = set_aside(job.directory)
+        report_event(Event("started", label, directory, overrides=overrides, identity=told, note=note))
         summary = run_job(job, argv=argv)
     except Exception as error:
         why = explain(error)
-        write_failure(
-            job.directory, identity=identity(job), error=why, tried=True, argv=argv, git_sha=git_state()["git_sha"]
-        )
+        write_failure(job.directory, identity=told, error=why, tried=True, argv=argv, git_sha=git_state()["git_sha"])
         report_event(Event("failed", label, directory, why))
         return None
     clear_failure(job.directory)

@@ -55,10 +55,12 @@ from uvm_kv.config.recording import with_recorded_config
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.config.worker import OneWorker, OnStep, end_with_parent, explain, in_order, process
+from uvm_kv.telemetry.code import code_files, is_of_other_code
 from uvm_kv.telemetry.failures import clear_failure, write_failure
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.records import Record, read_directories, read_failures
-from uvm_kv.telemetry.store import check_writable, completed_runs, is_complete, read_outputs
+from uvm_kv.telemetry.store import check_writable, read_outputs
+from uvm_kv.telemetry.whole import completed_runs, is_complete, set_aside
 from uvm_kv.types import GIB, OUR_ENGINE
 
 SWEEP_FLAGS = {"-m", "--multirun"}
@@ -273,6 +275,7 @@ def _own_folders() -> list[Path]:
 def _join_sweep() -> None:
     """Be where the command was typed, as its paths may be relative, and end when the launcher's process here does."""
     end_with_parent()
+    code_files()
     command = read_command()
     try:
         os.chdir(command.folder)
@@ -292,13 +295,18 @@ def _refusal(job: Job) -> str | None:
 
 
 def _begin(named: NamedJob) -> bool:
-    """False for a run that is complete already."""
+    """False for a run that is complete already. What is in its place and is no whole run is set aside."""
     directory = str(named.job.directory)
     if is_done(named.job):
         report_event(Event("skipped", named.name, directory, tracking=named.tracking, overrides=named.overrides))
         return False
-    started = Event("started", named.name, directory, overrides=named.overrides, identity=identity(named.job))
-    report_event(started)
+    try:
+        note = set_aside(named.job.directory)
+    except OSError as error:
+        _failed(named, explain(error))
+        return False
+    told = identity(named.job)
+    report_event(Event("started", named.name, directory, overrides=named.overrides, identity=told, note=note))
     return True
 
 
@@ -358,7 +366,8 @@ def _run_in_worker(jobs: list[NamedJob], log: SweepLog, *, sweep: bool) -> None:
                 first, error = after
                 _failed(named, error, not_tried_after=names[id(first)])
                 continue
-            _begin(named)
+            if not _begin(named):
+                continue
             with _line(log, named.name) if sweep else _bar(named.job) as on_step:
                 outcome = worker.run(named.job, _argv(), on_step, named.job.resolved.config.watchdog_s)
             if outcome.error is None:
@@ -398,15 +407,15 @@ def _bar(job: Job) -> Iterator[OnStep | None]:
         yield show if console.is_terminal else None
 
 
-def _print_outcome(request: Request, events: list[Event], place: SweepReport | None, argv: list[str]) -> int:
+def _print_outcome(request: Request, log: SweepLog, place: SweepReport | None, argv: list[str]) -> int:
     """Tables, verdict, failures; the exit status: 2 where the job, asked for alone, was refused for what it says.
     `place`: of a sweep, where its report goes."""
     from uvm_kv.analysis.terminal import plain_console, print_outputs, print_report, print_summary
 
-    console, sweep = plain_console(), place is not None
+    console, sweep, events = plain_console(), place is not None, log.events
     finished = [Path(e.directory) for e in events if e.directory is not None and e.status != "failed"]
     failed = [e for e in events if e.status == "failed"]
-    runs, left_out = read_directories(finished)
+    runs, left_out = read_directories(finished)  # What is said to be complete is what the report has.
     on_cpu = sum(record.summary["memory_emulated"] for record in runs)
     if sweep and on_cpu:
         print(f"{on_cpu} runs on the CPU say nothing about memory kinds and are in no figure.", file=sys.stderr)
@@ -419,15 +428,17 @@ def _print_outcome(request: Request, events: list[Event], place: SweepReport | N
         report = write_report(runs, place.folder, records, [*left_out, *more])
         place.write_runs(argv, [record.id for record in runs], missing)
         print_report(report, console)
-    elif finished:
+    elif not sweep:
         for record in runs:
             print_summary(record.summary, console)
             print_outputs(read_outputs(record.place), console)
             console.print(f"run: {record.place}", highlight=False, soft_wrap=True)
-        for it in left_out:
-            print(f"error: {it}", file=sys.stderr)
         if any(e.status == "skipped" for e in events):
             print("it was complete already; rerun=true runs it again", file=sys.stderr)
+    for note in log.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    for it in left_out:
+        print(f"error: not complete: {it}", file=sys.stderr)
     for event in failed:
         if event.not_tried_after is not None:
             continue
@@ -439,20 +450,22 @@ def _print_outcome(request: Request, events: list[Event], place: SweepReport | N
         skipped = [e for e in events if e.status == "skipped"]
         note = f" ({len(skipped)} were complete already)" if skipped else ""
         total = max(request.num_runs, len(events))
-        print(f"{len(finished)} of {total} runs are complete{note}, {len(failed)} failed.", file=sys.stderr)
-        names = {Path(str(e.directory)).name for e in skipped}
-        _warn_of_other_commits([record for record in runs if record.id in names])
+        complete = len(finished) - len(left_out)
+        print(f"{complete} of {total} runs are complete{note}, {len(failed)} failed.", file=sys.stderr)
+    _warn_of_other_code(runs)
     if not sweep and failed and all(event.directory is None for event in failed):
         return 2
-    return 1 if failed or not finished else 0
+    return 1 if failed or left_out or not finished else 0
 
 
-def _warn_of_other_commits(skipped: list[Record]) -> None:
-    now = git_state()["git_sha"]
-    others = [record for record in skipped if record.manifest["git_sha"] != now]
+def _warn_of_other_code(runs: Sequence[Record]) -> None:
+    others = [run for run in runs if is_of_other_code(run.manifest, run.summary["runner"])]
     if others:
+        names = ", ".join(sorted({str(run.code) for run in others}))
         print(
-            f"warning: {len(others)} of them were made by another commit; rerun=true runs them again", file=sys.stderr
+            f"warning: {len(others)} of {len(runs)} runs were made by other code than the present ({names}); they are "
+            f"kept, and in no table with others; rerun=changed runs them again",
+            file=sys.stderr,
         )
 
 
@@ -473,6 +486,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    code_files()
     try:
         name, overrides = take_name(overrides)
         if name is not None and not sweep:
@@ -535,7 +549,7 @@ def main() -> int:
     try:
         if place is not None and not launchers.problems:
             SweepEnd.of(request.num_runs, log.events).write(place.end)
-        status = _print_outcome(request, log.events, place, argv)
+        status = _print_outcome(request, log, place, argv)
     except (OSError, ValueError) as error:
         print(f"error: the report cannot be written: {explain(error)}", file=sys.stderr)
         status = 1

@@ -6,7 +6,8 @@
     python -m experiments.study --list
 
 Runs go to results/study/<commit>/<experiment>/: another commit begins anew, the same one goes on where it was stopped.
-With uncommitted changes everything is run again. A point agrees with the reference where every number of its summary is
+With uncommitted changes everything is run again. A point is known by what tells it apart from the others, not by its
+id. It agrees with the reference where every number of its summary is
 within TOLERANCE of it and all else in it is the same, and a refused point where the reason is; the simulator is
 deterministic, and what is left is the arithmetic of another processor.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +33,7 @@ from experiments.study_points import write_roofline
 from uvm_kv.analysis.study import STUDIES
 from uvm_kv.analysis.study.publish import INDEX, read_index
 from uvm_kv.config.family import end_children_with_me
-from uvm_kv.telemetry.failures import failure_sha256, reason
+from uvm_kv.telemetry.failures import OF_THE_ATTEMPT, failure_sha256, reason
 from uvm_kv.telemetry.provenance import git_state
 from uvm_kv.telemetry.records import Record, pack, read_failures, read_records
 from uvm_kv.telemetry.store import check_writable
@@ -46,6 +48,25 @@ MAX_NAMED = 3
 COMPUTED: dict[str, Callable[[Path], None]] = {"roofline": write_roofline}
 """Experiments whose points are computed, not run: each writes its packed set into a folder."""
 MAX_LINES = 5
+SETTINGS = ("setting", "variant")
+POINT = (
+    *("origin", "runner", "engine", "hardware", "link_h2d_gb_per_s", "model", "weights", "mechanism", "memory"),
+    *(
+        "placement",
+        "reach",
+        "scheduler",
+        "window_s",
+        "chunked_prefill",
+        "admission",
+        "preemption",
+        "workload",
+        "arrival",
+    ),
+    *("request_rate", "start", "prompt_tokens", "output_tokens", "layout", "block_size", "allocation", "dtype"),
+    *("weight_bits", "kv_bits", "offered_batch", "seed", "repeat"),
+    *("stage", "batch_size", "sequence_length", "counting", "bits"),
+)
+"""Fields of a summary that say which point it is, those of computed points in the last line; and SETTINGS."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +101,15 @@ def experiments_of(names: Sequence[str]) -> list[str]:
     return list(wanted)
 
 
-def run_experiment(name: str, folder: Path, *, rerun: bool) -> int:
+def run_experiment(name: str, folder: Path) -> int:
     """The sweep of conf/experiment/<name>.yaml, with its report left in `folder`/<name>; its exit status. A point that
     is refused or fails is a record there, and may be a finding."""
-    command = [sys.executable, "-m", "experiments.run", "-m", f"experiment={name}", f"results_dir={folder}"]
+    given = (f"experiment={name}", f"results_dir={folder}", "rerun=changed")
     end_children_with_me()
     (folder / name).mkdir(parents=True, exist_ok=True)
     with (folder / name / "sweep.log").open("w") as log:
         return subprocess.run(
-            [*command, *(["rerun=true"] if rerun else [])], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "experiments.run", "-m", *given], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
         ).returncode
 
 
@@ -114,26 +135,72 @@ def _off(value: Any, expected: Any) -> float:
     return inf if isnan(off) else off
 
 
-def _point(record: Record) -> str:
-    s = record.summary
-    return " ".join(str(s[key]) for key in ("model", "mechanism", "offered_batch") if key in s) + f" ({record.id})"
+def _name(told: dict[str, Any], id_: str) -> str:
+    return " ".join(str(told[key]) for key in ("model", "mechanism", "offered_batch") if key in told) + f" ({id_})"
+
+
+def _identity(told: dict[str, Any]) -> dict[str, Any]:
+    """What a summary, or the record of a failure, says its point is: POINT, and all in setting and variant."""
+    nested = {f"{part}.{key}": it for part in SETTINGS for key, it in told.get(part, {}).items()}
+    return {key: told[key] for key in POINT if key in told} | nested
+
+
+Told = dict[str, dict[str, Any]]
+"""Summaries or records of failures, by run id."""
+
+
+def pair(fresh: Told, reference: Told) -> tuple[list[tuple[str, str]], list[str], list[str]]:
+    """Ids of (fresh, reference) that are one point, of those missing in `fresh`, and of those not in `reference`.
+
+    A point is what tells it apart from the others: the fields of its identity that all on both sides have and that
+    differ within a side. A setting that was added, or that changed for all alike, leaves it the same point. ValueError
+    where that does not tell two points of one side apart.
+    """
+    sides = [{id_: _identity(told) for id_, told in side.items()} for side in (fresh, reference)]
+    every = [it for side in sides for it in side.values()]
+    shared = [key for key in (every[0] if every else ()) if all(key in it for it in every)]
+    telling = [key for key in shared if any(len({repr(it[key]) for it in side.values()}) > 1 for side in sides)]
+    keyed: list[dict[str, str]] = []
+    for side, what in zip(sides, (fresh, reference), strict=True):
+        ids: dict[str, str] = {}
+        for id_, it in side.items():
+            key = json.dumps([it[name] for name in telling])
+            if (other := ids.setdefault(key, id_)) != id_:
+                raise ValueError(
+                    f"{_name(what[other], other)} and {_name(what[id_], id_)} differ in nothing that both sets tell of "
+                    f"their points; delete the one that is not of this experiment, or make a new reference by --update"
+                )
+        keyed.append(ids)
+    ours, theirs = keyed
+    both = [(ours[key], theirs[key]) for key in ours if key in theirs]
+    missing = [theirs[key] for key in theirs if key not in ours]
+    return both, missing, [ours[key] for key in ours if key not in theirs]
+
+
+def _differences(mine: dict[str, Any], known: dict[str, Any]) -> dict[str, float]:
+    """The relative difference of every leaf; a setting that one side alone has is none of the point's results."""
+    ours, theirs = dict(_leaves(mine)), dict(_leaves(known))
+    found = {}
+    for leaf in dict.fromkeys((*theirs, *ours)):
+        if leaf in ours and leaf in theirs:
+            found[leaf] = _off(ours[leaf], theirs[leaf])
+        elif not leaf.startswith(tuple(f"{part}." for part in SETTINGS)):
+            found[leaf] = inf
+    return found
 
 
 def compare(fresh: Sequence[Record], reference: Sequence[Record], tolerance: float = TOLERANCE) -> Agreement:
-    """Run by run, by id: a run whose settings changed is missing on one side and extra on the other."""
-    ours = {r.id: r for r in fresh}
-    theirs = {r.id: r for r in reference}
+    """Point by point (`pair`): ids differ where a setting was added, and the numbers need not."""
+    ours, theirs = {r.id: r for r in fresh}, {r.id: r for r in reference}
+    both, missing, extra = pair({r.id: r.summary for r in fresh}, {r.id: r.summary for r in reference})
     worst, exact, differing = 0.0, True, []
-    for name in sorted(ours.keys() & theirs.keys()):
-        if ours[name].sha256 == theirs[name].sha256:
+    for name, other in both:
+        if ours[name].sha256 == theirs[other].sha256:
             continue
         exact = False
-        mine, known = dict(_leaves(ours[name].summary)), dict(_leaves(theirs[name].summary))
+        mine, known = dict(_leaves(ours[name].summary)), dict(_leaves(theirs[other].summary))
         absent = "nothing"
-        offs = {
-            leaf: inf if (leaf in mine) != (leaf in known) else _off(mine[leaf], known[leaf])
-            for leaf in dict.fromkeys((*known, *mine))
-        }
+        offs = _differences(ours[name].summary, theirs[other].summary)
         worst = max(worst, *offs.values())
         found = [leaf for leaf, off in sorted(offs.items(), key=lambda it: -it[1]) if off > tolerance]
         if found:
@@ -141,27 +208,32 @@ def compare(fresh: Sequence[Record], reference: Sequence[Record], tolerance: flo
                 f"{leaf} {mine.get(leaf, absent)} instead of {known.get(leaf, absent)}" for leaf in found[:MAX_NAMED]
             ]
             told += [f"{len(found) - MAX_NAMED} more"] if len(found) > MAX_NAMED else []
-            differing.append(f"{_point(ours[name])}: {', '.join(told)}")
+            differing.append(f"{_name(ours[name].summary, name)}: {', '.join(told)}")
     return Agreement(
         len(ours),
         worst,
         exact,
         differing,
-        [_point(theirs[name]) for name in sorted(theirs.keys() - ours.keys())],
-        [_point(ours[name]) for name in sorted(ours.keys() - theirs.keys())],
+        [_name(theirs[name].summary, name) for name in missing],
+        [_name(ours[name].summary, name) for name in extra],
     )
 
 
-def compare_failures(fresh: dict[str, dict[str, Any]], reference: dict[str, dict[str, Any]]) -> list[str]:
+def compare_failures(fresh: Told, reference: Told) -> list[str]:
     """Points that are refused or failed on one side alone, or for another reason, a line each."""
+    both, missing, extra = pair(fresh, reference)
     lines = []
-    for name in sorted(fresh.keys() | reference.keys()):
-        sides = [side[name] for side in (fresh, reference) if name in side]
-        if len(sides) == 2 and failure_sha256(sides[0]) == failure_sha256(sides[1]):
-            continue
-        what = " ".join(str(sides[0][key]) for key in ("model", "mechanism", "offered_batch")) + f" ({name})"
-        mine, known = (f"refused or failed, {reason(s[name])}" if name in s else "not so" for s in (fresh, reference))
-        lines.append(f"{what}: {mine}; in the reference {known}")
+    for mine, known in [*both, *((None, id_) for id_ in missing), *((id_, None) for id_ in extra)]:
+        sides = [side[id_] for side, id_ in ((fresh, mine), (reference, known)) if id_ is not None]
+        if len(sides) == 2:
+            told = [{key: value for key, value in it.items() if key not in OF_THE_ATTEMPT} for it in sides]
+            if not any(off > TOLERANCE for off in _differences(*told).values()):
+                continue
+        said = [
+            "not so" if id_ is None else f"refused or failed, {reason(side[id_])}"
+            for side, id_ in ((fresh, mine), (reference, known))
+        ]
+        lines.append(f"{_name(sides[0], str(mine or known))}: {said[0]}; in the reference {said[1]}")
     return lines
 
 
@@ -202,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began, agrees = time.monotonic(), True
     for name in names:
         start = time.monotonic()
-        agrees &= _one(name, folder, options.reference, update=options.update, rerun=dirty, start=start)
+        agrees &= _one(name, folder, options.reference, update=options.update, afresh=dirty, start=start)
     print(f"{len(names)} experiments in {time.monotonic() - began:.0f} s on {os.cpu_count()} cores: {folder}")
     return 0 if agrees else 1
 
@@ -225,12 +297,14 @@ def unfinished(folder: Path, failures: dict[str, dict[str, Any]], status: int) -
     return None
 
 
-def _one(name: str, folder: Path, reference: Path, *, update: bool, rerun: bool, start: float) -> bool:
+def _one(name: str, folder: Path, reference: Path, *, update: bool, afresh: bool, start: float) -> bool:
     computed, status = name in COMPUTED, 0
+    if afresh:  # Other settings, of before the last edit, have other ids and would stay.
+        shutil.rmtree(folder / name, ignore_errors=True)
     if computed:
         COMPUTED[name](folder / name)
     else:
-        status = run_experiment(name, folder, rerun=rerun)
+        status = run_experiment(name, folder)
     fresh, left_out = read_records(folder / name)
     failures, failures_left_out = read_failures(folder / name)
     left_out += failures_left_out
@@ -258,8 +332,12 @@ def _one(name: str, folder: Path, reference: Path, *, update: bool, rerun: bool,
     (known, known_left_out), (known_failures, more) = read_records(reference / name), read_failures(reference / name)
     for it in (*known_left_out, *more):
         print(f"  left out of the reference: {it}", file=sys.stderr)
-    found = compare(fresh, known)
-    found.differing.extend(compare_failures(failures, known_failures))
+    try:
+        found = compare(fresh, known)
+        found.differing.extend(compare_failures(failures, known_failures))
+    except ValueError as error:
+        print(f"  not comparable: {error}", file=sys.stderr)
+        return False
     if found.holds and why is None:
         exact = "bit for bit" if found.exact else f"within {found.worst:.1e}"
         print(f"  {found.num_points} points agree with the reference {exact} (tolerance {TOLERANCE})")

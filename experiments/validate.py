@@ -33,7 +33,8 @@ from uvm_kv.config.recording import check_simulable, serve_trace, simulation_of_
 from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
 from uvm_kv.telemetry.checks import visible
-from uvm_kv.telemetry.store import check_writable, completed_runs, read_json
+from uvm_kv.telemetry.store import check_writable, read_json
+from uvm_kv.telemetry.whole import completed_runs
 from uvm_kv.types import OUR_ENGINE
 from uvm_kv.workload.trace import write_trace
 
@@ -146,7 +147,7 @@ def simulate(source: Source, request: Request, trace: Path) -> Recording:
     parsed, recorded = parse_overrides(request.overrides), source.recording
     config: DictConfig
     if source.is_run:
-        config = simulation_of_run(source.path, _compose(request.overrides), parsed, recorded.provenance["repeat"])
+        config = simulation_of_run(source.path, _compose(request.overrides), parsed)
     else:
         given = {override.key_or_group for override in parsed}
         defaults = [f"{key}={value}" for key, value in LIKE_VLLM.items() if key not in given]
@@ -163,7 +164,7 @@ def simulate(source: Source, request: Request, trace: Path) -> Recording:
         trace.parent.mkdir(parents=True, exist_ok=True)
         write_trace(trace, rows)
         serve_trace(config, trace)
-    config.results_dir, config.rerun = str(request.out / "runs"), True  # The simulator may have changed since.
+    config.results_dir, config.rerun = str(request.out / "runs"), "true"  # The simulator may have changed since.
     (job,) = jobs_of(resolve(config, folders_of(parsed)), "validate")
     run_job(job, argv=_argv())
     simulated = load_run(job.directory)

@@ -33,6 +33,7 @@ void bind_device(nb::module_& m) {
   using namespace nb::literals;
   m.attr("cuda_version") = CUDART_VERSION;
   m.attr("cuda_architectures") = UVM_KV_CUDA_ARCHITECTURES;
+  m.attr("sources_sha256") = UVM_KV_SOURCES_SHA256;
   m.def("num_devices", &num_devices, "Visible devices. Raises CudaError where there is no driver or no device.");
   m.def("driver_version", &driver_version, "1000 * major + 10 * minor of the driver's CUDA; 0 without a driver.");
   m.def("num_numa_nodes", &num_numa_nodes, "NUMA nodes of the host; needs no device.");

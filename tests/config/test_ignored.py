@@ -90,7 +90,7 @@ def test_what_some_job_of_a_command_heeds_is_taken(tmp_path: Path, arguments: li
         ("memory.device_kv_bytes=8GiB", "it must be a whole number of bytes, such as 8589934592, or null"),
         ("batch_size=abc", "it must be a whole number"),
         ("max_steps=few", "it must be a whole number, or null"),
-        ("rerun=maybe", "it must be true or false"),
+        ("rerun=maybe", "it must be false, true or changed"),
         ("hardware.link.h2d_gb_per_s=fast", "it must be a number"),
         ("hardware.link.zero_copy_gib=4", "it must be a list, such as [1,2]"),
         ("results_dir=[a,b]", "it must be a text"),

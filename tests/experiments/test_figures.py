@@ -335,7 +335,7 @@ def test_refused_points_agree_by_what_they_say(runs: Path) -> None:
 def test_the_study_runs_compares_and_says_what_differs(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_experiment(name: str, folder: Path, *, rerun: bool) -> int:
+    def run_experiment(name: str, folder: Path) -> int:
         shutil.copytree(made / name, folder / name, dirs_exist_ok=True)
         SweepEnd(6, 6, 0, 0).write(folder / name)
         return 0

@@ -18,7 +18,8 @@ from experiments.run import preflight
 from tests.helpers import REPOSITORY
 from uvm_kv.telemetry import store
 from uvm_kv.telemetry.records import read_failures
-from uvm_kv.telemetry.store import completed_runs, read_json
+from uvm_kv.telemetry.store import read_json
+from uvm_kv.telemetry.whole import completed_runs
 
 COMMAND = [sys.executable, "-m", "experiments.run", "-m"]
 QUICK = ["max_steps=20", "workload.prompt_tokens=64"]

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from tests.experiments.test_run import run, stamps
-from uvm_kv.telemetry.store import completed_runs, read_json
+from uvm_kv.telemetry.store import read_json
+from uvm_kv.telemetry.whole import completed_runs
 
 SMALL = ("workload.prompt_tokens=32", "workload.output_tokens=32", "memory.device_kv_bytes=134217728", "model=llama_7b")
 """16 blocks of 16 tokens: 4 requests with prompt plus output."""

@@ -21,7 +21,8 @@ from tests.helpers import REPOSITORY
 from uvm_kv.config.names import groups
 from uvm_kv.telemetry.failures import reason
 from uvm_kv.telemetry.records import read_failures
-from uvm_kv.telemetry.store import completed_runs, read_json
+from uvm_kv.telemetry.store import read_json
+from uvm_kv.telemetry.whole import completed_runs
 
 COMMAND = [sys.executable, "-m", "experiments.run"]
 QUICK = ("workload.prompt_tokens=32", "workload.output_tokens=16")

@@ -61,7 +61,7 @@ def ask(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     """The study of one experiment whose sweep makes one run and leaves what it is told to."""
 
     def run(leave: Leave, *more: str, status: int = 0) -> int:
-        def run_experiment(name: str, folder: Path, *, rerun: bool) -> int:
+        def run_experiment(name: str, folder: Path) -> int:
             (folder / name).mkdir(parents=True, exist_ok=True)
             if not (folder / name / made.name).exists():
                 (folder / name / made.name).symlink_to(made)

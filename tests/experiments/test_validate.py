@@ -11,7 +11,8 @@ import pytest
 
 from experiments import validate
 from tests import jobs
-from uvm_kv.telemetry.store import completed_runs, read_table
+from uvm_kv.telemetry.store import read_table
+from uvm_kv.telemetry.whole import completed_runs
 
 SMALL = ("model=llama3_8b", "mechanism=device_recompute", "batch_size=16", "workload.prompt_tokens=256")
 POISSON = ("workload.arrival=poisson", "workload.request_rate=6", "workload.output_tokens=64", *SMALL)

@@ -25,7 +25,8 @@ from uvm_kv.config import worker as worker_module
 from uvm_kv.config.build import Job
 from uvm_kv.config.worker import OneWorker, Outcome, Reach, Worker, explain, in_order, mechanism, process, reach_of
 from uvm_kv.telemetry.records import read_failures
-from uvm_kv.telemetry.store import completed_runs, read_json
+from uvm_kv.telemetry.store import read_json
+from uvm_kv.telemetry.whole import completed_runs
 
 SMALL = ("workload.prompt_tokens=32", "workload.output_tokens=16")
 

@@ -68,16 +68,15 @@ def test_a_whole_layer_is_within_the_bounds_on_the_token_counts_left_out(
 
 
 def test_the_profile_is_what_the_fit_gives(split: tuple[Table, Table], costs: dict[str, OperatorCost]) -> None:
-    """Every coefficient within 1 % of a refit; overheads are printed to 0.01 us."""
+    """The same times within 1 %. Coefficients that the table does not identify, such as the compute efficiency of an
+    operator that is bound by memory, are another processor's arithmetic away from other values."""
     pytest.importorskip("scipy", reason="the fit needs scipy (extra dev)")
     refit = fit_operators(split[0], LLAMA_3_8B, peak_flop_per_s=71e12, hbm_bytes_per_s=936e9)
     assert set(refit) == set(costs)
     for name, cost in refit.items():
-        assert cost.knee == costs[name].knee, name
-        assert costs[name].overhead_us == pytest.approx(cost.overhead_us, rel=0.01, abs=0.01), name
-        if all_work(LLAMA_3_8B, 64, 2)[name][0]:  # Without operations any efficiency fits: the processor decides.
-            assert costs[name].compute_efficiency == pytest.approx(cost.compute_efficiency, rel=0.01), name
-        assert costs[name].memory_efficiency == pytest.approx(cost.memory_efficiency, rel=0.01), name
+        for num_tokens in split[0][name]:
+            again, told = predicted_s(cost, name, num_tokens), predicted_s(costs[name], name, num_tokens)
+            assert again == pytest.approx(told, rel=0.01), (name, num_tokens)
 
 
 def test_the_roofline_charges_what_the_coefficients_say() -> None:

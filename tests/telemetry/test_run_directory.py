@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import job, resolved, run
-from uvm_kv.config.build import is_done, jobs_of, run_job
-from uvm_kv.telemetry import store
+from uvm_kv.config.build import is_done, jobs_of, run_job, workload_of
+from uvm_kv.telemetry import store, whole
 from uvm_kv.telemetry.recorder import REQUEST_COLUMNS, STEP_COLUMNS
 
 SMALL = ("batch_size=4", "workload.prompt_tokens=64", "workload.output_tokens=32")
@@ -123,13 +123,13 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(tmp_path: Path, monkeypa
 
 def test_what_a_killed_process_left_is_not_a_run_and_is_cleared(tmp_path: Path) -> None:
     one = job(tmp_path, *SMALL)
-    dead = one.directory.parent / f"{store.TEMPORARY}{one.directory.name}-999999999@{store.machine()}"
+    dead = one.directory.parent / f"{whole.TEMPORARY}{one.directory.name}-999999999@{store.machine()}"
     dead.mkdir(parents=True)
     (dead / "summary.json").write_text("{}")
     assert not is_done(one)
-    assert store.completed_runs(tmp_path) == []
+    assert whole.completed_runs(tmp_path) == []
     run_job(one, argv=[])
-    assert store.completed_runs(tmp_path) == [one.directory]
+    assert whole.completed_runs(tmp_path) == [one.directory]
     assert not dead.exists()
 
 
@@ -144,10 +144,21 @@ def test_rerun_replaces_and_a_slower_twin_does_not(tmp_path: Path) -> None:
     assert store.read_json(one.directory / "manifest.json")["argv"] == ["rerun"]
 
 
-def test_repeats_have_directories_and_seeds_of_their_own(tmp_path: Path) -> None:
-    jobs = jobs_of(resolved(*SMALL, "num_repeats=3", f"results_dir={tmp_path}"), "test")
-    assert [j.seed for j in jobs] == [0, 1, 2]
-    assert len({j.directory for j in jobs}) == 3
+def test_repeats_have_directories_and_draws_of_their_own(tmp_path: Path) -> None:
+    """Nine runs of three seeds and three repeats are nine draws."""
+    given = ("workload=azure_conv", "workload.num_requests=20", "num_repeats=3", f"results_dir={tmp_path}")
+    jobs = [one for seed in range(3) for one in jobs_of(resolved(*given, f"seed={seed}"), "test")]
+    assert len({one.directory for one in jobs}) == 9
+    assert len({tuple(workload_of(one).lengths) for one in jobs}) == 9
+    assert len({one.sampling_seed for one in jobs}) == 9
+
+
+def test_a_repeat_can_be_asked_for_alone(tmp_path: Path) -> None:
+    given = ("workload=azure_conv", f"results_dir={tmp_path}")
+    third = jobs_of(resolved(*given, "num_repeats=3"), "test")[2]
+    (alone,) = jobs_of(resolved(*given, "first_repeat=2"), "test")
+    assert alone.directory == third.directory
+    assert workload_of(alone) == workload_of(third)
 
 
 def test_max_steps_is_said_and_steady_throughput_is_null(tmp_path: Path) -> None:

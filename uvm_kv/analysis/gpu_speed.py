@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from uvm_kv.hw.overlap import ceiling
-from uvm_kv.telemetry.store import completed_runs, read_summary, read_table
+from uvm_kv.telemetry.store import read_summary, read_table
+from uvm_kv.telemetry.whole import completed_runs
 from uvm_kv.types import BASELINES, GIB, Reach
 
 EAGER_TARGET, COMPILED_TARGET = 1.5, 1.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from uvm_kv.analysis.repeats import REPEATS
+from uvm_kv.analysis.repeats import REPEATS, one_per_draw
 from uvm_kv.analysis.statistics import median_interval
 from uvm_kv.telemetry.checks import ANALYTIC, formula_safe
 from uvm_kv.telemetry.records import LeftOut, Record, read_records
+from uvm_kv.telemetry.store import encode_json
 from uvm_kv.types import OUR_ENGINE
 
 PEER_MARK = " (peer)"
@@ -45,15 +47,29 @@ def to_csv(table: pd.DataFrame) -> str:
 
 
 def load_runs(records: Iterable[Record]) -> pd.DataFrame:
-    """summary.json of every run, nested objects flattened to `tpot_s.p99`; `id` and provenance beside it."""
+    """summary.json of every run, nested objects flattened to `tpot_s.p99`; `id` and provenance beside it. The code that
+    made a run is part of its `setting`: runs of two versions are never of one comparison."""
     return pd.DataFrame(
         [
             flatten(r.summary)
+            | ({"setting": r.summary["setting"] | {"code": r.code}} if r.code and "setting" in r.summary else {})
             | {"id": r.id, "place": str(r.place), "git_sha": r.manifest.get("git_sha")}
-            | {"git_dirty": r.manifest.get("git_dirty"), "argv": r.manifest.get("argv")}
+            | {"git_dirty": r.manifest.get("git_dirty"), "argv": r.manifest.get("argv"), "draw": _draw(r)}
             for r in records
         ]
     )
+
+
+def _draw(record: Record) -> str:
+    """Equal for runs of one draw. A simulated run is its draw: where nothing is random, or older versions gave several
+    runs the same numbers, the results are equal to the last digit. Others are known by seed and repeat."""
+    summary, manifest = record.summary, record.manifest
+    if summary["origin"] == "simulated":
+        numbers = {key: value for key, value in summary.items() if key not in ("seed", "repeat")}
+        return hashlib.sha256(encode_json(numbers)).hexdigest()
+    seed, repeat = manifest.get("seed"), manifest.get("repeat")
+    # Older versions drew from the sum of the two, which their manifests have as the seed.
+    return f"{seed}, {repeat if seed == summary.get('seed') else 0}"
 
 
 def flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -77,11 +93,11 @@ def points(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
     Runs are of one comparison if they share everything but mechanism, batch size and seed; where several comparisons
     would bear the same title, what they differ in is added to it. A mechanism that occurs in several variants (of
     placement options, layout, hints, ...) is as many mechanisms, `label`led with what they differ in; a peer's label
-    says that it is one. Nothing else is put together. Throughput is the steady one, or the whole run's where a run has
-    no steady window. Runs on the CPU say nothing about memory kinds and are left out. `throughput_low` and
-    `throughput_high` bound it (`median_interval`) and `throughput_std` is the spread over repeats; NaN for one run.
-    `throughputs` are the repeats themselves, `<column>.repeats` those of each column in `keep`; `by_draw` pairs each
-    with the seed and repeat that it was drawn with.
+    says that it is one. Nothing else is put together, and runs of one draw count once (`one_per_draw`). Throughput is
+    the steady one, or the whole run's where a run has no steady window. Runs on the CPU say nothing about memory kinds
+    and are left out. `throughput_low` and `throughput_high` bound it (`median_interval`) and `throughput_std` is the
+    spread over repeats; NaN for one run. `throughputs` are the repeats themselves, `<column>.repeats` those of each
+    column in `keep`; `by_draw` pairs each with the seed and repeat that it was drawn with.
     """
     usable = runs[~runs["memory_emulated"].astype(bool)].copy()
     if usable.empty:
@@ -94,6 +110,7 @@ def points(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
     marks = usable["engine"].map(lambda engine: "" if engine == OUR_ENGINE else PEER_MARK)
     usable["label"], _ = _distinguish(usable, list(usable["mechanism"].astype(str) + marks), "variant")
     key = [*GROUP, "label", "offered_batch"]
+    usable = one_per_draw(usable, key)
     numeric = [c for c in usable.columns if c not in key and usable[c].map(_is_number).all()]
     # A column that is None in every run is still a column of numbers, none of them observed.
     usable[numeric] = usable[numeric].apply(pd.to_numeric)

@@ -13,8 +13,9 @@ from typing import Any
 
 from uvm_kv.telemetry.checks import ANALYTIC
 from uvm_kv.telemetry.recorder import Table
-from uvm_kv.telemetry.store import is_complete, read_manifest, read_summary, read_table
+from uvm_kv.telemetry.store import read_manifest, read_summary, read_table
 from uvm_kv.telemetry.summary import INCOMPLETE
+from uvm_kv.telemetry.whole import is_complete
 from uvm_kv.types import NS_PER_S
 
 REQUIRED = ("arrival_s", "prompt_tokens", "output_tokens", "e2e_s")
@@ -48,7 +49,7 @@ class Recording:
 def load_run(directory: Path) -> Recording:
     """A finished run directory. ValueError if it is none, was cut short, or served nothing: but for one that began in
     its steady state, which has steps from the first on."""
-    if not is_complete(directory):
+    if not is_complete(directory, any_schema=True):
         raise ValueError(
             f"recorded={directory}: it is neither a finished run directory (they hold summary.json) nor a file"
         )

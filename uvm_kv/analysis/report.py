@@ -17,7 +17,7 @@ from uvm_kv.analysis.load import GROUP, load_runs, points, to_csv
 from uvm_kv.analysis.style import save_figure
 from uvm_kv.analysis.verdict import Verdict, verdicts, with_gains
 from uvm_kv.telemetry.failures import gaps
-from uvm_kv.telemetry.records import LeftOut, Record, unverified
+from uvm_kv.telemetry.records import LeftOut, Record, codes, unverified
 from uvm_kv.telemetry.store import written_whole
 
 COLUMNS = {
@@ -70,7 +70,8 @@ def write_report(
     found = verdicts(table)
     best = {part["title"].iloc[0]: format_points(_best_points(part)) for _, part in table.groupby(GROUP, sort=True)}
     memory, missing = _memory(runs), gaps(failed)
-    warnings = [f"left out: {it}" for it in left_out] + _unverified(records) + _warnings(runs)
+    warnings = [f"left out: {it}" for it in left_out] + _not_together(records, runs, table)
+    warnings += _unverified(records) + _warnings(runs)
     with written_whole(out) as staging:
         figure = save_figure(sweep_figure(table), staging / "figure")
         text = to_csv(table.drop(columns=["throughputs", "by_draw", "argv"]))
@@ -125,6 +126,15 @@ def _memory(runs: pd.DataFrame) -> list[tuple[str, list[tuple[str, int]]]]:
     return sorted(tables.items())
 
 
+def _not_together(records: Sequence[Record], runs: pd.DataFrame, table: pd.DataFrame) -> list[str]:
+    """What is kept apart, and what is not counted."""
+    found = [f"{line}; they are shown apart, and rerun=changed runs the others again" for line in codes(records)]
+    uncounted = int((~runs["memory_emulated"].astype(bool)).sum() - table["num_runs"].sum())
+    if uncounted:
+        found.append(f"{uncounted} runs have the draw of another run of their point, and count once with it")
+    return found
+
+
 def _unverified(records: Sequence[Record]) -> list[str]:
     if not (ids := unverified(records)):
         return []
@@ -141,10 +151,6 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
             f"{model}, {workload}: {part['num_left_out'].sum() / part['num_requests'].sum():.0%} of the drawn requests "
             f"exceeded the model's context and were drawn again or left out"
         )
-    commits = sorted({str(sha) for sha in runs["git_sha"]})
-    if len(commits) > 1:
-        names = ", ".join(c[:12] for c in commits)
-        found.append(f"the runs come from {len(commits)} commits ({names}); rerun=true runs them again")
     if runs["git_dirty"].eq(True).any():
         found.append("some runs come from a checkout with uncommitted changes")
     return list(dict.fromkeys(found))

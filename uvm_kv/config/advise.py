@@ -185,7 +185,7 @@ def simulate(resolved: Resolved, repeat: int = 0, profile: HardwareProfile | Non
     workload, roofline, recorder = build.workload_of(job), build.build_roofline(resolved), Recorder()
     build.check_requests_fit(resolved, workload.all_lengths)
     scheduler = build.build_scheduler(resolved, build.build_placement(resolved, roofline))
-    runner = build.build_runner(resolved, roofline, job.seed)
+    runner = build.build_runner(resolved, roofline, job.sampling_seed)
     Engine(scheduler, runner, build.build_source(job, workload), recorder).run()
     steps = recorder.steps()
     steady = resolved.config.workload.start == "steady"

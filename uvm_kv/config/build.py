@@ -34,12 +34,15 @@ from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
 from uvm_kv.sched.batching import Batching, ContinuousBatching, StaticBatching
 from uvm_kv.sched.request import Request
 from uvm_kv.sched.scheduler import Scheduler, SchedulerConfig
+from uvm_kv.telemetry.code import code_sha256, is_of_other_code
 from uvm_kv.telemetry.energy import PowerModel
 from uvm_kv.telemetry.provenance import manifest
 from uvm_kv.telemetry.recorder import Recorder
-from uvm_kv.telemetry.store import is_complete, read_plans, run_id, write_run
+from uvm_kv.telemetry.store import read_plans, run_id, write_run
 from uvm_kv.telemetry.summary import SCHEMA_VERSION, summarize
+from uvm_kv.telemetry.whole import is_complete, read_run
 from uvm_kv.types import DTYPE_BYTES, NS_PER_S, Allocation, Hints, MemoryKind, Reach, ceil_div
+from uvm_kv.workload.draws import Purpose, entropy
 from uvm_kv.workload.lengths import Lengths, mean_lengths
 from uvm_kv.workload.source import ClosedLoop, OpenLoop, RequestSource, WithTokens, all_at_once, poisson
 from uvm_kv.workload.steady import continued, nearest_to_mean, plan_without_runner, steady_start
@@ -58,9 +61,14 @@ class Job:
     repeat: int
     directory: Path
 
+    def entropy(self, purpose: Purpose, *more: int) -> list[int]:
+        """What the run's random numbers for `purpose` are drawn from."""
+        return entropy(self.resolved.config.seed, self.repeat, purpose, *more)
+
     @property
-    def seed(self) -> int:
-        return self.resolved.config.seed + self.repeat
+    def sampling_seed(self) -> int:
+        """Of the tokens that a real model samples."""
+        return int(np.random.SeedSequence(self.entropy(Purpose.SAMPLING)).generate_state(1)[0])
 
 
 def jobs_of(resolved: Resolved, experiment: str) -> list[Job]:
@@ -72,11 +80,10 @@ def jobs_of(resolved: Resolved, experiment: str) -> list[Job]:
 
 def repeats_of(resolved: Resolved, experiment: str) -> list[Job]:
     """The same, whether or not their requests fit."""
-    folder = Path(resolved.config.results_dir) / experiment
-    determining = resolved.determining()
-    return [
-        Job(resolved, repeat, folder / run_id(determining, repeat)) for repeat in range(resolved.config.num_repeats)
-    ]
+    config, determining = resolved.config, resolved.determining()
+    folder = Path(config.results_dir) / experiment
+    numbers = range(config.first_repeat, config.first_repeat + config.num_repeats)
+    return [Job(resolved, repeat, folder / run_id(determining, repeat)) for repeat in numbers]
 
 
 def check_fits(job: Job) -> None:
@@ -86,7 +93,11 @@ def check_fits(job: Job) -> None:
 
 
 def is_done(job: Job) -> bool:
-    return is_complete(job.directory) and not job.resolved.config.rerun
+    """Whether the run of a job is whole, and not to be made again."""
+    config = job.resolved.config
+    if config.rerun == "true" or not is_complete(job.directory):
+        return False
+    return config.rerun == "false" or not is_of_other_code(read_run(job.directory)[1], config.runner)
 
 
 def workload_of(job: Job) -> Workload:
@@ -115,7 +126,7 @@ def build_source(job: Job, workload: Workload) -> RequestSource:
             source = all_at_once(workload.lengths)
         case "poisson":
             assert config.workload.request_rate is not None
-            rng = np.random.default_rng([job.seed, 1])
+            rng = np.random.default_rng(job.entropy(Purpose.ARRIVALS))
             source = poisson(workload.lengths, config.workload.request_rate, rng)
         case _:
             assert workload.rows is not None
@@ -130,7 +141,7 @@ def build_source(job: Job, workload: Workload) -> RequestSource:
     def ids_of(request: Request) -> tuple[int, ...]:
         if prompts is not None:
             return prompts[request.id].ids
-        return random_ids(request.prompt_tokens, vocabulary, job.seed, request.id)
+        return random_ids(request.prompt_tokens, vocabulary, job.entropy(Purpose.TOKEN_IDS, request.id))
 
     return WithTokens(source, ids_of, serving.stop_tokens)
 
@@ -153,7 +164,7 @@ def _steady_start(job: Job, lengths: list[Lengths]) -> list[Request]:
         # Enough of them that the loop does not run dry.
         many = lengths * ceil_div(2 * num_clients * (num_steps + 3 * swing), sum(outputs))
         scheduler = build_scheduler(resolved, build_placement(resolved, build_roofline(resolved)))
-        first = steady_start(many, num_clients, num_running, np.random.default_rng([job.seed, 3]))
+        first = steady_start(many, num_clients, num_running, np.random.default_rng(job.entropy(Purpose.STEADY_START)))
         return scheduler, plan_without_runner(scheduler, ClosedLoop(many, num_clients, steady=first), num_steps)
 
     num_warm, most = 2 * swing, ceil_div(MAX_WARMUP, num_clients)
@@ -335,6 +346,7 @@ def run_job(
         from uvm_kv.config.peer_job import run_peer_job
 
         return run_peer_job(job, argv=argv, on_step=on_step, load=load)
+    code = code_sha256(config.runner)  # Before it runs: files may be edited meanwhile.
     started, clock = datetime.now().astimezone().isoformat(timespec="seconds"), time.perf_counter()
     roofline = build_roofline(resolved)
     policy = build_placement(resolved, roofline)
@@ -359,7 +371,7 @@ def run_job(
                 done = recorder.num_requests
                 on_step(steps, done, total if done <= total else total + len(workload.if_preempted))
 
-        runner = build_runner(resolved, roofline, job.seed, loaded_and_rested)
+        runner = build_runner(resolved, roofline, job.sampling_seed, loaded_and_rested)
         engine = Engine(build_scheduler(resolved, policy), runner, build_source(job, workload), recorder)
         try:
             if meter is not None:
@@ -413,10 +425,11 @@ def run_job(
         job.directory,
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
         manifest=manifest(
+            code_sha256=code,
             memory_emulated=config.runner == "cpu",
             weights=None if serving is None else config.model.weights,
             argv=argv,
-            seed=job.seed,
+            seed=config.seed,
             repeat=job.repeat,
             started=started,
             duration_s=time.perf_counter() - clock,
@@ -427,7 +440,7 @@ def run_job(
         summary=summary,
         plans=recorder.plans,
         outputs=None if serving is None else outputs(recorder.finished, serving.tokenizer),
-        replace=config.rerun,
+        replace=config.rerun != "false",
     )
     return summary
 

@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from uvm_kv.config.schema import ConfigSchema, HardwareSchema, LengthsSchema, OperatorSchema, WorkloadSchema
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+ALLOWED = {"rerun": ("false", "true", "changed")}
+"""Of settings that are no group: their values, known before anything is composed."""
 NOT_A_KEY = ("experiment", "link")
 """Groups of the main config whose options fill in keys of others."""
 
@@ -197,6 +199,8 @@ def with_implied(arguments: list[str]) -> list[str]:
 
 
 def _check_type(schema: DictConfig, key: str, text: str) -> None:
+    if key in ALLOWED and text.lower() not in ALLOWED[key]:
+        raise ValueError(f"{key}={text}; it must be {', '.join(ALLOWED[key][:-1])} or {ALLOWED[key][-1]}")
     try:
         value = OverridesParser.create().parse_override(f"{key}={text}").value()
     except OverrideParseException as error:

@@ -27,6 +27,7 @@ from uvm_kv.config.serving import outputs
 from uvm_kv.config.workload import REQUESTS_PER_CLIENT
 from uvm_kv.kvcache.manager import KVUsage
 from uvm_kv.sched.request import Request
+from uvm_kv.telemetry.code import code_sha256
 from uvm_kv.telemetry.energy import EnergyMeter
 from uvm_kv.telemetry.provenance import manifest
 from uvm_kv.telemetry.recorder import STEP_COLUMNS, Recorder, Table
@@ -70,6 +71,7 @@ def run_peer_job(
     from uvm_kv.runner.torch.peers import own_attention
 
     resolved, config = job.resolved, job.resolved.config
+    code = code_sha256(config.runner)  # Before it runs: files may be edited meanwhile.
     started, clock = datetime.now().astimezone().isoformat(timespec="seconds"), time.perf_counter()
     workload = workload_of(job)
     total, serving = len(workload.lengths), resolved.serving
@@ -113,10 +115,11 @@ def run_peer_job(
         job.directory,
         config_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)),
         manifest=manifest(
+            code_sha256=code,
             memory_emulated=on_cpu,
             weights=config.model.weights,
             argv=argv,
-            seed=job.seed,
+            seed=config.seed,
             repeat=job.repeat,
             started=started,
             duration_s=time.perf_counter() - clock,
@@ -125,7 +128,7 @@ def run_peer_job(
         requests=requests,
         summary=summary,
         outputs=outputs(served.recorder.finished, serving.tokenizer),
-        replace=config.rerun,
+        replace=config.rerun != "false",
     )
     return summary
 

@@ -17,7 +17,7 @@ from uvm_kv.telemetry.store import read_manifest, read_summary
 
 SAYS_HOW = ("results_dir", "rerun", "refine", "tracking", "num_repeats", "record_plans")
 FROM_COMMAND_LINE = ("runner", "replay.path", *SAYS_HOW)
-NOT_OF_THE_WORK = (*SAYS_HOW, "seed")
+NOT_OF_THE_WORK = (*SAYS_HOW, "first_repeat", "seed")
 """What recorded runs of one config may differ in."""
 FIXED = ("runner", "replay", "prompts", "sampling", "workload", "experiment", "max_steps", *NOT_OF_THE_WORK)
 """What cannot be changed when a recording is simulated: it would be other work, or says nothing."""
@@ -32,8 +32,7 @@ def with_recorded_config(composed: DictConfig, overrides: Sequence[str]) -> Dict
         raise ValueError(f"replay.path={composed.replay.path}: it is not a run directory (it has no config.yaml)")
     recorded = _load(file)
     recorded.replay.recorded_runner = recorded.runner
-    # A repeat is the same as one run with its own seed.
-    recorded.seed += read_manifest(Path(composed.replay.path))["repeat"]
+    _take_draw(recorded, Path(composed.replay.path))
     if recorded.max_seconds is not None:
         # A clock that is played back stops a step earlier or later.
         summary = read_summary(Path(composed.replay.path))
@@ -50,6 +49,15 @@ def with_recorded_config(composed: DictConfig, overrides: Sequence[str]) -> Dict
         if key not in FROM_COMMAND_LINE and not key.startswith("hydra"):
             OmegaConf.update(recorded, key, override.value())
     return recorded
+
+
+def _take_draw(config: DictConfig, directory: Path) -> None:
+    """Make a recorded config draw what the run drew, whichever of its repeats it was."""
+    manifest = read_manifest(directory)
+    if manifest["seed"] == config.seed:
+        config.first_repeat = manifest["repeat"]
+    else:  # Of a version in which repeat r drew what the seed plus r draws, which its manifest holds.
+        config.seed, config.first_repeat = manifest["seed"], 0
 
 
 def _load(file: Path, *, without_hardware: bool = False) -> DictConfig:
@@ -100,7 +108,7 @@ def check_simulable(overrides: Sequence[Override], *, of_run: bool) -> None:
             )
 
 
-def simulation_of_run(directory: Path, composed: DictConfig, overrides: Sequence[Override], repeat: int) -> DictConfig:
+def simulation_of_run(directory: Path, composed: DictConfig, overrides: Sequence[Override]) -> DictConfig:
     """The config that simulates a recorded run: the run's own with the hardware and single keys of the command line.
     `composed`: those on the defaults. What only real runners have is reset, and a run that was stopped is as long in
     steps. ValueError if the recording's hardware is not of this version."""
@@ -116,8 +124,7 @@ def simulation_of_run(directory: Path, composed: DictConfig, overrides: Sequence
             f"{directory / 'config.yaml'}: {min(missing)} is missing, as an older version recorded it; give "
             f"hardware=NAME, or record the run again"
         )
-    # A repeat is the same as one run with its own seed.
-    config.seed += repeat
+    _take_draw(config, directory)
     config.update(runner="sim", prompts=None, num_repeats=1, record_plans=False)
     # One that began in its steady state may have been stopped; a simulated clock would stop it elsewhere.
     summary = read_summary(directory)

@@ -20,7 +20,7 @@ from uvm_kv.config.command import check_complete
 from uvm_kv.config.cuda import capacity_of, check_cuda, check_shape, size_tiers
 from uvm_kv.config.geometry import build_model, check_window
 from uvm_kv.config.ignored import check_heeded
-from uvm_kv.config.names import length_workloads, unknown
+from uvm_kv.config.names import ALLOWED, length_workloads, unknown
 from uvm_kv.config.option_file import axes_of
 from uvm_kv.config.peers import ENGINES, check_engine, is_peer, page_size
 from uvm_kv.config.schema import (
@@ -69,9 +69,11 @@ CHOICES = {
     "chat_template": ("auto", "none"),
     "tracking.name": ("none", "wandb"),
     "tracking.mode": ("offline", "online"),
+    **ALLOWED,
 }
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
+    "first_repeat": (0, 2**31),
     "memory.host_kv_bytes": (0, 2**46),
     "workload.num_requests": (1, 10_000_000),
     "workload.request_rate": (1e-6, 1e9),
@@ -81,7 +83,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "sampling.temperature": (0, 100),
     "driver.prefetch_threshold_percent": (1, 100),
 }
-NOT_DETERMINING = ("results_dir", "tracking", "rerun", "refine", "num_repeats", "watchdog_s")
+NOT_DETERMINING = ("results_dir", "tracking", "rerun", "refine", "num_repeats", "first_repeat", "watchdog_s")
 """What a run's result does not depend on, hence what its id leaves out."""
 VARIANT_AXES = (
     "memory.kind",
@@ -205,6 +207,7 @@ def resolve(composed: DictConfig, folders: Sequence[Path] = ()) -> Resolved:
     check_complete(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, ConfigSchema)
+    config.rerun = config.rerun.lower()  # YAML's true is True as a text.
     check_engine(config)
     _check_choices(config)
     _check_numbers(config)

@@ -223,6 +223,7 @@ class ConfigSchema:
     kv_bits: int | None = None
     seed: int = 0
     num_repeats: int = 1
+    first_repeat: int = 0
     max_steps: int | None = None
     max_seconds: float | None = None
     watchdog_s: float | None = None
@@ -230,7 +231,7 @@ class ConfigSchema:
     compile: bool = False
     record_plans: bool = False
     results_dir: str = "results/runs"
-    rerun: bool = False
+    rerun: str = "false"
     refine: bool = False
 
 

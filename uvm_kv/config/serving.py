@@ -168,8 +168,8 @@ def _stop_tokens(folder: Path) -> frozenset[int]:
     return frozenset()
 
 
-def random_ids(num_tokens: int, vocab_size: int, seed: int, request_id: int) -> tuple[int, ...]:
-    rng = np.random.default_rng([seed, 2, request_id])
+def random_ids(num_tokens: int, vocab_size: int, entropy: list[int]) -> tuple[int, ...]:
+    rng = np.random.default_rng(entropy)
     return tuple(rng.integers(0, vocab_size, num_tokens).tolist())
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uvm_kv.config.schema import ConfigSchema
+from uvm_kv.workload.draws import Purpose, entropy
 from uvm_kv.workload.lengths import Lengths, Quantiles, draw_lengths
 from uvm_kv.workload.prompts import Prompt
 from uvm_kv.workload.trace import TraceRow, read_trace
@@ -59,7 +60,7 @@ def build_workload(
     if workload.path is not None:
         return _of_trace(config, workload.path, limit)
     num_requests = workload.num_requests or REQUESTS_PER_CLIENT * config.batch_size
-    lengths, redrawn = _made(config, limit, num_requests, np.random.default_rng([config.seed + repeat, 0]))
+    lengths, redrawn = _made(config, limit, num_requests, _rng(config, repeat, Purpose.LENGTHS))
     return Workload(lengths, None, redrawn)
 
 
@@ -72,7 +73,11 @@ def further_lengths(config: ConfigSchema, max_model_len: int, num_sequences: int
         return []
     running = min(num_sequences, config.batch_size)
     count = REQUESTS_PER_SEQUENCE_IF_PREEMPTED * running - REQUESTS_PER_CLIENT * config.batch_size
-    return _made(config, max_model_len, max(0, count), np.random.default_rng([config.seed + repeat, 4]))[0]
+    return _made(config, max_model_len, max(0, count), _rng(config, repeat, Purpose.FURTHER_LENGTHS))[0]
+
+
+def _rng(config: ConfigSchema, repeat: int, purpose: Purpose) -> np.random.Generator:
+    return np.random.default_rng(entropy(config.seed, repeat, purpose))
 
 
 def _made(config: ConfigSchema, limit: int, num_requests: int, rng: np.random.Generator) -> tuple[list[Lengths], int]:

@@ -37,3 +37,14 @@ class BuildInfo(NamedTuple):
 def build_info() -> BuildInfo:
     module = extension()
     return BuildInfo(f"{module.cuda_version // 1000}.{module.cuda_version % 1000 // 10}", module.cuda_architectures)
+
+
+def sources_sha256() -> str:
+    """Hash of the C++ and CUDA sources that the extension was built of."""
+    try:
+        built: str = extension().sources_sha256
+    except AttributeError:
+        raise ExtensionMissingError(
+            "the CUDA extension is older than this package: build it again, pip install -e ."
+        ) from None
+    return built

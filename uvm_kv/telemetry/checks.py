@@ -285,6 +285,9 @@ PROVENANCE: Fields = {
     "started": TIME | NULL,
     "duration_s": AMOUNT | NULL,
     "summary_sha256": TEXT,
+    "files_sha256": dict_of(TEXT),
+    "code_sha256": TEXT,
+    "id": TEXT,
 }
 FAILURE: Fields = {
     **IDENTITY,

@@ -15,7 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from uvm_kv.telemetry.store import is_complete, temporary_path
+from uvm_kv.telemetry.store import temporary_path
+from uvm_kv.telemetry.whole import is_complete
 
 SUFFIX = ".failed.json"
 OF_THE_ATTEMPT = ("failed", "argv", "git_sha")

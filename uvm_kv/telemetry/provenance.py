@@ -68,6 +68,7 @@ def machine() -> dict[str, Any]:
 
 def manifest(
     *,
+    code_sha256: str,
     memory_emulated: bool,
     weights: str | None,
     argv: list[str],
@@ -77,11 +78,13 @@ def manifest(
     duration_s: float,
     eviction: str | None = None,
 ) -> dict[str, Any]:
-    """`memory_emulated`: both tiers were CPU memory, whatever the memory kind. `weights` of a real model: file or
-    random. `argv`: the command that was typed. `started`: local time in ISO 8601. `duration_s`: wall clock of the run.
+    """`code_sha256`: of the code that ran (`uvm_kv.telemetry.code`). `memory_emulated`: both tiers were CPU memory,
+    whatever the memory kind. `weights` of a real model: file or random. `argv`: the command that was typed. `seed` and
+    `repeat`: what the run drew from. `started`: local time in ISO 8601. `duration_s`: wall clock of the run.
     `eviction`: planned, where a policy plays a small card on a large one: never the driver's.
     """
     return {
+        "code_sha256": code_sha256,
         **git_state(),
         "versions": versions(),
         "machine": machine(),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,27 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from uvm_kv.telemetry.checks import (
-    ANALYTIC,
     ANY_TEXT,
     Kind,
     check_failure,
     check_fields,
-    check_manifest,
-    check_summary,
     list_of,
     parse_json,
     short,
     visible,
 )
 from uvm_kv.telemetry.failures import failure_files
-from uvm_kv.telemetry.store import REPORT_RUNS, TEMPORARY, encode_json, write_gzip
-from uvm_kv.telemetry.summary import SCHEMA_VERSION
+from uvm_kv.telemetry.store import REPORT_RUNS, encode_json, write_gzip
+from uvm_kv.telemetry.whole import RUN_ID, TEMPORARY, check_run, is_set_aside, read_run
 
 PACKED = "runs.jsonl.gz"
 PACKED_FAILURES = "failed.jsonl.gz"
-BESIDE = {"config": ("yaml",), "steps": ("parquet", "jsonl.gz"), "requests": ("parquet", "jsonl.gz")}
-"""Files of a run directory beside summary and manifest, each with its endings: seen to be there, and no more."""
-RUN_ID = re.compile(r"[0-9a-f]{12}-r\d+")
 ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
 """Of a line of a packed set; those of computed points are no hashes."""
 
@@ -56,6 +51,14 @@ class Record:
     """Of summary.json."""
     verified: bool
     """Whether the manifest holds that hash; False where it holds none, as of runs of older versions."""
+
+    @property
+    def code(self) -> str | None:
+        """The beginning of the hash of the code that made it. None of a packed set: `make study` holds its numbers
+        against those of the present code."""
+        if self.place.name == PACKED:
+            return None
+        return str(self.manifest.get("code_sha256", "not recorded"))[:12]
 
     @property
     def experiment(self) -> str:
@@ -77,15 +80,14 @@ class LeftOut:
 def read_records(folder: Path, *, any_schema: bool = False) -> tuple[list[Record], list[LeftOut]]:
     """Every run at or below `folder`, in order of ids, and what looks like one and is left out.
 
-    Left out: half-written (a file is missing), foreign, of another schema version (unless `any_schema`), changed since
-    it was written, and a second run of an id that says otherwise than the first. ValueError where there is no such
-    folder.
+    Left out: what `whole.read_run` refuses, of another schema version unless `any_schema`, and a second run of an id
+    that says otherwise than the first. ValueError where there is no such folder.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no finished run there, nor such a folder; give a folder with run directories")
     reader = _Reader(any_schema)
     for directory in _run_directories(folder):
-        reader.take(directory.name, directory, str(directory), partial(_read_directory, directory))
+        reader.take(directory.name, directory, str(directory), partial(_read_directory, directory, any_schema))
     for file in sorted(folder.rglob(PACKED)):
         reader.take_packed(file)
     return reader.result()
@@ -95,7 +97,7 @@ def read_directories(directories: Iterable[Path]) -> tuple[list[Record], list[Le
     """The same of these run directories."""
     reader = _Reader(any_schema=False)
     for directory in directories:
-        reader.take(directory.name, directory, str(directory), partial(_read_directory, directory))
+        reader.take(directory.name, directory, str(directory), partial(_read_directory, directory, False))
     return reader.result()
 
 
@@ -184,6 +186,21 @@ def unverified(records: Iterable[Record]) -> list[str]:
     return [record.id for record in records if not record.verified]
 
 
+def codes(records: Iterable[Record]) -> list[str]:
+    """A line for every runner whose runs several versions of the code made: how many by which."""
+    found: dict[str, Counter[str]] = {}
+    for record in records:
+        if record.code is not None:
+            found.setdefault(str(record.summary.get("runner")), Counter())[record.code] += 1
+    several = {runner: counts for runner, counts in found.items() if len(counts) > 1}
+    return [
+        f"runs with runner={runner} were made by {len(counts)} versions of the code ("
+        + ", ".join(f"{count} by {code}" for code, count in counts.most_common())
+        + ")"
+        for runner, counts in several.items()
+    ]
+
+
 def pack(records: Iterable[Record], failures: dict[str, dict[str, Any]], folder: Path) -> None:
     """Write them as a packed set into `folder`. The manifests go without what is about the machine's owner and not
     about the result: host name and folders in the command."""
@@ -201,6 +218,7 @@ def pack(records: Iterable[Record], failures: dict[str, dict[str, Any]], folder:
 def _public(manifest: dict[str, Any]) -> dict[str, Any]:
     argv = [word for word in manifest["argv"] if not word.startswith("results_dir=")]
     public = manifest | {"argv": argv}
+    public.pop("files_sha256", None)  # Of files that are not in the set.
     if "machine" in public:
         public["machine"] = {key: value for key, value in public["machine"].items() if key != "host"}
     return public
@@ -211,36 +229,24 @@ def _compact(value: dict[str, Any]) -> str:
 
 
 def _run_directories(folder: Path) -> list[Path]:
-    """Directories that are, or look like, runs: with a summary.json, or named as a run is."""
+    """What is, or looks like, a run directory: with a summary.json, or named as a run is."""
     found = {path.parent for path in folder.rglob("summary.json")}
     if RUN_ID.fullmatch(folder.name):
         found.add(folder)
     for path in folder.rglob("*-r*"):
         name = path.name.removeprefix(TEMPORARY)
-        if path.is_dir() and RUN_ID.match(name) and (name != path.name or RUN_ID.fullmatch(name)):
+        if RUN_ID.fullmatch(path.name) or (name != path.name and RUN_ID.match(name) and path.is_dir()):
             found.add(path)
-    return sorted(found)
+    return sorted(path for path in found if not is_set_aside(path))
 
 
-def _read_directory(directory: Path) -> tuple[Any, Any, str]:
+def _read_directory(directory: Path, any_schema: bool) -> tuple[Any, Any, str]:
     if any(part.startswith(TEMPORARY) for part in directory.parts):
         raise ValueError("half-written: a job that is under way or was killed; the same command runs it again")
-    summary, manifest = directory / "summary.json", directory / "manifest.json"
-    if not summary.is_file():
-        raise ValueError("half-written: it has no summary.json; run its command again")
-    if not manifest.is_file():
-        raise ValueError("foreign: it has no manifest.json beside its summary.json")
-    for stem, kinds in BESIDE.items():
-        if not any((directory / f"{stem}.{kind}").is_file() for kind in kinds):
-            raise ValueError(
-                f"half-written: it has no {stem}.{kinds[0]}, so a part was deleted; delete the rest, and run its "
-                f"command again"
-            )
     try:
-        content = summary.read_bytes()
-        return parse_json(content), parse_json(manifest.read_bytes()), hashlib.sha256(content).hexdigest()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"half-written or damaged: {error}") from None
+        return read_run(directory, any_schema=any_schema)
+    except ValueError as error:
+        raise ValueError(f"{error}; its command sets it aside and runs it again") from None
 
 
 def _id_of(line: Any) -> str:
@@ -265,19 +271,5 @@ def _lines(file: Path) -> list[Any]:
 
 
 def _record(name: str, place: Path, summary: Any, manifest: Any, sha256: str, *, any_schema: bool) -> Record:
-    if not (isinstance(summary, dict) and isinstance(manifest, dict) and "schema_version" in summary):
-        raise ValueError("foreign: its summary.json or manifest.json is not of a run")
-    if summary["schema_version"] != SCHEMA_VERSION and not any_schema:
-        raise ValueError(
-            f"schema version {short(summary['schema_version'])}, where this version reads {SCHEMA_VERSION}; "
-            f"run it again, or take it as it is with --allow-mixed"
-        )
-    try:
-        summary = check_summary(summary)
-        manifest = check_manifest(manifest, of_run=summary["origin"] != ANALYTIC)
-    except ValueError as error:
-        raise ValueError(f"foreign: {error}") from None
-    written = manifest.get("summary_sha256")
-    if written is not None and written != sha256:
-        raise ValueError("tampered: its summary.json is not what the run wrote (manifest.json has its hash)")
-    return Record(name, place, summary, manifest, sha256, written is not None)
+    summary, manifest = check_run(name, summary, manifest, sha256, any_schema=any_schema)
+    return Record(name, place, summary, manifest, sha256, "summary_sha256" in manifest)

@@ -1,15 +1,17 @@
-"""Run directories: written under a temporary name and renamed, so that what has its name is whole.
+"""Run directories: written under a temporary name, synced and renamed, so that what has its name is whole.
 
     <results_dir>/<experiment>/<run id>/
         config.yaml  manifest.json  steps.parquet  requests.parquet  summary.json  [plans.jsonl.gz]  [outputs.jsonl]
 
 summary, steps and requests hold no path and no wall clock, so that equal runs are byte-identical; those are in the
-manifest. Without pyarrow the tables are `.jsonl.gz` of the same columns.
+manifest. Without pyarrow the tables are `.jsonl.gz` of the same columns. `uvm_kv.telemetry.whole` decides whether a
+directory is a whole run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -38,27 +40,16 @@ from uvm_kv.telemetry.checks import (
     short,
 )
 from uvm_kv.telemetry.recorder import REQUEST_COLUMNS, STEP_COLUMNS, Table
+from uvm_kv.telemetry.whole import TEMPORARY, is_complete, set_aside
 
 REPORT_RUNS = "runs.json"
 """In the folder of a sweep's report: {"argv": what was typed, "runs": run ids, "failed": ids of those that failed}."""
-TEMPORARY = ".tmp-"
-"""How names of what is being written begin; they end with who writes it: -<pid>@<machine>."""
 
 
 def run_id(determining: dict[str, Any], repeat: int) -> str:
     """Hash of everything that determines the result, and the repeat number."""
     text = json.dumps(determining, sort_keys=True, separators=(",", ":"))
     return f"{hashlib.sha256(text.encode()).hexdigest()[:12]}-r{repeat}"
-
-
-def is_complete(directory: Path) -> bool:
-    return (directory / "summary.json").is_file()
-
-
-def completed_runs(folder: Path) -> list[Path]:
-    """Finished run directories below a folder, in a stable order."""
-    found = (path.parent for path in folder.rglob("summary.json"))
-    return sorted(p for p in found if not any(part.startswith(TEMPORARY) for part in p.parts))
 
 
 def write_run(
@@ -73,8 +64,8 @@ def write_run(
     outputs: list[dict[str, Any]] | None = None,
     replace: bool = False,
 ) -> bool:
-    """Write a whole run directory or nothing. `replace` a finished one of that name (rerun); without it, False if
-    another process finished the same run first."""
+    """Write a whole run directory or nothing. `replace` a whole one of that name (rerun); without it, False if another
+    process finished the same run first. What has the name and is no whole run is set aside."""
     parent = directory.parent
     parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(directory)
@@ -82,9 +73,6 @@ def write_run(
     try:
         temporary.mkdir()
         (temporary / "config.yaml").write_text(config_yaml)
-        content = encode_json(summary)
-        manifest = manifest | {"summary_sha256": hashlib.sha256(content).hexdigest()}
-        (temporary / "manifest.json").write_bytes(encode_json(manifest))
         _write_table(temporary / "steps", steps)
         _write_table(temporary / "requests", requests)
         if plans is not None:
@@ -93,13 +81,19 @@ def write_run(
         if outputs is not None:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in outputs)
             (temporary / "outputs.jsonl").write_text("".join(lines), encoding="utf-8")
+        hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(temporary.iterdir())}
+        content = encode_json(summary)
+        told = {"summary_sha256": hashlib.sha256(content).hexdigest(), "files_sha256": hashes}
+        (temporary / "manifest.json").write_bytes(encode_json({"id": directory.name, **manifest, **told}))
         (temporary / "summary.json").write_bytes(content)
+        _sync_files(temporary)
         return _publish(temporary, directory, replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _publish(temporary: Path, directory: Path, replace: bool) -> bool:
+    set_aside(directory)
     if replace:
         old = temporary.with_name(temporary.name + "-old")
         with contextlib.suppress(FileNotFoundError):  # Another process may be replacing it too.
@@ -111,7 +105,26 @@ def _publish(temporary: Path, directory: Path, replace: bool) -> bool:
         if is_complete(directory):
             return False
         raise
+    _sync(directory.parent)
     return True
+
+
+def _sync_files(folder: Path) -> None:
+    """The files of a folder, and then the folder, to the disk: a rename must not get there before them."""
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # Some file systems cannot sync a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def machine() -> str:
@@ -150,8 +163,10 @@ def written_whole(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        _sync_files(temporary)
         for file in sorted(temporary.iterdir()):
             file.replace(folder / file.name)
+        _sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

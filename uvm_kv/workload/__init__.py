@@ -1,1 +1,1 @@
-"""Traces, length distributions and arrival processes. All randomness comes from one seed."""
+"""Traces, length distributions and arrival processes. All randomness comes from the seed and the repeat."""

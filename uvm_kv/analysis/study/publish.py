@@ -18,7 +18,7 @@ from uvm_kv.analysis.study.base import Drawn, Study, with_origin
 from uvm_kv.analysis.style import SMALL, save_figure
 from uvm_kv.telemetry.checks import TEXT, check_fields, dict_of, parse_json, short
 from uvm_kv.telemetry.failures import failure_sha256, gaps
-from uvm_kv.telemetry.records import LeftOut, Record, read_failures, read_records, unverified
+from uvm_kv.telemetry.records import LeftOut, Record, codes, read_failures, read_records, unverified
 from uvm_kv.telemetry.store import written_whole
 
 INDEX = "index.json"
@@ -63,8 +63,8 @@ class Published:
 
 
 def read_source(study: Study, results: Path, *, allow_mixed: bool = False, origin: str | None = None) -> Source:
-    """The study's runs below `results`/<experiment>. ValueError where there are none, or of several origins or schema
-    versions that `allow_mixed` does not allow; `origin` takes those of one origin."""
+    """The study's runs below `results`/<experiment>. ValueError where there are none, or of several origins, schema
+    versions or versions of the code that `allow_mixed` does not allow; `origin` takes those of one origin."""
     records: list[Record] = []
     failures: dict[str, dict[str, Any]] = {}
     left_out: list[LeftOut] = []
@@ -93,6 +93,8 @@ def read_source(study: Study, results: Path, *, allow_mixed: bool = False, origi
         told = [it["origin"] for it in (*(r.summary for r in records), *failures.values()) if "origin" in it]
         counts = ", ".join(f"{told.count(o)} {o}" for o in origins)
         raise ValueError(f"{study.name}: runs of several origins ({counts}); --origin takes one, --allow-mixed all")
+    if (mixed := codes(records)) and not allow_mixed:
+        raise ValueError(f"{study.name}: {mixed[0]}; rerun=changed runs the others again, --allow-mixed takes all")
     return Source(records, failures, left_out, frozenset(passed_over))
 
 

@@ -12,8 +12,8 @@ from tests.jobs import run
 from uvm_kv.types import GIB
 
 FIXED = ("device_resident", "pinned_zero_copy", "pinned_prefetch_ahead")
-RATIOS = (1, 1.35, 2, 5)
-CELLS = [(0.5, 4064), (0.5, 992), (1, 4064), (2, 4064)]
+RATIOS = (1.35, 2, 5)
+CELLS = [(0.5, 4064), (0.5, 992), (1, 4064)]
 SMALL = ("memory.device_kv_bytes=536870912", "workload.prompt_tokens=992", "batch_size=16")
 """Four requests on the device, and three times as many that wait."""
 

@@ -30,7 +30,8 @@ def add_operators(
 
     content = json.loads(curves.read_text())
     content["curves"]["operators"] = operator_points(model, dtype, tokens, repeats=REPEATS, device=device)
-    content["model"] = dataclasses.asdict(model) | {"dtype": dtype}
+    shape = {name: value for name, value in dataclasses.asdict(model).items() if value is not None}
+    content["model"] = shape | {"dtype": dtype}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=1) + "\n")
     return len(content["curves"]["operators"])

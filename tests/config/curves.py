@@ -86,7 +86,7 @@ def curves_of(
             "tensor_int8_top_per_s": gpu.tensor_int8_top_per_s,
             "float32_tflop_per_s": gpu.float32_tflop_per_s,
         },
-        "model": {**dataclasses.asdict(MODEL), "dtype": "float16"},
+        "model": {**{k: v for k, v in dataclasses.asdict(MODEL).items() if v is not None}, "dtype": "float16"},
         "curves": {
             curve: [{**at, "seconds": repeats(seconds_of(profile, curve, at))} for at in PLAN[curve]]
             for curve in curves

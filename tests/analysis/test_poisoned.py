@@ -301,7 +301,7 @@ def test_names_are_text_wherever_they_are_shown(
     for page in (tmp_path / "report" / "report.html", tmp_path / "figures" / "report.html"):
         html = page.read_text()
         assert "<script>alert" not in html and "<img src=x" not in html and "</script><script>" not in html
-    for table in (tmp_path / "report" / "points.csv", tmp_path / "figures" / "batch_sweep.csv"):
+    for table in (tmp_path / "report" / "points.csv", tmp_path / "figures" / "energy.csv"):
         with table.open() as lines:
             cells = [cell for row in csv.reader(lines) for cell in row]
         assert any("cmd()" in cell or "HYPERLINK" in cell for cell in cells)

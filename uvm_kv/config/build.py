@@ -34,6 +34,7 @@ from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
 from uvm_kv.sched.batching import Batching, ContinuousBatching, StaticBatching
 from uvm_kv.sched.request import Request
 from uvm_kv.sched.scheduler import Scheduler, SchedulerConfig
+from uvm_kv.telemetry.checks import TEXT, short
 from uvm_kv.telemetry.energy import PowerModel
 from uvm_kv.telemetry.provenance import manifest
 from uvm_kv.telemetry.recorder import Recorder
@@ -72,6 +73,11 @@ def jobs_of(resolved: Resolved, experiment: str) -> list[Job]:
 
 def repeats_of(resolved: Resolved, experiment: str) -> list[Job]:
     """The same, whether or not their requests fit."""
+    config = resolved.config
+    names = {"model": config.model.name, "hardware": config.hardware.name, "workload": config.workload.name}
+    for key, name in names.items():
+        if not TEXT.fits(name):  # What reads results would leave the run out.
+            raise ValueError(f"{key}.name={short(name)} cannot name results; give {TEXT.words}")
     folder = Path(resolved.config.results_dir) / experiment
     determining = resolved.determining()
     return [

@@ -3,6 +3,7 @@
     python -m experiments.run mechanism=pinned_balanced batch_size=24
     python -m experiments.run -m experiment=batch_sweep
     python -m experiments.run -m experiment=batch_sweep --dry-run      (its jobs, and about how long they take)
+    python -m experiments.run -m batch_size=8,16 name=small            (its report: <results_dir>/adhoc/reports/small)
 
 A sweep that was stopped goes on where it was: what is complete is skipped. A job that fails does not stop the others.
 Hydra's launchers run the jobs: hydra/launcher=joblib (the default), submitit_slurm, submitit_local or ray

@@ -37,13 +37,13 @@ TRIED = {"error": "e", "tried": True, "failed": "2026-01-01T00:00:00+00:00", "ar
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """<results>/batch_sweep with four runs."""
+    """<results>/energy with four runs."""
     folder = tmp_path_factory.mktemp("results")
     for mechanism in ("device_resident", "pinned_swap"):
         for batch in (4, 8):
             job = jobs.job(folder, f"mechanism={mechanism}", f"batch_size={batch}", *SHORT)
             run_job(job, argv=["test"])
-    (next(folder.rglob("summary.json")).parent.parent).rename(folder / "batch_sweep")
+    (next(folder.rglob("summary.json")).parent.parent).rename(folder / "energy")
     return folder
 
 
@@ -166,7 +166,7 @@ def is_clean(text: str) -> bool:
 
 def poisoned(results: Path) -> int:
     """All of them beside the good ones, with bad failures, sets and tables; how many runs are left out."""
-    (victim, *_), home = runs_of(results), results / "batch_sweep"
+    (victim, *_), home = runs_of(results), results / "energy"
     for number, (spoil, _) in enumerate(POISONED_RUNS.values(), start=1):
         copy = home / f"{number:012x}-r0"
         shutil.copytree(victim, copy)
@@ -216,7 +216,7 @@ def test_a_failure_cannot_steer_the_terminal(tmp_path: Path) -> None:
 
 def readers(results: Path, out: Path) -> dict[str, Callable[[], object]]:
     """Whatever reads finished runs, as commands where they are quick; each gives 0 where it did its work."""
-    home = results / "batch_sweep"
+    home = results / "energy"
 
     def published() -> int:
         found, left_out = read_folders([results])
@@ -243,7 +243,7 @@ def readers(results: Path, out: Path) -> dict[str, Callable[[], object]]:
         "one run": lambda: uvm_kv(["runs", first, "--folder", str(results)]),
         "filtered runs": lambda: uvm_kv(["runs", "--folder", str(results), "--where", "offered_batch=8"]),
         "figures": lambda: figures.main(
-            ["batch_sweep", "--results", str(results), "--output", str(out / "figures"), "--reference", str(results)]
+            ["energy", "--results", str(results), "--output", str(out / "figures"), "--reference", str(results)]
         ),
         "publish": published,
         "study": studied,
@@ -290,7 +290,7 @@ def test_names_are_text_wherever_they_are_shown(
             directory, **(names if "swap" in json.loads((directory / "summary.json").read_text())["mechanism"] else {})
         )
     error = "[/x] <script>alert(2)</script> $y_{$"
-    at = results / "batch_sweep" / "0123456789ab-r0"
+    at = results / "energy" / "0123456789ab-r0"
     write_failure(at, identity=IDENTITY, error=error, tried=True, argv=["a"], git_sha=None)
     for name, read in readers(results, tmp_path).items():
         status, told = read(), None
@@ -301,7 +301,7 @@ def test_names_are_text_wherever_they_are_shown(
     for page in (tmp_path / "report" / "report.html", tmp_path / "figures" / "report.html"):
         html = page.read_text()
         assert "<script>alert" not in html and "<img src=x" not in html and "</script><script>" not in html
-    for table in (tmp_path / "report" / "points.csv", tmp_path / "figures" / "batch_sweep.csv"):
+    for table in (tmp_path / "report" / "points.csv", tmp_path / "figures" / "energy.csv"):
         with table.open() as lines:
             cells = [cell for row in csv.reader(lines) for cell in row]
         assert any("cmd()" in cell or "HYPERLINK" in cell for cell in cells)

@@ -117,3 +117,8 @@ def test_progress_counts_repeats_and_never_goes_below_nothing(tmp_path: Path) ->
 def test_a_job_that_fails_before_it_is_a_run_fails_with_all_its_repeats() -> None:
     events = [Event("done", "a", "d"), Event("failed", "b", error="no", num_runs=3)]
     assert SweepEnd.of(4, events) == SweepEnd(jobs=4, complete=1, failed=3, unrecorded=3)
+
+
+def test_a_name_that_no_reader_would_show_is_refused_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.name='a\\x1b\[31m' cannot name results"):
+        jobs.job(tmp_path, "model.name='a\x1b[31m'")

@@ -34,6 +34,7 @@ from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
 from uvm_kv.sched.batching import Batching, ContinuousBatching, StaticBatching
 from uvm_kv.sched.request import Request
 from uvm_kv.sched.scheduler import Scheduler, SchedulerConfig
+from uvm_kv.telemetry.checks import TEXT, short
 from uvm_kv.telemetry.code import code_sha256, is_of_other_code
 from uvm_kv.telemetry.energy import PowerModel
 from uvm_kv.telemetry.provenance import manifest
@@ -81,6 +82,10 @@ def jobs_of(resolved: Resolved, experiment: str) -> list[Job]:
 def repeats_of(resolved: Resolved, experiment: str) -> list[Job]:
     """The same, whether or not their requests fit."""
     config, determining = resolved.config, resolved.determining()
+    names = {"model": config.model.name, "hardware": config.hardware.name, "workload": config.workload.name}
+    for key, name in names.items():
+        if not TEXT.fits(name):  # What reads results would leave the run out.
+            raise ValueError(f"{key}.name={short(name)} cannot name results; give {TEXT.words}")
     folder = Path(config.results_dir) / experiment
     numbers = range(config.first_repeat, config.first_repeat + config.num_repeats)
     return [Job(resolved, repeat, folder / run_id(determining, repeat)) for repeat in numbers]

@@ -110,3 +110,43 @@ def test_measured_runs_stand_beside_simulated_ones_and_are_never_put_together(re
     table = pd.read_csv(both.table)
     assert len(table) == 2 * len(pd.read_csv(alone.table))
     assert table.groupby("title")["origin"].nunique().eq(1).all()
+
+
+def by_other_code(record: Record) -> Record:
+    return replace(record, manifest=record.manifest | {"code_sha256": "0" * 64})
+
+
+def test_runs_of_two_versions_of_the_code_share_no_table_and_no_verdict(results: Path, tmp_path: Path) -> None:
+    records = find_runs(results)[0]
+    mixed = [by_other_code(r) if r.summary["mechanism"] == "device_resident" else r for r in records]
+    report = write_report(mixed, tmp_path / "mixed")
+    assert len(report.verdicts) == len(report.best) == 2
+    assert sorted("code=000000000000" in title for title in report.best) == [False, True]
+    (line,) = [text for text in report.warnings if "versions of the code" in text]
+    assert "(6 by " in line and "2 by 000000000000)" in line and "rerun=changed" in line
+    assert "versions of the code" in report.page.read_text()
+    same = write_report([by_other_code(r) for r in records], tmp_path / "same")
+    assert len(same.verdicts) == 1 and not any("code" in text for text in (*same.best, *same.warnings))
+
+
+def test_runs_of_one_draw_count_once(results: Path, tmp_path: Path) -> None:
+    """Nothing is drawn in these, so that seeds change nothing; measured ones are known by their seed and repeat."""
+    records = find_runs(results)[0]
+    again = [replace(r, id=f"{r.id}x", summary=r.summary | {"seed": 1}) for r in records]
+    report = write_report([*records, *again], tmp_path / "simulated")
+    assert set(pd.read_csv(report.table)["num_runs"]) == {1}
+    assert any(f"{len(records)} runs have the draw of another" in text for text in report.warnings)
+
+    def measured(seed: int, repeat: int, drawn: int) -> list[Record]:
+        told = {"origin": "measured", "seed": seed, "repeat": repeat}
+        manifest = {"seed": drawn, "repeat": repeat}
+        return [
+            replace(r, id=f"{r.id}{seed}{repeat}", summary=r.summary | told, manifest=r.manifest | manifest)
+            for r in records
+        ]
+
+    grid = [(seed, repeat) for seed in range(3) for repeat in range(3)]
+    for number, older in ((9, 0), (5, 1)):  # Older versions drew from the sum.
+        runs = [record for s, r in grid for record in measured(s, r, s + older * r)]
+        report = write_report(runs, tmp_path / str(number))
+        assert set(pd.read_csv(report.table)["num_runs"]) == {number}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -95,6 +96,30 @@ def test_a_sweep_reports_skips_and_survives_a_bad_job(tmp_path: Path) -> None:
     second = run(*sweep)
     assert "(4 were complete already)" in second.stderr
     assert stamps(tmp_path) == before
+
+
+def test_a_sweep_says_what_other_code_made_and_mends_what_is_damaged(tmp_path: Path) -> None:
+    sweep = ["-m", "batch_size=1,2,3,4", *QUICK, f"results_dir={tmp_path}"]
+    assert run(*sweep).returncode == 0
+    older, empty, cut, _ = completed_runs(tmp_path)
+    manifest = read_json(older / "manifest.json")
+    (older / "manifest.json").write_text(json.dumps(manifest | {"code_sha256": "0" * 64}))
+    (empty / "summary.json").write_bytes(b"")
+    (cut / "steps.parquet").write_bytes((cut / "steps.parquet").read_bytes()[:-10])
+    before = stamps(tmp_path)
+    again = run(*sweep)
+    assert again.returncode == 0, again.stderr
+    assert "4 of 4 runs are complete (2 were complete already), 0 failed." in again.stderr
+    for directory in (empty, cut):
+        assert f"{directory} was set aside as {directory.name}.damaged, and is run again: " in again.stderr
+        assert directory.with_name(f"{directory.name}.damaged").is_dir()
+    assert "1 of 4 runs were made by other code than the present (000000000000)" in again.stderr
+    assert "code=000000000000" in again.stdout
+    after = stamps(tmp_path)
+    assert {name: after[name] for name in before} == before
+    changed = run(*sweep, "rerun=changed")
+    assert "(3 were complete already)" in changed.stderr and "other code" not in changed.stderr
+    assert {name for name in after if stamps(tmp_path)[name] != after[name]} == {older.name}
 
 
 def test_workers_record_the_command_that_was_typed(tmp_path: Path) -> None:

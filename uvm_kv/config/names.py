@@ -200,7 +200,9 @@ def with_implied(arguments: list[str]) -> list[str]:
 
 def _check_type(schema: DictConfig, key: str, text: str) -> None:
     if key in ALLOWED and text.lower() not in ALLOWED[key]:
-        raise ValueError(f"{key}={text}; it must be {', '.join(ALLOWED[key][:-1])} or {ALLOWED[key][-1]}")
+        raise ValueError(
+            f"{key}={text} is not of the right type; it must be {', '.join(ALLOWED[key][:-1])} or {ALLOWED[key][-1]}"
+        )
     try:
         value = OverridesParser.create().parse_override(f"{key}={text}").value()
     except OverrideParseException as error:

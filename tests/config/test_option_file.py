@@ -144,7 +144,11 @@ def test_an_inherited_source_never_covers_a_changed_number(own: Path) -> None:
         f"name: card\ndefaults: [base, _self_]\ngpu: {{hbm_gb_per_s: 1100.0}}\nlink: {{d2h_gb_per_s: 22.0}}\n"
         f"power: {{idle_w: 10.0}}\nsources:\n  gpu.hbm_gb_per_s: {SHEET}\n  power.idle_w:\n",
     )
-    sources = resolve(compose_config([f"hydra.searchpath=[{own}]", "hardware=card"])).profile.sources
+    write(own, "link/x8", "# @package hardware\nlink: {pageable_share: 0.7}\n")
+    given = [f"hydra.searchpath=[{own}]", "hardware=card", "link=x8"]
+    preflight([*given, "results_dir=/tmp"])
+    sources = resolve(compose_config(given)).profile.sources
+    assert sources["link.pageable_share"] == "given by x8, no source"
     assert sources["gpu.memory_bytes"] == "given by base, no source"
     assert sources["gpu.hbm_gb_per_s"] == SHEET
     assert sources["link.h2d_gb_per_s"] == SHEET  # Its own, though the card below has a more special one.
@@ -242,6 +246,10 @@ def test_mechanisms_workloads_and_experiments_of_ones_own(own: Path, tmp_path: P
         ("mechanism/m", MECHANISM.format(name="pinned_swap"), "it says mechanism: pinned_swap"),
         ("mechanism/m", MECHANISM.format(name="m") + "  watermarc: 1\n", "did you mean scheduler.watermark"),
         ("mechanism/m", MECHANISM.format(name="m").replace("pinned", "pined"), "memory 'pined' is unknown"),
+        ("mechanism/m", "mechanism: m\n", "write `# @package _global_` as its first line"),
+        ("experiment/m", "batch_size: 4\n", "write `# @package _global_` as its first line"),
+        ("link/m", "link: {h2d_gb_per_s: 4.0}\n", "write `# @package hardware` as its first line"),
+        ("link/m", "# @package hardware\nlink: {h2d_gbps: 4.0}\n", "did you mean hardware.link.h2d_gb_per_s"),
         ("experiment/m", "# @package _global_\nbatch_sise: 4\n", "did you mean batch_size"),
         ("experiment/m", "# @package _global_\nbatch_size: [4\n", "not YAML"),
         ("experiment/m", "# @package _global_\ndefaults:\n  - override /hardwear: rtx3090\n", "hardwear"),

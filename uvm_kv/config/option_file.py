@@ -24,6 +24,8 @@ NUMBERS = ("gpu", "link", "managed", "power", "operators")
 """The groups of numbers of a hardware profile, each of which needs a source."""
 NAMED_BY_FILE = {"hardware": "hardware.name", "mechanism": "mechanism"}
 """Groups whose option must bear the name of its file, and the key of that name."""
+PACKAGES = {"link": "hardware", "mechanism": "_global_", "experiment": "_global_"}
+"""Where Hydra puts the keys of a group whose options fill in those of others."""
 MAX_SHOWN = 60
 """Characters of a value that an error repeats."""
 
@@ -70,6 +72,11 @@ def read_option(group: str, name: str, folders: Iterable[Path] = ()) -> OptionFi
         raise ValueError(f"{path}: it must hold keys and values, such as `name: {name}`")
     package = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
     where = package[1] if package else group
+    needed = PACKAGES.get(group, where)
+    if where != needed:
+        raise ValueError(
+            f"{path}: write `# @package {needed}` as its first line, for a {group} fills in keys of others"
+        )
     tree.pop("hydra", None)
     bases, choices = _defaults(tree.pop("defaults", None), group, path)
     settings: dict[str, Any] = {str(key): value for key, value in tree.items()}

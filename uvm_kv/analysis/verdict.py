@@ -426,7 +426,8 @@ def _command(part: pd.DataFrame, mechanisms: Sequence[str], repeats: bool) -> st
     typed = part["argv"].iloc[0] if "argv" in part else None
     if not isinstance(typed, list | tuple) or "experiments.run" not in typed:
         return None
-    names = [*dict.fromkeys([*mechanisms, *part["mechanism"].astype(str)])]
+    ours = part[part["engine"] == OUR_ENGINE]
+    names = [*dict.fromkeys([*mechanisms, *ours["mechanism"].astype(str)])]
     dropped = ("mechanism=", "refine=", *(("num_repeats=", "seed=") if repeats else ()))
     kept = [it for it in typed[typed.index("experiments.run") + 1 :] if it != "-m" and not it.startswith(dropped)]
     more = [f"mechanism={','.join(names)}", *(["num_repeats=5"] if repeats else [])]

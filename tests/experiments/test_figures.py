@@ -222,6 +222,11 @@ def test_every_claim_carries_its_origin(draw: Any, reference: Path, runs: Path) 
 
 def test_a_claim_gets_the_origins_that_it_does_not_say() -> None:
     assert with_origin("It pays.", ["simulated"]) == "Simulated: It pays."
+    alone = "decode alone, no prefill"
+    assert with_origin("It pays.", ["simulated"], alone) == "Simulated, decode alone, no prefill: It pays."
+    assert with_origin("It pays.", ["simulated"], "prefill and decode") == "Simulated: It pays.", "nothing is left out"
+    assert with_origin("It pays on a simulated a30.", ["simulated"], alone).startswith("Decode alone, no prefill: It")
+    assert with_origin("In decode alone it pays.", ["simulated"], alone) == "Simulated: In decode alone it pays."
     assert with_origin("It pays.", ["measured", "simulated"]) == "Measured and simulated: It pays."
     for claim in ("On a simulated rtx3090, it pays.", "llama_7b, on a measured A100: no."):
         assert with_origin(claim, ["measured", "simulated"]) == claim

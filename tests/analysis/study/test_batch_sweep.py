@@ -28,7 +28,9 @@ def headline(made: pd.DataFrame) -> str:
 
 def test_the_headline_counts_what_was_raised() -> None:
     head = headline(runs(0.1))
-    assert head.startswith("On a simulated rtx3090, CPU-backed KV raised the best throughput of 1 of 1 workloads")
+    assert head.startswith(
+        "On a simulated rtx3090, decode alone, no prefill, CPU-backed KV raised the best throughput of 1 of 1 workloads"
+    )
     assert "(llama2_7b, fixed 448+64: +10.0 % (pinned_balanced)); at equal p99 TPOT it did so in 1 of them." in head
     assert "of none of 1 workloads" in (same := headline(runs(0.005))) and "llama2_7b, fixed 448+64: +0.5 %" in same
     assert not STUDY.draw(runs(0.1).iloc[:1], ()).claims[0].startswith("On a")
@@ -36,7 +38,7 @@ def test_the_headline_counts_what_was_raised() -> None:
 
 def test_measured_gains_count_by_their_repeats_alone() -> None:
     single = headline(runs(0.1, origin="measured"))
-    assert "On a measured rtx3090, CPU-backed KV raised the best throughput of none of 1 workloads" in single
+    assert "On a measured rtx3090, decode alone, no prefill, CPU-backed KV raised the best throughput of none" in single
     assert "AMBIGUOUS, and not counted: llama2_7b, fixed 448+64, which needs 3 repeats on both sides" in single
     noisy = headline(runs(0.1, 0.8, 1.0, 1.2, origin="measured"))
     assert "of none of 1" in noisy and "AMBIGUOUS, and not counted: llama2_7b, fixed 448+64 (95 % interval -" in noisy

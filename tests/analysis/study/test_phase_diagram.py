@@ -127,9 +127,47 @@ def test_measured_gains_pay_where_their_repeats_decide() -> None:
 def test_decode_alone_is_said_where_it_was() -> None:
     runs = grid(0.1, 0.0, 0.0, 0.0)
     steady = phase_diagram.STUDY.draw(runs.assign(start="steady"), ())
-    assert steady.claims[0].startswith("On a simulated rtx3090 with llama2_7b, decode alone, over device KV (GiB) x ")
+    assert steady.claims[0].startswith(
+        "On a simulated rtx3090 with llama2_7b, decode alone, no prefill, 64 output tokens per request, worst-case "
+        "admission, over device KV (GiB) x "
+    )
+    assert all("decode alone, no prefill" in claim for claim in steady.claims), "each may be quoted alone"
+    assert "served cold" not in "".join(steady.claims), "there is no such run"
     assert "decode alone" in steady.figure.axes[-1].get_xlabel()
     assert "prefill and decode" in phase_diagram.STUDY.draw(runs.assign(start="empty"), ()).claims[0]
+
+
+def with_cold(steady: pd.DataFrame, cold: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([steady, cold.assign(start="cold")], ignore_index=True)
+
+
+def test_the_same_cells_served_cold_stand_in_the_same_sentence() -> None:
+    """The median of decode alone is of three cells, of 10, 30 and 2 %; from a cold start they have 5, 1.5 and 0 %."""
+    drawn = phase_diagram.STUDY.draw(with_cold(grid(0.1, 0.0, 0.3, 0.02), grid(0.05, 0.0, 0.015, 0.0)), ())
+    said = "in 3 of 4 cells (75%), by +10.0 % in their median and at most +30.0 %"
+    cold = (
+        "served cold, with their prefill, the same 3 cells gain +1.5 % in their median and at most +5.0 %, and 2 of 4"
+    )
+    for claim in drawn.claims[:2]:
+        assert "decode alone, no prefill" in claim and said in claim and f"; {cold} cells pay" in claim
+    assert drawn.table["cold_gain"].tolist() == pytest.approx([0.05, 0.0, 0.015, 0.0])
+    assert drawn.table["gain"].tolist() == pytest.approx([0.1, 0.0, 0.3, 0.02]), "of decode alone, as before"
+    assert {"+30", "+1.5"} <= {text.get_text() for axis in drawn.figure.axes for text in axis.texts}
+    assert "served cold" in drawn.figure.legends[0].get_title().get_text()
+    none = phase_diagram.STUDY.draw(with_cold(grid(0.1, 0.0, 0.0, 0.0), grid(-0.1, 0.0, 0.0, 0.0)), ()).claims[0]
+    assert "the same 1 cell gains -10.0 % in its median and at most -10.0 %, and none of 4 cells pay" in none
+
+
+def test_cells_and_placements_without_a_cold_run() -> None:
+    """The best placement of a cell may be another one from a cold start; a cell that was not run so is not counted."""
+    other = grid(0.2, 0.1, 0.1, 0.1).replace({"mechanism": {"pinned_prefetch_ahead": "pinned_balanced"}})
+    both = pd.concat([grid(0.1, 0.1, 0.1, 0.1), other[other["mechanism"] == "pinned_balanced"]])
+    drawn = phase_diagram.STUDY.draw(with_cold(both, grid(0.04, 0.06, None, None)), ())
+    text = drawn.claims[0]
+    assert "the 2 of them that were run so gain +5.0 % in their median and at most +6.0 %, and 2 of 2 cells pay" in text
+    assert drawn.table["cold_gain"].isna().sum() == 6
+    with pytest.raises(ValueError, match="of the runs that start cold: a diagram of"):
+        phase_diagram.STUDY.draw(with_cold(both, table(*cell(1, 256, 0.1))), ())
 
 
 def test_where_closed_form_and_simulation_differ_is_counted() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from uvm_kv.analysis.statistics import judge
-from uvm_kv.analysis.study.base import Drawn, Study
+from uvm_kv.analysis.study.base import ADMISSIONS, Drawn, Study, served
 from uvm_kv.analysis.style import PAGE_IN, SMALL, SPARE
 from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED, interval
 
@@ -151,7 +151,8 @@ def _claims(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     listed = ", ".join(f"{a} {ours[a]:.1f} ({theirs[a]:.1f})" for a in known)
     claims = [
         f"On a {runs['origin'].iloc[0]} {runs['hardware'].iloc[0]} serving {runs['model'].iloc[0]} with lengths of "
-        f"{runs['workload'].iloc[0]}, token states take {listed} % of KV memory (published in brackets): "
+        f"{runs['workload'].iloc[0]} ({_admitted(runs)}), token states take {listed} % of KV memory (published in "
+        f"brackets): "
         f"{len(within)} of {len(known)} within {TOLERANCE:g} points, the largest difference "
         f"{off.max():.1f} ({off.idxmax()}), {'in' if same_order else 'not in'} the same order."
     ]
@@ -189,6 +190,18 @@ def _claims(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
             f"paged puts out {gain.ratio:.1f} times the tokens per second{doubt}."
         )
     return claims
+
+
+def _admitted(runs: pd.DataFrame) -> str:
+    """How requests are admitted, which differs between the schemes, and how many draws of them there are."""
+    by_kind = dict(list(runs.groupby("admission"))) if "admission" in runs else {}
+    if len(by_kind) < 2:
+        return served(runs)
+    each = " and ".join(
+        f"{ADMISSIONS.get(str(kind), str(kind))} admission of {', '.join(sorted(set(part['allocation'])))}"
+        for kind, part in sorted(by_kind.items(), reverse=True)
+    )
+    return f"{served(runs.drop(columns='admission'))}, {each}"
 
 
 STUDY = Study(

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from uvm_kv.analysis.repeats import REPEATS, medians, one_of_each
 from uvm_kv.analysis.statistics import judge
-from uvm_kv.analysis.study.base import Drawn, Study, throughput
+from uvm_kv.analysis.study.base import Drawn, Study, phases, served, throughput
 from uvm_kv.analysis.style import PAGE_IN, SPARE
 from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED
 
@@ -84,7 +84,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         for b in sorted(table["kv_bits"].unique(), reverse=True)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    return Drawn(figure, table[list(COLUMNS)], _claims(table))
+    return Drawn(figure, table[list(COLUMNS)], _claims(table, phases(runs), served(runs)))
 
 
 def _table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -179,15 +179,20 @@ def _draw_roof(axis: Any, table: pd.DataFrame, looks: dict[str, tuple[str, str, 
     axis.set_xlabel("operations per byte")
 
 
-def _claims(table: pd.DataFrame) -> list[str]:
+def _claims(table: pd.DataFrame, scope: str, details: str) -> list[str]:
+    """`scope`: what was run of the requests, which every claim says; `details`: with lengths and admission, which the
+    first one says."""
     base = table.sort_values("kv_bytes_per_token", ascending=False).iloc[0]
-    title = f"{base['model']} on a {base['origin']} {base['hardware']}"
-    claims = []
+    first, title = (
+        f"{base['model']} on a {base['origin']} {base['hardware']}{f' ({text})' if text else ''}"
+        for text in (details, scope)
+    )
+    claims: list[str] = []
     for _, row in table.iterrows():
         if row["variant_name"] == base["variant_name"] and row["kv_bits"] == base["kv_bits"]:
             continue
         claims.append(
-            f"{title}: {_told(row)} takes {row['kv_bytes_per_token'] / 1024:g} KiB a token, 1/"
+            f"{title if claims else first}: {_told(row)} takes {row['kv_bytes_per_token'] / 1024:g} KiB a token, 1/"
             f"{base['kv_bytes_per_token'] / row['kv_bytes_per_token']:g} of {_told(base)}; {_room(row, base)}, "
             f"{row['running_batch_mean']:.0f} sequences run instead of {base['running_batch_mean']:.0f}, at "
             f"{row['throughput']:.0f} instead of {base['throughput']:.0f} tokens/s: {_gain(row, base)}."

@@ -53,9 +53,18 @@ OWN_ORIGIN = re.compile(r"\bon an? (simulated|measured|replayed|analytic)\b", re
 """A claim that says itself where its numbers come from: on a simulated rtx3090."""
 
 
-def with_origin(claim: str, origins: Sequence[str]) -> str:
-    """The claim, with the origins of the runs that it is computed from before it where it does not say its own."""
-    return claim if OWN_ORIGIN.search(claim) else f"{' and '.join(origins).capitalize()}: {claim}"
+DECODE_ALONE = "decode alone, no prefill"
+OWN_PHASES = re.compile(r"\b(decode alone|decode steps?|prefills?|cold start)\b", re.IGNORECASE)
+"""A claim that says itself what was run of the requests."""
+
+
+def with_origin(claim: str, origins: Sequence[str], scope: str = "") -> str:
+    """The claim, with what it does not say itself before it: the origins of the runs that it is computed from, and
+    that these are of decode alone (`scope`, as of `phases`). What leaves nothing out need not be said."""
+    said = [] if OWN_ORIGIN.search(claim) else [" and ".join(origins)]
+    said += [scope] if scope == DECODE_ALONE and not OWN_PHASES.search(claim) else []
+    text = ", ".join(said)
+    return f"{text[:1].upper()}{text[1:]}: {claim}" if said else claim
 
 
 def throughput(runs: pd.DataFrame) -> pd.Series[float]:
@@ -67,3 +76,38 @@ def throughput(runs: pd.DataFrame) -> pd.Series[float]:
 def percent(value: float, digits: int = 1) -> str:
     """A gain as people write it: +12.3 %."""
     return f"{100 * value:+.{digits}f} %"
+
+
+ADMISSIONS = {"worst_case": "worst-case", "optimistic": "optimistic"}
+
+
+def phases(runs: pd.DataFrame) -> str:
+    """What was run of the requests, for a claim: decode alone, or prefill and decode. Empty where runs do not say, or
+    are of both kinds, of which a claim is about one."""
+    starts = set(runs["start"].dropna()) if "start" in runs else set()
+    if not starts or (len(starts) > 1 and "steady" in starts):
+        return ""
+    return DECODE_ALONE if starts == {"steady"} else "prefill and decode"
+
+
+def served(runs: pd.DataFrame, lengths: Sequence[str] = ("prompt", "output")) -> str:
+    """What a claim rests on and would leave out: the phases that were run, those lengths of requests that are asked for
+    and given, admission, and how many draws there are where lengths or arrivals are drawn."""
+    said = [phases(runs)]
+    spans = []
+    for name in lengths:
+        tokens = runs.get(f"{name}_tokens", pd.Series(dtype=float)).dropna().astype(int)
+        if len(tokens):
+            spans.append(f"{tokens.min()}{f' to {tokens.max()}' if tokens.min() < tokens.max() else ''} {name}")
+    said += [f"{' and '.join(spans)} tokens per request"] if spans else []
+    found = sorted(set(runs["admission"].dropna()), reverse=True) if "admission" in runs else []
+    said += [f"{' or '.join(ADMISSIONS.get(name, str(name)) for name in found)} admission"] if found else []
+    if "drawn" in runs and runs["drawn"].any():
+        num = runs["seed"].nunique()
+        said.append(f"{num} draws" if num > 1 else "one draw")
+    return ", ".join(text for text in said if text)
+
+
+def inserted(text: str) -> str:
+    """A text as an insertion between commas; nothing where there is none."""
+    return f", {text}," if text else ""

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from uvm_kv.analysis.load import GROUP, points
-from uvm_kv.analysis.study.base import Drawn, Study, percent
+from uvm_kv.analysis.study.base import Drawn, Study, inserted, percent, phases
 from uvm_kv.analysis.style import PAGE_IN, STYLES, look
 from uvm_kv.analysis.verdict import LIMIT, Verdict, interval, verdicts, with_gains
 from uvm_kv.types import BASELINES
@@ -79,21 +79,21 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     )
     told = everything.sort_values([*GROUP, "label", "offered_batch"])[[c for c in COLUMNS if c in everything]]
     found = verdicts(everything)
-    return Drawn(figure, told.reset_index(drop=True), [*_headline(found), *(v.line() for v in found)])
+    return Drawn(figure, told.reset_index(drop=True), [*_headline(found, phases(runs)), *(v.line() for v in found)])
 
 
-def _headline(found: Sequence[Verdict]) -> list[str]:
+def _headline(found: Sequence[Verdict], scope: str) -> list[str]:
     """One text, with a sentence for each card and origin and for fixed and drawn lengths; none where no verdict is
-    given."""
+    given. `scope`: what was run of the requests."""
     if all(v.word == "UNKNOWN" for v in found):
         return []
     parts: dict[tuple[str, str, bool], list[Verdict]] = {}
     for verdict in found:
         parts.setdefault((verdict.origin, verdict.hardware, verdict.drawn), []).append(verdict)
-    return [" ".join(_sentence(*key, part) for key, part in parts.items())]
+    return [" ".join(_sentence(*key, part, scope) for key, part in parts.items())]
 
 
-def _sentence(origin: str, hardware: str, drawn: bool, found: Sequence[Verdict]) -> str:
+def _sentence(origin: str, hardware: str, drawn: bool, found: Sequence[Verdict], scope: str) -> str:
     told = [v for v in found if v.word != "UNKNOWN"]
     raised = [v for v in told if v.word == "HIGHER"]
     unclear = [v for v in told if v.word == "AMBIGUOUS"]
@@ -102,7 +102,7 @@ def _sentence(origin: str, hardware: str, drawn: bool, found: Sequence[Verdict])
     unknown = [_name(v) for v in found if v.word == "UNKNOWN"]
     left = f"; no verdict for {', '.join(unknown)}" if unknown else ""
     lengths = " with drawn lengths" if drawn else ""
-    where = f"On a {origin} {hardware}{lengths}, CPU-backed KV raised the best throughput"
+    where = f"On a {origin} {hardware}{lengths}{inserted(scope) or ','} CPU-backed KV raised the best throughput"
     equal = [v for v in told if v.equal_tpot is not None and v.equal_tpot.word == "HIGHER"]
     limited = [v for v in told if v.at_limit is not None]
     at_limit = [v for v in limited if v.at_limit is not None and v.at_limit.word == "HIGHER"]

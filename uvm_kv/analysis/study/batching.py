@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from uvm_kv.analysis.repeats import REPEATS, medians, one_of_each
-from uvm_kv.analysis.study.base import Drawn, Study, percent
+from uvm_kv.analysis.study.base import Drawn, Study, percent, served
 from uvm_kv.analysis.style import PAGE_IN, SPARE
 
 SUSTAINED = 3.0
@@ -223,7 +223,8 @@ def _claims(table: pd.DataFrame, usable: pd.DataFrame) -> list[str]:
         curves = curves.loc[sorted(curves.index, key=lambda name: _rank(str(name)))]
         rates = sorted(part["request_rate"].unique())
         runs = usable[usable["workload"] == workload]
-        claims.append(_sustained(title, curves, _bound(part), rates[-1], len(runs.groupby(RUN))))
+        limit = f"{served(runs, ['output'])}, at most {runs['offered_batch'].max():.0f} at a time"
+        claims.append(_sustained(title, curves, _bound(part), rates[-1], len(runs.groupby(RUN)), limit))
         claims.append(_knees(title, curves, rates))
         claims += _chunked(title, part, runs)
     return claims
@@ -247,7 +248,9 @@ def _with_range(row: pd.Series[Any], column: str, say: Callable[[float], str]) -
     return at if low == high else f"{at} ({low} to {high})"
 
 
-def _sustained(title: str, curves: pd.DataFrame, bound: float, top: float, num_runs: int) -> str:
+def _sustained(title: str, curves: pd.DataFrame, bound: float, top: float, num_runs: int, scope: str) -> str:
+    """`scope`: what was served, and under which limit of the batch."""
+
     def say(rate: float) -> str:
         return "none" if not rate else format(rate, ".3g") + (" and more" if rate >= top else "")
 
@@ -255,7 +258,7 @@ def _sustained(title: str, curves: pd.DataFrame, bound: float, top: float, num_r
     of = f" (medians of {num_runs} runs, and their range)" if num_runs > 1 else ""
     line = (
         f"{title}: requests/s with a mean normalized latency of at most {1e3 * bound:.3g} ms a token, {SUSTAINED:g} "
-        f"times the lowest{of}: {each}"
+        f"times the lowest{of}, {scope}: {each}"
     )
     rates, is_continuous = curves["sustained_rate"], curves.index.str.startswith("continuous")
     best, other = rates[is_continuous].max(), rates[~is_continuous].max()

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from uvm_kv.analysis.load import points
 from uvm_kv.analysis.statistics import MIN_REPEATS
-from uvm_kv.analysis.study.base import Drawn, Study, percent
+from uvm_kv.analysis.study.base import Drawn, Study, percent, served
 from uvm_kv.analysis.style import COLUMN_IN, style_of
 from uvm_kv.analysis.verdict import INDIFFERENT, best_row, gain_of, is_cpu_backed, moved_kv
 from uvm_kv.types import BASELINES
@@ -52,7 +52,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     axis.set_xlabel(f"gain over the best that the card does alone\n(grey: no difference{doubt})")
     axis.set_title(f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}")
     figure.legend(loc="outside upper center", ncols=len(mechanisms))
-    return Drawn(figure, table, _claims(table))
+    return Drawn(figure, table, _claims(table, served(runs, [])))
 
 
 def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
@@ -104,19 +104,19 @@ def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns="slowest").reset_index(drop=True)
 
 
-def _claims(table: pd.DataFrame) -> list[str]:
-    """One text, a sentence an origin."""
+def _claims(table: pd.DataFrame, scope: str) -> list[str]:
+    """One text, a sentence an origin. `scope`: what was served."""
     parts = [part for _, part in table.groupby("origin", sort=True)]
-    return [" ".join(_sentence(part, of_several=len(parts) > 1) for part in parts)]
+    return [" ".join(_sentence(part, scope, of_several=len(parts) > 1) for part in parts)]
 
 
-def _sentence(table: pd.DataFrame, *, of_several: bool) -> str:
+def _sentence(table: pd.DataFrame, scope: str, *, of_several: bool) -> str:
     # Of a card the largest gain that is certain; without any the largest.
     ranked = table.assign(certain=table["word"] == "HIGHER").sort_values(["certain", "gain"], kind="stable")
     best = ranked.groupby("hardware", sort=False).tail(1).set_index("hardware")
     best = best.loc[list(dict.fromkeys(table["hardware"]))]
     helped, unclear = int((best["word"] == "HIGHER").sum()), best[best["word"] == "AMBIGUOUS"]
-    what = f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}"
+    what = f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}{f' ({scope})' if scope else ''}"
     cards = f"{len(best)} {table['origin'].iloc[0]} cards" if of_several else f"{len(best)} cards"
     each = ", ".join(f"{card} {percent(row['gain'])} ({row['mechanism']})" for card, row in best.iterrows())
     text = (

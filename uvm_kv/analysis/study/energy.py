@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 from uvm_kv.analysis.load import GROUP, points
 from uvm_kv.analysis.repeats import REPEATS
 from uvm_kv.analysis.statistics import judge
-from uvm_kv.analysis.study.base import Drawn, Study, percent
+from uvm_kv.analysis.study.base import Drawn, Study, percent, phases
 from uvm_kv.analysis.style import PAGE_IN, STYLES, look
 from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED, interval, is_cpu_backed, moved_kv
 from uvm_kv.types import BASELINES
@@ -67,13 +67,14 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
         ),
     )
     drawn = table[[c for c in COLUMNS if c in table]].sort_values([*GROUP, "label", "offered_batch"])
-    said = [claim for part in groups for claim in claims(part)]
+    said = [claim for part in groups for claim in claims(part, phases(runs))]
     return Drawn(figure, drawn.drop(columns="group").reset_index(drop=True), said)
 
 
-def claims(part: pd.DataFrame) -> list[str]:
-    """Of one comparison: what batching saves, the least energy with and without CPU memory, and the most wasted."""
-    title = part["title"].iloc[0]
+def claims(part: pd.DataFrame, scope: str = "") -> list[str]:
+    """Of one comparison: what batching saves, the least energy with and without CPU memory, and the most wasted.
+    `scope`: what was run of the requests."""
+    title = f"{part['title'].iloc[0]}{f', {scope}' if scope else ''}"
     base, backed = part[part["mechanism"].isin(BASELINES)], part[is_cpu_backed(part) & moved_kv(part)]
     if base.empty or backed.empty:
         absent = "device-only" if base.empty else "CPU-backed"
@@ -90,7 +91,7 @@ def claims(part: pd.DataFrame) -> list[str]:
         said.append(
             f"{title}: {head}: {other[column]:.3g} {name} "
             f"({other['label']}, batch {other['offered_batch']:.0f}) against {least[column]:.3g} ({least['label']}, "
-            f"batch {least['offered_batch']:.0f}), {percent(found.ratio - 1)}."
+            f"batch {least['offered_batch']:.0f}), {percent(found.ratio - 1)}; the card's energy, without the CPU's."
         )
     one = base.iloc[int(base["offered_batch"].argmin())]
     least = base.iloc[int(base[TOTAL].argmin())]

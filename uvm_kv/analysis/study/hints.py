@@ -27,7 +27,7 @@ from scipy.stats import t as student_t
 
 from uvm_kv.analysis.repeats import REPEATS, medians, one_of_each
 from uvm_kv.analysis.statistics import MIN_REPEATS, Ratio, judge
-from uvm_kv.analysis.study.base import Drawn, Study, throughput
+from uvm_kv.analysis.study.base import Drawn, Study, inserted, served, throughput
 from uvm_kv.analysis.style import PAGE_IN, SPARE
 from uvm_kv.analysis.verdict import MEASURED
 
@@ -326,11 +326,11 @@ def _about(runs: pd.DataFrame, design: Design, table: pd.DataFrame) -> str:
     rms, beyond = remainder(design)
     where = f"{runs['model'].iloc[0]} on a {runs['origin'].iloc[0]} {runs['hardware'].iloc[0]}"
     return (
-        f"{where}, {num} of {of} combinations of {len(design.factors)} factors{repeats}; main effects and two-way "
-        f"interactions explain {100 * explained:.1f} % of the variance of log throughput. Lenth's pseudo standard "
-        f"error of them is {pse:.3g} (margin x{np.exp(lenths):.3g}), the root mean square of the contrasts of three "
-        f"factors and more {rms:.3g} (margin x"
-        f"{np.exp(beyond):.3g}); an effect stands out beyond the larger margin."
+        f"{where}{inserted(served(runs)) or ','} {num} of {of} combinations of {len(design.factors)} factors{repeats}; "
+        f"main effects and two-way interactions explain {100 * explained:.1f} % of the variance of log throughput. "
+        f"Lenth's pseudo standard error of them is {pse:.3g} (margin x{np.exp(lenths):.3g}), the root mean square of "
+        f"the contrasts of three factors and more {rms:.3g} (margin x{np.exp(beyond):.3g}); an effect stands out "
+        f"beyond the larger margin."
     )
 
 

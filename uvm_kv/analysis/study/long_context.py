@@ -189,7 +189,8 @@ def claims(table: pd.DataFrame) -> list[str]:
     if ratio.notna().any():
         top, num = best.iloc[int(ratio.argmax())], int((ratio > 1 + INDIFFERENT).sum())
         said.append(
-            f"Of {int(ratio.notna().sum())} points that the card alone serves too, CPU-backed KV is faster in {num}; "
+            f"Of {int(ratio.notna().sum())} points that the card alone serves too, decode alone, CPU-backed KV is "
+            f"faster in {num}; "
             f"at most {100 * (ratio.max() - 1):+.1f} %, {top['label']} at {_sequences(int(top['offered_batch']))} of "
             f"{int(top['context_tokens'])} tokens."
         )

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from uvm_kv.analysis.load import points
 from uvm_kv.analysis.statistics import judge
-from uvm_kv.analysis.study.base import Drawn, Study
+from uvm_kv.analysis.study.base import Drawn, Study, served
 from uvm_kv.analysis.style import PAGE_IN, SMALL, STYLES, style_of
 from uvm_kv.analysis.verdict import MEASURED
 from uvm_kv.types import BASELINES, Layout
@@ -83,7 +83,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     ]
     where = f"{table['title'].iloc[0].partition(', on a ')[0]} tokens, {runs['hardware'].iloc[0]}"
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=SMALL, title=where)
-    return Drawn(figure, table.drop(columns=["title", "group", "throughputs"]), claims(table))
+    return Drawn(figure, table.drop(columns=["title", "group", "throughputs"]), claims(table, served(runs)))
 
 
 def _decades(values: pd.Series[float]) -> tuple[float, float]:
@@ -179,9 +179,9 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["curve", "layout", "working_set_ratio"]).reset_index(drop=True)
 
 
-def claims(table: pd.DataFrame) -> list[str]:
-    """Where each line falls and by how much, then layer_major against block_major."""
-    said = [*_headline(table), *_within(table)]
+def claims(table: pd.DataFrame, scope: str) -> list[str]:
+    """Where each line falls and by how much, then layer_major against block_major. `scope`: what was served."""
+    said = [*_headline(table, scope), *_within(table)]
     said += [
         _cliff(f"{curve}, {layout}", part)
         for (curve, layout), part in table.groupby(["curve", "layout"], sort=True)
@@ -193,7 +193,7 @@ def claims(table: pd.DataFrame) -> list[str]:
     return said
 
 
-def _headline(table: pd.DataFrame) -> list[str]:
+def _headline(table: pd.DataFrame, scope: str) -> list[str]:
     """Demand paging without hints against the best of the rest, past the capacity; nothing where a side is absent."""
     beyond = table[(table["working_set_ratio"] > 1) & ~table["curve"].isin(BASELINES)]
     within = table[table["working_set_ratio"] <= 1].groupby(["curve", "layout"])["throughput"].max()
@@ -218,7 +218,7 @@ def _headline(table: pd.DataFrame) -> list[str]:
     return [
         f"Once the working set passes the device KV, demand paging without hints keeps {share.min():.0%} to "
         f"{share.max():.0%} of the throughput that it has within it; of the other hints and placements "
-        f"{verb} ({where})."
+        f"{verb} ({where}){f'; this is of {scope}' if scope else ''}."
     ]
 
 

@@ -3,7 +3,8 @@
 The gain of a cell is the best throughput of a placement over the batches tried beyond the card's capacity, over the
 best of device_resident in that cell, less one; both under worst-case admission. What fits the card is the same in both,
 and is no answer. Where the throughput still rose at the largest batch, and all of its requests ran, the gain is a lower
-bound: `at_least`. `draw_grid` serves every grid of this kind.
+bound: `at_least`. Where runs start in the steady state, hence decode alone, runs of the same cells that start cold,
+with their prefill, tell what is left of each gain: `cold_gain`. `draw_grid` serves every grid of this kind.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from matplotlib.patches import Patch
 
 from uvm_kv.analysis.load import GROUP, points
 from uvm_kv.analysis.statistics import judge
-from uvm_kv.analysis.study.base import Drawn, Study, percent
+from uvm_kv.analysis.study.base import Drawn, Study, inserted, percent, phases, served
 from uvm_kv.analysis.style import PAGE_IN, SMALL, STYLES
 from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED, is_cpu_backed, with_gains
 from uvm_kv.types import GIB
@@ -36,6 +37,7 @@ TICKS = (-0.5, -0.1, -0.03, 0, 0.03, 0.1, 0.5, 2.0)
 HOW = {"static_split": "in place", "prefetch_ahead": "copy ahead", "bandwidth_balanced": "both"}
 ONE_MORE = (0, (2.5, 1.2))
 MAX_CELLS = 4
+COLD = ["cold_gain", "cold_at_least", "cold_word"]
 ALL_RUN = 0.95
 """Of the offered requests in the mean running batch: the mechanism itself holds none back."""
 
@@ -117,9 +119,24 @@ def _still_rises(best: pd.Series[Any], table: pd.DataFrame) -> bool:
     return bool(is_full or best["running_batch_mean"] >= ALL_RUN * best["offered_batch"])
 
 
+def with_cold(runs: pd.DataFrame, x: Axis, y: Axis) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs that the cells are of, and the cells. Beside runs that start steady, those that start otherwise are not
+    among them, but give the same cells (and mechanisms) the columns COLD, NaN or None where there is no such run."""
+    is_steady = runs["start"] == "steady" if "start" in runs else pd.Series(False, runs.index)
+    if not is_steady.any() or is_steady.all():
+        return runs, cells(runs, x, y).assign(**dict.fromkeys(COLD))
+    try:
+        cold = cells(runs[~is_steady], x, y)
+    except ValueError as error:
+        raise ValueError(f"of the runs that start cold: {error}") from None
+    key = ["label", y.name, x.name]
+    cold = cold[[*key, "gain", "at_least", "word"]].set_axis([*key, *COLD], axis=1)
+    return runs[is_steady], cells(runs[is_steady], x, y).merge(cold, how="left", on=key)
+
+
 def draw_grid(runs: pd.DataFrame, x: Axis, y: Axis, note: str = "") -> Drawn:
     """A panel a mechanism; `note`: what else is to be known of the axes, for the figure's title."""
-    table = cells(runs, x, y)
+    runs, table = with_cold(runs, x, y)
     labels = sorted(set(table["label"]), key=lambda name: (list(STYLES).index(name) if name in STYLES else 99, name))
     num_x, num_y = int(table["x_rank"].max()) + 1, int(table["y_rank"].max()) + 1
     num_columns = min(len(labels), 3)
@@ -151,7 +168,7 @@ def draw_grid(runs: pd.DataFrame, x: Axis, y: Axis, note: str = "") -> Drawn:
     bar = figure.colorbar(image, ax=axes, ticks=ticks, location="bottom", aspect=60, shrink=0.6, pad=0.03)
     bar.ax.set_xticklabels([f"{100 * tick:+.0f} %" if tick else "0" for tick in ticks])
     bar.ax.minorticks_off()
-    scope = _scope(runs)
+    scope = phases(runs)
     bar.set_label(f"best gain over {BASELINE}{f', {scope}' if scope else ''}")
     handles: list[Any] = [
         Line2D([], [], color="black", linewidth=0.9, label="the closed form's bound passes this gain"),
@@ -162,17 +179,12 @@ def draw_grid(runs: pd.DataFrame, x: Axis, y: Axis, note: str = "") -> Drawn:
     marks = ["bold: it pays"]
     marks += ["\u2265: still rising at the largest batch"] if table["at_least"].any() else []
     marks += ["?: AMBIGUOUS over repeats"] if (table["word"] == "AMBIGUOUS").any() else []
+    marks += ["below, small: served cold, with its prefill"] if table["cold_gain"].notna().any() else []
     where = ", ".join(part for part in (_where(table), note, scope) if part)
     title = f"gain in %, {where}\n{'; '.join(marks)}"
     legend = figure.legend(handles=handles, loc="outside upper center", ncols=3, title=title)
     legend.get_title().set_multialignment("center")
-    return Drawn(figure, _table(table, x, y), claims(table, x, y, scope))
-
-
-def _scope(runs: pd.DataFrame) -> str:
-    """What was run of the requests; empty where runs do not say."""
-    starts = set(runs["start"].dropna()) if "start" in runs else set()
-    return "" if not starts else "decode alone" if starts == {"steady"} else "prefill and decode"
+    return Drawn(figure, _table(table, x, y), claims(table, x, y, scope, served(runs, ["output"])))
 
 
 def _where(table: pd.DataFrame) -> str:
@@ -203,7 +215,12 @@ def _panel(axis: Any, part: pd.DataFrame, shape: tuple[int, int], norm: Any) -> 
             continue
         weight = "bold" if cell["word"] == "HIGHER" else "normal"
         colour = "white" if abs(norm(cell["gain"]) - 0.5) > 0.33 else "black"
-        axis.text(*at, _number(cell), ha="center", va="center", fontsize=SMALL, weight=weight, color=colour)
+        look = {"ha": "center", "va": "center", "color": colour}
+        has_cold = pd.notna(cell["cold_gain"])
+        axis.text(at[0], at[1] + 0.16 * has_cold, _number(cell), fontsize=SMALL, weight=weight, **look)
+        if has_cold:
+            below = {"gain": cell["cold_gain"], "at_least": cell["cold_at_least"], "word": cell["cold_word"]}
+            axis.text(at[0], at[1] - 0.24, _number(pd.Series(below)), fontsize=0.8 * SMALL, **look)
     _frontiers(axis, part, shape)
     return image
 
@@ -259,15 +276,17 @@ def _table(table: pd.DataFrame, x: Axis, y: Axis) -> pd.DataFrame:
     columns = ["origin", "hardware", "model", "label", "placement", y.name, x.name]
     columns += ["gain", "at_least", "word", "throughput", "baseline_throughput", "num_runs"]
     columns += ["offered_batch", "running_batch_mean", "working_set_ratio", "closed_form_ceiling", "closed_form.link"]
-    columns += ["closed_form.stranded", "closed_form.num_seqs", "least_batch", "h2d_bytes", "d2h_bytes"]
+    columns += ["closed_form.stranded", "closed_form.num_seqs", "least_batch", "h2d_bytes", "d2h_bytes", *COLD]
     return table[columns]
 
 
-def claims(table: pd.DataFrame, x: Axis, y: Axis, scope: str = "") -> list[str]:
-    """Where each placement pays, how that compares to the closed form, and which is best where."""
-    said = [_best(table, x, y, scope)]
+def claims(table: pd.DataFrame, x: Axis, y: Axis, scope: str = "", details: str = "") -> list[str]:
+    """Where each placement pays, how that compares to the closed form, and which is best where. `scope`: what was run
+    of the requests, which every claim says; `details`: the same with lengths and admission, for the first one."""
+    said = [_best(table, x, y, details)]
     for label, part in table.groupby("label", sort=True):
-        said += [_pays(str(label), part, x, y), _agrees(str(label), part, x, y)]
+        said += [_pays(f"{label}{inserted(scope)}", part, x, y)]
+        said += [_agrees(f"{label}, {scope}" if scope else str(label), part, x, y)]
     absent = table[table["gain"].isna()].drop_duplicates(["x_rank", "y_rank"])
     if len(absent):
         places = "; ".join(_cell(cell, x, y) for _, cell in absent.head(MAX_CELLS).iterrows())
@@ -292,6 +311,28 @@ def _gains(paying: pd.DataFrame, top: pd.Series[Any], where: str) -> str:
     )
 
 
+def _served_cold(paying: pd.DataFrame, known: pd.DataFrame) -> str:
+    """What the cells that pay in decode gain from a cold start, and in how many of all it pays then."""
+    both, num = paying[paying["cold_gain"].notna()], int(known["cold_gain"].notna().sum())
+    if both.empty:
+        return ""
+    which = f"the same {_count(len(both))}" if len(both) == len(paying) else f"the {len(both)} of them that were run so"
+    one = len(both) == 1
+    rising = "at least " if both["cold_at_least"].astype(bool).any() else ""
+    gains = both["cold_gain"].astype(float)
+    num_paying = int((known["cold_word"] == "HIGHER").sum())
+    return (
+        f"; served cold, with {'its' if one else 'their'} prefill, {which} gain{'s' * one} "
+        f"{rising}{percent(float(gains.median()))} in {'its' if one else 'their'} median and "
+        f"{rising or 'at most '}{percent(float(gains.max()))}, and {num_paying or 'none'} of {num} cells "
+        f"pay{'s' if num_paying == 1 else ''}"
+    )
+
+
+def _count(num: int) -> str:
+    return f"{num} cell{'s' if num > 1 else ''}"
+
+
 def _unclear(known: pd.DataFrame) -> str:
     num = int((known["word"] == "AMBIGUOUS").sum())
     return f"; AMBIGUOUS over its repeats, and not counted, in {num}" if num else ""
@@ -300,7 +341,7 @@ def _unclear(known: pd.DataFrame) -> str:
 def _pays(label: str, part: pd.DataFrame, x: Axis, y: Axis) -> str:
     known = part.dropna(subset=["gain"])
     if known.empty:
-        return f"{label}: no cell has a {BASELINE} run to compare with."
+        return f"{label} has no cell with a {BASELINE} run to compare with."
     pays, loses = known[known["word"] == "HIGHER"], known[known["word"] == "LOWER"]
     margin, unclear = f"{INDIFFERENT:.0%}", _unclear(known)
     if pays.empty:
@@ -316,7 +357,7 @@ def _pays(label: str, part: pd.DataFrame, x: Axis, y: Axis) -> str:
     )
     text = (
         f"{label} pays (more than {margin}) in {len(pays)} of {len(known)} cells ({len(pays) / len(known):.0%}), "
-        f"{_gains(pays, top, where)}{unclear}"
+        f"{_gains(pays, top, where)}{unclear}{_served_cold(pays, known)}"
     )
     if loses.empty:
         return f"{text}; it loses more than {margin} in none."
@@ -355,11 +396,11 @@ def _agrees(label: str, part: pd.DataFrame, x: Axis, y: Axis) -> str:
     )
 
 
-def _best(table: pd.DataFrame, x: Axis, y: Axis, scope: str) -> str:
+def _best(table: pd.DataFrame, x: Axis, y: Axis, details: str) -> str:
     across = f"{y.title} x {x.title}".replace("\n", " ")
     first = table.iloc[0]
     card = f"On a {first['origin']} {first['hardware']} with {first['model']}"
-    start = f"{card}, {scope}, over {across}," if scope else f"{card}, over {across},"
+    start = f"{card}{inserted(details) or ','} over {across},"
     known = table.dropna(subset=["gain"])
     if known.empty:
         return f"{start} no cell has a {BASELINE} run, and no placement can be called the best."
@@ -372,14 +413,23 @@ def _best(table: pd.DataFrame, x: Axis, y: Axis, scope: str) -> str:
     if paying.empty:
         return f"{start} no placement of KV in CPU memory pays in any of {num} cells{unclear}."
     paying = paying.loc[paying.groupby(at)["gain"].idxmax()]
+    cold = _cold_of_cells(known, at)
+    both = paying.drop(columns=COLD).merge(cold, how="left", on=at)
     shares = ", ".join(f"{name} in {count}" for name, count in paying["label"].value_counts().sort_index().items())
     top = paying.iloc[int(paying["gain"].argmax())]
     where = f"{top['label']} at {_cell(top, x, y)}"
     return (
         f"{start} some placement of KV in CPU memory beats {BASELINE} in {len(paying)} of {num} cells "
-        f"({len(paying) / num:.0%}), {_gains(paying, top, where)}{unclear}; "
+        f"({len(paying) / num:.0%}), {_gains(paying, top, where)}{unclear}{_served_cold(both, cold)}; "
         f"the best is {shares}."
     )
+
+
+def _cold_of_cells(known: pd.DataFrame, at: list[str]) -> pd.DataFrame:
+    """A row a cell: the best that any placement gains in it from a cold start."""
+    gain = known["cold_gain"].astype(float)
+    best = known.assign(cold_gain=gain, order=gain.fillna(-np.inf)).groupby(at)["order"].idxmax()
+    return known.loc[best, [*at, *COLD]]
 
 
 def _gib(run: pd.Series[Any]) -> tuple[float, str]:
@@ -411,12 +461,14 @@ STUDY = Study(
         "Each panel is a way to use CPU memory, each cell a size of the KV memory on the card and a length of the "
         "requests. The number is by how many per cent the best batch beyond the card's capacity is faster (blue) or "
         "slower (red) than the best batch on the card alone. It is of decode alone: runs begin in their steady state, "
-        "no prompt is computed, and the gain over whole requests is smaller. Where a cell has \u2265, the largest "
+        "no prompt is computed. The small number below it is what is left of the gain when the same requests start "
+        "cold, with their prefill, over fewer working sets. Where a cell has \u2265, the largest "
         "batch tried was still the best, with all its requests running, and the gain is at least that. The lines are "
         "the closed form's bound on the gain, what the link can carry while a step computes: they part the cells whose "
         "bound is above the line's gain from the others. Beyond the dashed line, where so few requests fit that one "
         "more is already more than the link can carry, cells fall far below their bound."
     ),
-    factors=("model", "mechanism", "device_kv_bytes", "prompt_tokens", "offered_batch"),
+    factors=("model", "mechanism", "device_kv_bytes", "prompt_tokens", "offered_batch", "start"),
     draw=draw,
+    experiments=("phase_diagram", "phase_diagram_cold"),
 )

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from uvm_kv.analysis.repeats import REPEATS, medians, one_of_each
 from uvm_kv.analysis.statistics import MIN_REPEATS, judge
-from uvm_kv.analysis.study.base import Drawn, Study, percent
+from uvm_kv.analysis.study.base import Drawn, Study, percent, served
 from uvm_kv.analysis.style import PAGE_IN, SPARE
 from uvm_kv.analysis.verdict import INDIFFERENT, MEASURED
 
@@ -57,7 +57,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     figure.legend(
         handles=_legend(prompts, any_unsound=not with_both["is_comparable"].all()), loc="outside upper center", ncols=4
     )
-    return Drawn(figure, table[list(COLUMNS)], _claims(table))
+    return Drawn(figure, table[list(COLUMNS)], _claims(table, served(runs, ["output"])))
 
 
 def _table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -229,7 +229,8 @@ def _legend(prompts: Sequence[int], *, any_unsound: bool) -> list[Line2D]:
     return lines
 
 
-def _claims(table: pd.DataFrame) -> list[str]:
+def _claims(table: pd.DataFrame, scope: str) -> list[str]:
+    """`scope`: what was served."""
     both, sound = table.dropna(subset=["recompute_over_swap"]), _sound(table)
     model = f"{table['model'].iloc[0]} on a {table['origin'].iloc[0]} {table['hardware'].iloc[0]}"
     low, high = sound["recompute_over_swap"].min(), sound["recompute_over_swap"].max()
@@ -237,7 +238,8 @@ def _claims(table: pd.DataFrame) -> list[str]:
     doubt = f"; which is the cheaper one is AMBIGUOUS at {unclear} of {len(sound)} points" if unclear else ""
     claims = [
         f"{model}: a preemption by recompute costs {low:.2g} to {high:.2g} times one by swap with batched copies, over "
-        f"prompts of {_range(sound['prompt_tokens'])} tokens and blocks of {_range(sound['block_size'])}; one of "
+        f"prompts of {_range(sound['prompt_tokens'])} tokens and blocks of {_range(sound['block_size'])} "
+        f"({scope}); one of "
         f"{_example(sound)}{doubt}."
     ]
     if len(idle := table[table["recompute_over_swap"].isna()]):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uvm_kv.analysis.load import flatten, load_runs, to_csv
-from uvm_kv.analysis.study.base import Drawn, Study, with_origin
+from uvm_kv.analysis.study.base import Drawn, Study, phases, with_origin
 from uvm_kv.analysis.style import SMALL, save_figure
 from uvm_kv.telemetry.checks import TEXT, check_fields, dict_of, parse_json, short
 from uvm_kv.telemetry.failures import failure_sha256, gaps
@@ -154,7 +154,8 @@ def publish(study: Study, source: Source, out: Path, index: Index, expected: Sou
     runs = load_runs(source.records)
     origins = _origins(source.records, source.failures)
     drawn = study.draw(runs, list(source.failures.values()))
-    drawn = replace(drawn, claims=[with_origin(claim, origins) for claim in drawn.claims])
+    scope = phases(runs)
+    drawn = replace(drawn, claims=[with_origin(claim, origins, scope) for claim in drawn.claims])
     failures = {name: failure_sha256(source.failures[name]) for name in sorted(source.failures)}
     known, known_failures = (
         {name: sha for experiment in study.sources for name, sha in index.get(experiment, {}).get(kind, {}).items()}

@@ -258,8 +258,8 @@ def _capacity(title: str, decode: pd.DataFrame) -> str:
         return f"{title}: no batch tried fits the card in decode at {PART_SEQUENCE} tokens."
     top, best = rated.iloc[-1], fitting.iloc[-1]
     line = (
-        f"{title}, decode at {PART_SEQUENCE} tokens: {best['rate']:.0f} tokens/s at batch {best['batch_size']}, the "
-        f"best of those that fit the card"
+        f"{title}, decode at {PART_SEQUENCE} tokens: {best['rate']:.0f} tokens/s of decode steps alone at "
+        f"batch {best['batch_size']}, the best of those that fit the card"
     )
     if top["fits"]:
         return f"{line}; a larger memory would bring nothing among the batches tried."

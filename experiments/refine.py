@@ -23,6 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.progress import Event, read_command, report_event
+from uvm_kv.analysis.load import setting_of
 from uvm_kv.config.build import Job, check_fits, identity, is_done, repeats_of, run_job
 from uvm_kv.config.command import compose_config
 from uvm_kv.config.names import folders_of, parse_overrides
@@ -124,7 +125,7 @@ def _lines(events: Iterable[Event], experiment: str) -> list[Line]:
             continue
         if is_of_other_code(manifest, summary["runner"]):  # Its numbers say nothing about those of the present code.
             continue
-        comparison = json.dumps([summary["setting"], summary["hardware"], summary["model"], summary["workload"]])
+        comparison = json.dumps([setting_of(summary), summary["hardware"], summary["model"], summary["workload"]])
         key = comparison, json.dumps([summary["mechanism"], summary["variant"]])
         found.setdefault(key, []).append((event, summary))
     lines = []

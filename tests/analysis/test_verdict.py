@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from uvm_kv.analysis.load import points
+from uvm_kv.analysis.load import points, setting_of
 from uvm_kv.analysis.verdict import Verdict, verdicts, with_gains
 
 Row = tuple[str, int, float, float]
@@ -306,3 +306,11 @@ def test_measured_runs_are_judged_by_their_repeats() -> None:
     assert "AMBIGUOUS" in single.line() and "needs 3 repeats on both sides" in single.line()
     (simulated,) = verdicts(points(table(rows)))
     assert simulated.word == "HIGHER"
+
+
+def test_a_budget_that_follows_from_the_batch_tells_no_comparison_apart() -> None:
+    """Qwen2.5-7B: the logits of more than 256 sequences take room of what the card leaves for KV."""
+    summary = {"setting": {"memory.device_kv_bytes": 7, "block_size": 16}}
+    left, given = ({"memory_budget": [["weights", 1], [name, 7]]} for name in ("KV budget", "KV budget (given)"))
+    assert setting_of(summary | left) == {"memory.device_kv_bytes": None, "block_size": 16}
+    assert setting_of(summary | given) == summary["setting"]

@@ -52,12 +52,23 @@ def load_runs(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             flatten(r.summary)
-            | ({"setting": r.summary["setting"] | {"code": r.code}} if r.code and "setting" in r.summary else {})
+            | (
+                {"setting": setting_of(r.summary) | ({"code": r.code} if r.code else {})}
+                if "setting" in r.summary
+                else {}
+            )
             | {"id": r.id, "place": str(r.place), "git_sha": r.manifest.get("git_sha")}
             | {"git_dirty": r.manifest.get("git_dirty"), "argv": r.manifest.get("argv"), "draw": _draw(r)}
             for r in records
         ]
     )
+
+
+def setting_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a run shares with those that it may be compared with. A KV budget that is what the card leaves follows from
+    the batch size, as the logits of more than 256 sequences take room of it: it tells no two runs apart."""
+    is_left = any(name == "KV budget" for name, _ in summary.get("memory_budget", ()))
+    return summary["setting"] | ({"memory.device_kv_bytes": None} if is_left else {})
 
 
 def _draw(record: Record) -> str:

@@ -433,7 +433,7 @@ def _cold_of_cells(known: pd.DataFrame, at: list[str]) -> pd.DataFrame:
 
 
 def _gib(run: pd.Series[Any]) -> tuple[float, str]:
-    size = run["setting"]["memory.device_kv_bytes"] / GIB
+    size = (run["setting"]["memory.device_kv_bytes"] or run["device_kv_bytes"]) / GIB
     return size, f"{size:g}"
 
 

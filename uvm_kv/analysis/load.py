@@ -68,7 +68,8 @@ def setting_of(summary: dict[str, Any]) -> dict[str, Any]:
     """What a run shares with those that it may be compared with. A KV budget that is what the card leaves follows from
     the batch size, as the logits of more than 256 sequences take room of it: it tells no two runs apart."""
     is_left = any(name == "KV budget" for name, _ in summary.get("memory_budget", ()))
-    return summary["setting"] | ({"memory.device_kv_bytes": None} if is_left else {})
+    setting: dict[str, Any] = summary["setting"]
+    return setting | ({"memory.device_kv_bytes": None} if is_left else {})
 
 
 def _draw(record: Record) -> str:

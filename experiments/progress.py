@@ -50,9 +50,9 @@ class Event:
     identity: dict[str, Any] | None = None
     """Of a run that has started: what a record of its failure begins with."""
     num_runs: int = 1
-    """Of a job that failed before it was a run: the repeats that it asked for, none of which will come."""
+    """Repeats that a job asked for which failed before it was a run: none of them will come."""
     note: str | None = None
-    """Of a run that has started: a line for the user, such as what was set aside for it."""
+    """A line for the user about a run that has started, such as what was set aside for it."""
 
 
 def report_event(event: Event) -> None:

@@ -49,13 +49,14 @@ class Line:
     comparison: str
     mechanism: str
     overrides: tuple[str, ...]
-    """Of one of its jobs, without what says the batch size."""
+    """Those of one of its jobs, without what says the batch size."""
     experiment: str
     tracking: dict[str, str] | None
     summaries: tuple[dict[str, Any], ...]
-    """Of the finished runs, those of one seed and repeat."""
+    """Summaries of the finished runs of one seed and repeat."""
     finished: frozenset[str]
-    """Run directories that this sweep has run already, which rerun=true does not run again."""
+    """Run directories that this sweep or its search has run already. They are neither run again, even by rerun=true, nor
+    reported again."""
     hints: tuple[int, ...] = ()
     """Batches to begin with beside its own."""
     search_path: tuple[str, ...] = ()
@@ -100,7 +101,8 @@ def refine(events: Sequence[Event], experiment: str, search_path: tuple[str, ...
         try:
             alone = list(pool.map(_search, [line for line in lines if not line.is_backed]))
             found = [*alone, *pool.map(_search, [_with_hints(line, alone) for line in lines if line.is_backed])]
-            list(pool.map(_draw, *zip(*_to_draw(found), strict=True)) if _to_draw(found) else ())
+            for future in [pool.submit(_draw, *point) for point in _to_draw(found)]:
+                future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -167,20 +169,26 @@ def _search(line: Line) -> Line:
     """With the summaries of what the search ran. In a worker process."""
     composed = _compose(line)
     known = {s["offered_batch"]: s for s in line.summaries}
+    ran: set[str] = set()
 
     def evaluate(batch_size: int) -> Tried | None:
         if batch_size not in known:
-            summary = _run(line, _jobs(line, composed, batch_size)[0])
+            try:
+                job = _jobs(line, composed, batch_size)[0]
+            except ValueError:  # The activations of so large a batch leave too little of the card.
+                return None
+            summary = _run(line, job)
             if summary is None:
                 return None
             known[batch_size] = summary
+            ran.add(str(job.directory))
         return _tried(known[batch_size], is_backed=line.is_backed)
 
     one_length = not line.summaries[0]["drawn"]
     # No step takes more sequences than tokens, and the LIMIT of a sweep is a point of its own, not a rung.
     start = [b for b in known if b != LIMIT] or list(known)
     search_best(evaluate, [*start, *line.hints], one_length=one_length, most=composed.scheduler.max_num_batched_tokens)
-    return replace(line, summaries=tuple(known.values()))
+    return replace(line, summaries=tuple(known.values()), finished=line.finished | ran)
 
 
 def _to_draw(lines: Sequence[Line]) -> list[tuple[Line, int]]:

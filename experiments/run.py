@@ -514,6 +514,7 @@ def main() -> int:
     argv = ["python", "-m", "experiments.run", *arguments, *([] if name is None else [f"name={name}"])]
     experiment = request.results_dir / request.experiment
     place = None
+    lost: str | None = None
     shared = request.results_dir if sweep and launcher in launchers.PAST_ONE_MACHINE else None
     end_children_with_me()
     try:
@@ -535,20 +536,25 @@ def main() -> int:
             if request.refine and not launchers.problems:
                 log.poll()
                 search_path = (o.input_line for o in request.overrides if o.key_or_group == "hydra.searchpath")
-                refine(log.events, request.experiment, tuple(search_path))
+                try:
+                    refine(log.events, request.experiment, tuple(search_path))
+                except Exception as error:  # What is finished is reported all the same.
+                    lost = explain(error)
     except KeyboardInterrupt:
         if place is not None:
             place.discard_empty()
         print(
             f"\ninterrupted: {len(completed_runs(experiment))} finished runs stay in {experiment}; the "
-            f"same command goes on from there",
+            f"same command resumes the sweep",
             file=sys.stderr,
         )
         return 130
     for problem in launchers.problems:
-        print(f"error: hydra/launcher={launcher} cannot go on: {problem}", file=sys.stderr)
+        print(f"error: hydra/launcher={launcher} cannot continue: {problem}", file=sys.stderr)
+    if lost is not None:
+        print(f"error: the search for the best batch sizes broke off: {lost}", file=sys.stderr)
     try:
-        if place is not None and not launchers.problems:
+        if place is not None and not launchers.problems and lost is None:
             SweepEnd.of(request.num_runs, log.events).write(place.end)
         status = _print_outcome(request, log, place, argv)
     except (OSError, ValueError) as error:
@@ -559,7 +565,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: python -m experiments.publish sends the rest", file=sys.stderr)
         return 130
-    return 1 if launchers.problems else status
+    return 1 if launchers.problems or lost is not None else status
 
 
 def _quoted(value: str) -> str:

@@ -7,9 +7,9 @@
 
 Runs go to results/study/<commit>/<experiment>/: another commit begins anew, the same one goes on where it was stopped.
 With uncommitted changes everything is run again. A point is known by what tells it apart from the others, not by its
-id. It agrees with the reference where every number of its summary is
-within TOLERANCE of it and all else in it is the same, and a refused point where the reason is; the simulator is
-deterministic, and what is left is the arithmetic of another processor.
+id. It agrees with the reference where every number of its summary is within TOLERANCE of the reference's and all else
+is the same; a refused point agrees where the reason is the same. The simulator is deterministic, so what differs is the
+arithmetic of another processor.
 """
 
 from __future__ import annotations

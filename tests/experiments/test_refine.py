@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
+from experiments import refine
 from tests.experiments.test_run import run, stamps
+from uvm_kv.config.build import Job
 from uvm_kv.telemetry.store import read_json
 from uvm_kv.telemetry.whole import completed_runs
 
@@ -53,6 +56,30 @@ def test_drawn_lengths_are_compared_over_five_draws(tmp_path: Path) -> None:
     draws = pd.DataFrame(summaries).groupby(["mechanism", "offered_batch"])["repeat"].apply(set)
     assert sum(found == {0, 1, 2, 3, 4} for found in draws) >= 3, "both baselines and the challenger"
     assert min(map(len, draws)) == 1, "what only the search tried is drawn once"
+    num = len(summaries)
+    assert f"{num} of {num} runs are complete, 0 failed" in done.stderr, "a searched run that is drawn counts once"
+
+
+def test_a_batch_whose_activations_do_not_fit_ends_the_search_and_not_the_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With 9.25 GB of KV beside Llama-3-8B, the logits of a few hundred sequences fill the rest of the card."""
+    overrides = ("model=llama3_8b", "memory.device_kv_bytes=9250000000", "mechanism=device_resident")
+    lengths = ("workload.prompt_tokens=16", "workload.output_tokens=4")
+
+    def summary(batch_size: int) -> dict[str, Any]:
+        told = {"offered_batch": batch_size, "running_batch_mean": float(batch_size), "preemptions": 0, "drawn": False}
+        return told | {"output_tokens_per_s": 10.0 * batch_size, "h2d_bytes": 0, "d2h_bytes": 0}
+
+    def made_up(line: refine.Line, job: Job) -> dict[str, Any]:
+        return summary(job.resolved.config.batch_size)
+
+    monkeypatch.setattr(refine, "_run", made_up)
+    line = refine.Line("", "device_resident", (*overrides, *lengths), "adhoc", None, (summary(256),), frozenset())
+    found = refine._search(line)
+    largest = max(it["offered_batch"] for it in found.summaries)
+    assert 256 < largest < 2048
+    assert len(found.finished) == len(found.summaries) - 1
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def _at(best: Best) -> str:
 
 
 def _told(gain: Gain) -> str:
-    """`+4.3 % (five draws; up to 1.2 % is no difference)`."""
+    """`+4.3% (5 paired draws; up to 1.2% is no difference)`."""
     text = f"{gain.gain:+.1%}"
     if gain.word == "AMBIGUOUS" and gain.ratio is not None:
         return text + interval(gain.ratio)
@@ -197,7 +197,7 @@ def verdicts(points: pd.DataFrame) -> list[Verdict]:
 
 
 def gain_of(point: pd.Series[Any], over: pd.Series[Any]) -> Gain:
-    """Of one row of `points` over another; paired by draw where their workload is drawn."""
+    """The gain of one row of `points` over another; paired by draw where their workload is drawn."""
     sides = _best_of(over), _best_of(point)
     if point["origin"] == MEASURED:
         ratio = judge(point["throughputs"], over["throughputs"], INDIFFERENT, measured=True)

@@ -76,7 +76,7 @@ class _Search:
         return [self.tried[b] for b in sorted(self.tried)]
 
     def best(self) -> Tried:
-        """Of equal throughputs the smallest batch; one that counts before any that does not."""
+        """The fastest batch: one that counts before any that does not, and of equal throughputs the smallest."""
         return max(self.tried.values(), key=lambda it: (it.counts, it.tokens_per_s, -it.batch_size))
 
     def is_limit(self, batch_size: int) -> bool:

@@ -55,8 +55,8 @@ class Line:
     summaries: tuple[dict[str, Any], ...]
     """Summaries of the finished runs of one seed and repeat."""
     finished: frozenset[str]
-    """Run directories that this sweep or its search has run already. They are neither run again, even by rerun=true, nor
-    reported again."""
+    """Run directories that this sweep or its search has run already: rerun=true does not run them again, and they are
+    reported once."""
     hints: tuple[int, ...] = ()
     """Batches to begin with beside its own."""
     search_path: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.progress import Event, read_command, report_event
 from uvm_kv.analysis.load import setting_of
+from uvm_kv.analysis.verdict import LIMIT
 from uvm_kv.config.build import Job, check_fits, identity, is_done, repeats_of, run_job
 from uvm_kv.config.command import compose_config
 from uvm_kv.config.names import folders_of, parse_overrides
@@ -38,8 +39,6 @@ from uvm_kv.telemetry.whole import read_run, set_aside
 from uvm_kv.types import BASELINES
 
 NUM_DRAWS = 5
-LIMIT = 256
-"""As `uvm_kv.analysis.verdict.LIMIT`: points with this batch are compared where a sweep has them."""
 
 
 @dataclass(frozen=True)

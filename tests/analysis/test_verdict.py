@@ -161,6 +161,7 @@ def test_a_peak_between_two_batches_that_were_tried_is_no_answer() -> None:
     assert found.word == "UNKNOWN"
     # The line through 13 and 14 reaches 122 at 16.
     assert found.missing == "device_recompute may be up to 7.0% faster at a batch of 15 to 16"
+    assert found.command is not None and found.command.endswith(" batch_size=15,16 refine=true"), "not the same again"
     assert verdict_of([*BASE, *coarse, *swap(124.0)]).word == "HIGHER"  # It beats even that.
     assert verdict_of([*BASE, *coarse, *swap(110.0)]).word == "LOWER"
 
@@ -222,6 +223,11 @@ def test_a_limit_of_256_sequences_stands_beside_the_best_limit() -> None:
     found = verdict_of([*RECOMPUTE, *swap(121.0), *at_limit])
     assert found.at_limit is not None and found.at_limit.gain == pytest.approx(0.1)
     assert "At a limit of 256 sequences: +10.0%" in found.line()
+    runs = table([*RECOMPUTE, *swap(121.0), *at_limit])
+    runs.loc[(runs["mechanism"] == "pinned_swap") & (runs["offered_batch"] == 256), "h2d_bytes"] = 0.0
+    (idle,) = verdicts(points(runs))
+    assert idle.at_limit is None
+    assert "At a limit of 256 sequences no CPU-backed point moved KV over the link." in idle.line()
 
 
 def test_groups_are_never_mixed() -> None:

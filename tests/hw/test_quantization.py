@@ -96,3 +96,9 @@ def test_embedding_and_head_stay_wide() -> None:
     assert Precision(16, 16, 4).table_bits == 16
     assert Precision.of_bytes(4).table_bits == 32
     assert weight_bytes(QWEN_7B, Precision()) == 2 * QWEN_7B.num_parameters
+
+
+@pytest.mark.parametrize("kept", [5, True, 1.5])
+def test_modules_left_as_they_are_must_be_names(kept: object) -> None:
+    with pytest.raises(ValueError, match=r"modules_to_not_convert is .*; it must be a list of names"):
+        of_checkpoint({"quant_method": "awq", "bits": 4, "modules_to_not_convert": kept})

@@ -109,3 +109,17 @@ def test_the_steady_window_begins_after_the_last_request_that_is_not_measured() 
     late = [rows[0], (*rows[1][:6], 5 * S, 0, False), rows[2]]
     result = summarize(FOUR_STEPS, requests(late), power=None, complete=True)
     assert result["steady_window_s"] is None and "no admission follows the warm-up requests" in result["warnings"][0]
+
+
+def test_a_run_that_was_stopped_in_its_warm_up_has_no_steady_window() -> None:
+    """Of three clients one has not finished its first request: the finishes of the others do not end the warm-up."""
+    rows = [
+        (0, 8, 2, 0, 0, S, S, 0, False),
+        (1, 8, 5, 0, 0, S, 2 * S, 0, False),
+        (3, 8, 5, 0, 4 * S, 4 * S, 5 * S, 0, True),
+    ]
+    assert summarize(FOUR_STEPS, requests(rows), power=None, complete=False, num_warm_up=3)["steady_window_s"] is None
+    assert summarize(FOUR_STEPS, requests(rows), power=None, complete=False, num_warm_up=2)["steady_window_s"] == [
+        2.0,
+        4.0,
+    ]

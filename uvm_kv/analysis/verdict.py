@@ -95,6 +95,8 @@ class Verdict:
     """The best CPU-backed point with a p99 TPOT not above that of the baseline's best point, over that point."""
     at_limit: Gain | None
     """Both sides at a batch limit of LIMIT sequences."""
+    idle_at_limit: bool
+    """Whether both sides were run at LIMIT, and no CPU-backed point moved KV over the link there."""
     same_batch: Gain | None
     """The CPU-backed point with the largest gain over the baseline at its own batch."""
     loses_from: dict[str, int | None]
@@ -139,6 +141,8 @@ class Verdict:
                 text += f"{limit}: {_told(self.equal_tpot)}, {_at(self.equal_tpot.point)}."
         if self.at_limit is not None:
             text += f" At a limit of {LIMIT} sequences: {_told(self.at_limit)}, {self.at_limit.point.mechanism}."
+        elif self.idle_at_limit:
+            text += f" At a limit of {LIMIT} sequences no CPU-backed point moved KV over the link."
         if self.same_batch is not None:
             text += f" Most at an equal batch: {_told(self.same_batch)}, {_at(self.same_batch.point)}."
         lose = self.loses_from.get(self.main.point.mechanism)
@@ -260,6 +264,8 @@ class _Headroom:
 
     fraction: float
     why: str
+    batches: tuple[int, ...] = ()
+    """Batch sizes that would tell: of the gap its ends and its middle."""
 
 
 def _headroom(best: pd.Series[Any], points: pd.DataFrame) -> _Headroom:
@@ -297,7 +303,8 @@ def _headroom(best: pd.Series[Any], points: pd.DataFrame) -> _Headroom:
         return _Headroom(0.0, "")
     first, last = int(rows["offered_batch"][start]) + 1, max(1, int(rows["offered_batch"][start + 1]) - 1)
     where = f"a batch of {first}" if first == last else f"a batch of {first} to {last}"
-    return _Headroom(fraction, f"{name} may be up to {fraction:.1%} faster at {where}")
+    told = tuple(sorted({first, (first + last) // 2, last}))
+    return _Headroom(fraction, f"{name} may be up to {fraction:.1%} faster at {where}", told)
 
 
 def _most_running(after: pd.Series[Any]) -> float:
@@ -338,7 +345,7 @@ def _side_headroom(side: pd.DataFrame, best: pd.Series[Any], all_points: pd.Data
             continue
         own = _headroom(row, all_points)
         share = (1 + own.fraction) * row["throughput"] / best["throughput"] - 1
-        found.append(_Headroom(max(0.0, share), own.why))
+        found.append(_Headroom(max(0.0, share), own.why, own.batches))
     return max(found, key=lambda it: it.fraction)
 
 
@@ -362,7 +369,7 @@ def _verdict(part: pd.DataFrame) -> Verdict:
             point = moving.loc[[ratio.idxmax()]].iloc[0]
             there = best_row(alone[alone["offered_batch"] == point["offered_batch"]])
             most = None if there is None else gain_of(point, there)
-    missing, mechanisms, repeats = _missing(part, alone, backed, moving, base, best, main)
+    missing = _missing(part, alone, backed, moving, base, best, main)
     return Verdict(
         title=str(part["title"].iloc[0]),
         baseline=None if base is None else _best_of(base),
@@ -371,14 +378,27 @@ def _verdict(part: pd.DataFrame) -> Verdict:
         same_admission=same,
         equal_tpot=equal,
         at_limit=limit,
+        idle_at_limit=limit is None and all((side["offered_batch"] == LIMIT).any() for side in (alone, backed)),
         same_batch=most,
         loses_from={str(name): _loses_from(rows, by_batch) for name, rows in backed.groupby("label", sort=True)},
-        missing=missing,
-        command=None if missing is None else _command(part, mechanisms, repeats),
+        missing=None if missing is None else missing.why,
+        command=None if missing is None else _command(part, missing),
         origin=str(part["origin"].iloc[0]),
         hardware=str(part["hardware"].iloc[0]),
         drawn=bool(part["drawn"].iloc[0]),
     )
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """Why nothing can be said, and which runs would tell."""
+
+    why: str
+    mechanisms: tuple[str, ...] = ()
+    """To be run beside those there are."""
+    batches: tuple[int, ...] = ()
+    """In place of those there are."""
+    repeats: bool = False
 
 
 def _missing(
@@ -389,27 +409,27 @@ def _missing(
     base: pd.Series[Any] | None,
     best: pd.Series[Any] | None,
     main: Gain | None,
-) -> tuple[str | None, Sequence[str], bool]:
-    """(why nothing can be said, mechanisms to run beside those there are, whether repeats are needed)."""
+) -> _Missing | None:
+    """None where the runs decide."""
     if base is None:
-        return "no device_resident or device_recompute is among the runs", BASELINES, False
+        return _Missing("no device_resident or device_recompute is among the runs", BASELINES)
     if backed.empty:
-        return "no CPU-backed mechanism is among the runs", ("pinned_swap", "pinned_balanced"), False
+        return _Missing("no CPU-backed mechanism is among the runs", ("pinned_swap", "pinned_balanced"))
     challengers = backed.drop_duplicates("label") if best is None else best.to_frame().T
     for _, it in challengers.iterrows():
         own = SAME_ADMISSION[it["admission"]]
         if own not in set(part["mechanism"]):
             why = f"{own}, the device-only baseline of {it['label']}'s own admission, is not among the runs"
-            return why, (own,), False
+            return _Missing(why, (own,))
     below = _side_headroom(alone, base, part)
     if best is None or main is None:
         full = is_limited_by_memory(alone).any()
         why = "no CPU-backed point that was tried moved KV over the link" if full or not below.why else below.why
-        return why, (), False
+        return _Missing(why)
     if math.isinf(below.fraction):
-        return below.why, (), False
+        return _Missing(below.why)
     if main.ratio is None:
-        return "a single draw of the lengths does not show their noise", (), True
+        return _Missing("a single draw of the lengths does not show their noise", repeats=True)
     above = _side_headroom(moving, best, part)
     noise = main.noise or 0.0
     low, high = (1 + main.gain) / (1 + below.fraction) - 1, (1 + main.gain) * (1 + above.fraction) - 1
@@ -417,22 +437,31 @@ def _missing(
         main.word, low >= -noise and high <= noise
     )
     if decided:
-        return None, (), False
-    return (below if main.word == "HIGHER" or below.fraction > above.fraction else above).why, (), False
+        return None
+    open_side = below if main.word == "HIGHER" or below.fraction > above.fraction else above
+    return _Missing(open_side.why, batches=open_side.batches)
 
 
-def _command(part: pd.DataFrame, mechanisms: Sequence[str], repeats: bool) -> str | None:
+def _command(part: pd.DataFrame, missing: _Missing) -> str | None:
     """The sweep again, with what is missing; None where the runs do not say by which command they were made."""
     typed = part["argv"].iloc[0] if "argv" in part else None
     if not isinstance(typed, list | tuple) or "experiments.run" not in typed:
         return None
     ours = part[part["engine"] == OUR_ENGINE]
-    names = [*dict.fromkeys([*mechanisms, *ours["mechanism"].astype(str)])]
-    dropped = ("mechanism=", "refine=", *(("num_repeats=", "seed=") if repeats else ()))
-    kept = [it for it in typed[typed.index("experiments.run") + 1 :] if it != "-m" and not it.startswith(dropped)]
-    more = [f"mechanism={','.join(names)}", *(["num_repeats=5"] if repeats else [])]
-    if part["origin"].iloc[0] == "simulated":
+    names = [*dict.fromkeys([*missing.mechanisms, *ours["mechanism"].astype(str)])]
+    dropped = ["mechanism=", "refine=", "rerun=", "name="]
+    more = [f"mechanism={','.join(names)}"]
+    if missing.repeats:
+        dropped += ["num_repeats=", "seed="]
+        more.append("num_repeats=5")
+    is_simulated = part["origin"].iloc[0] == "simulated"
+    if missing.batches:
+        dropped += ["batch_size=", "working_set_ratio="]
+        more.append(f"batch_size={','.join(map(str, missing.batches))}")
+    if is_simulated:
         more.append("refine=true")
+    start = typed.index("experiments.run") + 1
+    kept = [it for it in typed[start:] if it != "-m" and not it.startswith(tuple(dropped))]
     return shlex.join(["python", "-m", "experiments.run", "-m", *kept, *more])
 
 

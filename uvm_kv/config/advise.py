@@ -46,8 +46,6 @@ from uvm_kv.workload.lengths import mean_lengths
 
 NOT_ADVISED = (*BASELINES, "custom", "managed_demand_capped")
 """Of those without CPU-backed KV, named by nobody, or with evictions by plan in the place of the driver's."""
-PREEMPTING = ("pinned_swap", "pageable_swap")
-"""Their best batch lies beyond the largest that runs without preemption, which is a baseline's."""
 ON_REQUEST = ("pageable_swap", "vmm_balanced")
 """To the simulator never better than pinned_swap, and the same as pinned_balanced."""
 TAKEN = (
@@ -362,7 +360,9 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
         found = dict(zip(BASELINES, run("baselines", search, [(m, start, limit) for m in BASELINES]), strict=True))
         tops = [max(points, key=rate).batch_size for points in found.values() if not isinstance(points, str)]
         beyond = sorted({*start, *(min(limit, top + more) for top in tops for more in (0, 1))})
-        calls = [(m, beyond if m in PREEMPTING else start, limit) for m in mechanisms]
+        # The best batch of what preempts lies beyond the largest that runs without, which is a baseline's.
+        preempts = {m for m in mechanisms if _composed(overrides, m).scheduler.preemption != "none"}
+        calls = [(m, beyond if m in preempts else start, limit) for m in mechanisms]
         found |= zip(mechanisms, run("mechanisms", search, calls), strict=True)
         left_out = {m: points for m, points in found.items() if isinstance(points, str)}
         device = [p for m in BASELINES if m not in left_out for p in found[m]]

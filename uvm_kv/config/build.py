@@ -399,6 +399,7 @@ def run_job(
         requests,
         power=power if simulated else None,
         complete=stopped_by == "done",
+        num_warm_up=min(config.batch_size, total) if config.workload.arrival == "closed_loop" and not steady else 0,
         steady_until_ns=_steady_until_ns(engine) if steady else None,
         meter=meter,
     )

@@ -64,6 +64,8 @@ def of_checkpoint(config: Mapping[str, Any]) -> Quantization:
         raise ValueError(f"quantization_config.quant_method={method} is not counted; counted are {', '.join(readers)}")
     for key in ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "dynamic", "modules_in_block_to_quantize"):
         kept = config.get(key) or ()
+        if not isinstance(kept, str | list | tuple | dict):
+            raise ValueError(f"quantization_config.{key} is {str(kept)[:80]}; it must be a list of names")
         for name in [kept] if isinstance(kept, str) else kept:
             if not any(part in str(name) for part in NOT_LAYERS):
                 raise ValueError(

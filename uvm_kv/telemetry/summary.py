@@ -25,6 +25,7 @@ def summarize(
     *,
     power: PowerModel | None,
     complete: bool,
+    num_warm_up: int = 0,
     steady_until_ns: int | None = None,
     meter: EnergyMeter | None = None,
 ) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def summarize(
     begin lies before it. Batch and KV means are over the same window where there is one, weighted by time. Latencies
     are those of measured requests only: TTFT from arrival to first token, TPOT the mean gap between an output's tokens,
     end to end from arrival to last token, and normalized that over the output's length (Orca's and vLLM's).
+
+    `num_warm_up`: requests that are not measured, whether or not they finished before the run was stopped.
 
     A run that starts in its steady state (until `steady_until_ns`) is steady from its first step on, may be stopped at
     any time, and has neither TTFT nor end-to-end latency, since nothing is prefilled.
@@ -50,7 +53,7 @@ def summarize(
     duration_ns = int(end[-1]) if len(end) else 0
     tokens = _ints(steps, "num_output_tokens")
     if steady_until_ns is None:
-        window = _steady_window(requests)
+        window = _steady_window(requests, num_warm_up)
     else:
         window = (int(start[0]), steady_until_ns) if len(start) and start[0] < steady_until_ns else None
     inside = np.zeros(len(end), bool)
@@ -139,11 +142,14 @@ def _mean(values: NDArray[np.int64], weights: NDArray[np.float64]) -> float | No
     return float((values * weights).sum() / total) if total else None
 
 
-def _steady_window(requests: Table) -> tuple[int, int] | None:
+def _steady_window(requests: Table, num_warm_up: int) -> tuple[int, int] | None:
+    """From the last finish of the `num_warm_up` requests that are not measured; None while one of them is under way."""
     finishes = [
         (t, measured) for t, measured in zip(requests["finish_ns"], requests["measured"], strict=True) if t is not None
     ]
     warm_up = [t for t, measured in finishes if not measured]
+    if len(warm_up) < num_warm_up:
+        return None
     begin = max(warm_up) if warm_up else min((t for t, _ in finishes), default=None)
     end = max((t for t in requests["admitted_ns"] if t is not None), default=None)
     return None if begin is None or end is None or end <= begin else (begin, end)

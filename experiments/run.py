@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -426,7 +428,7 @@ def _print_outcome(request: Request, log: SweepLog, place: SweepReport | None, a
         missing = {Path(e.directory).name for e in failed if e.directory is not None}
         failures, more = read_failures(request.results_dir / request.experiment)
         records = [record for name, record in failures.items() if name in missing]
-        report = write_report(runs, place.folder, records, [*left_out, *more])
+        report = write_report(runs, place.folder, records, [*left_out, *more], argv)
         place.write_runs(argv, [record.id for record in runs], missing)
         print_report(report, console)
     elif not sweep:
@@ -517,6 +519,8 @@ def main() -> int:
     lost: str | None = None
     shared = request.results_dir if sweep and launcher in launchers.PAST_ONE_MACHINE else None
     end_children_with_me()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # As a time limit or a batch system sends it: the same as Ctrl-C.
     try:
         if request.on_gpu:
             _say_what_is_free()
@@ -535,6 +539,7 @@ def main() -> int:
                 _run_in_worker(_parent.collected, log, sweep=sweep)
             if request.refine and not launchers.problems:
                 log.poll()
+                log.current = "searching the best batch sizes"
                 search_path = (o.input_line for o in request.overrides if o.key_or_group == "hydra.searchpath")
                 try:
                     refine(log.events, request.experiment, tuple(search_path))
@@ -566,6 +571,10 @@ def main() -> int:
         print("\ninterrupted: python -m experiments.publish sends the rest", file=sys.stderr)
         return 130
     return 1 if launchers.problems or lost is not None else status
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _quoted(value: str) -> str:

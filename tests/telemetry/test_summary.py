@@ -108,7 +108,7 @@ def test_the_steady_window_begins_after_the_last_request_that_is_not_measured() 
     assert open_loop["steady_window_s"] == [1.0, 4.0]
     late = [rows[0], (*rows[1][:6], 5 * S, 0, False), rows[2]]
     result = summarize(FOUR_STEPS, requests(late), power=None, complete=True)
-    assert result["steady_window_s"] is None and "no admission follows the warm-up requests" in result["warnings"][0]
+    assert result["steady_window_s"] is None and "too few requests follow those that warm up" in result["warnings"][0]
 
 
 def test_a_run_that_was_stopped_in_its_warm_up_has_no_steady_window() -> None:
@@ -123,3 +123,13 @@ def test_a_run_that_was_stopped_in_its_warm_up_has_no_steady_window() -> None:
         2.0,
         4.0,
     ]
+
+
+def test_a_gap_between_arrivals_is_no_steady_window() -> None:
+    """Three sparse requests: the first ends before the last is admitted, and nothing runs in between."""
+    rows = [(i, 8, 2, i * S, i * S, i * S + 1, i * S + 2, 0, True) for i in range(3)]
+    result = summarize(FOUR_STEPS, requests(rows), power=None, complete=True)
+    assert result["steady_window_s"] is None and result["output_tokens_per_s"] is None
+    assert result["output_tokens_per_s_whole_run"] > 0
+    many = [(i, 8, 2, 0, i * S // 8, 0, S + i * S // 8, 0, True) for i in range(32)]
+    assert summarize(FOUR_STEPS, requests(many), power=None, complete=True)["steady_window_s"] is not None

@@ -57,11 +57,18 @@ class Report:
 
 
 def write_report(
-    records: Sequence[Record], out: Path, failed: Sequence[dict[str, Any]] = (), left_out: Sequence[LeftOut] = ()
+    records: Sequence[Record],
+    out: Path,
+    failed: Sequence[dict[str, Any]] = (),
+    left_out: Sequence[LeftOut] = (),
+    argv: Sequence[str] | None = None,
 ) -> Report:
     """Write figure.png, figure.pdf, points.csv and report.html below `out`. `failed`: records of the points that are
-    missing, with the reason. `left_out`: what was found and is not used."""
+    missing, with the reason. `left_out`: what was found and is not used. `argv`: the command of the sweep, which
+    differs from that of a run that another sweep has made; None: that of the runs."""
     runs = load_runs(records)
+    if argv is not None:
+        runs["argv"] = [list(argv)] * len(runs)
     found_points = points(runs)
     if found_points.empty:
         raise ValueError("the runs are all of runner=cpu, whose throughput says nothing about memory kinds")

@@ -462,6 +462,8 @@ def _command(part: pd.DataFrame, missing: _Missing) -> str | None:
         more.append("refine=true")
     start = typed.index("experiments.run") + 1
     kept = [it for it in typed[start:] if it != "-m" and not it.startswith(tuple(dropped))]
+    if set(more) <= set(typed[start:]):
+        return None  # It is what was run.
     return shlex.join(["python", "-m", "experiments.run", "-m", *kept, *more])
 
 

@@ -16,6 +16,8 @@ from uvm_kv.types import NS_PER_S
 SCHEMA_VERSION = 2
 """Raised when the columns or the simulated numbers change their meaning: older runs are then not taken for new."""
 PERCENTILES = (50, 90, 99)
+MIN_FINISHES = 8
+"""Requests that must end within the steady window of an open loop."""
 INCOMPLETE = "stopped by max_steps or max_seconds before all requests were served"
 
 
@@ -33,7 +35,8 @@ def summarize(
 
     Throughput is taken over the steady window: from the finish of the last request that is not measured (in an open
     loop, where all are measured, of the first request) to the last admission. So the prefill with which all clients
-    begin lies before it. Batch and KV means are over the same window where there is one, weighted by time. Latencies
+    begin lies before it. In an open loop fewer than MIN_FINISHES requests are no steady window: it would be a gap
+    between arrivals. Batch and KV means are over the same window where there is one, weighted by time. Latencies
     are those of measured requests only: TTFT from arrival to first token, TPOT the mean gap between an output's tokens,
     end to end from arrival to last token, and normalized that over the output's length (Orca's and vLLM's).
 
@@ -62,7 +65,7 @@ def summarize(
         inside = (end > window[0]) & (end <= window[1])
         steady = float(tokens[inside].sum() * NS_PER_S / (window[1] - window[0]))
     else:
-        warnings.append("no steady window: no admission follows the warm-up requests; it takes more requests")
+        warnings.append("no steady window: too few requests follow those that warm up; it takes more of them")
     weights = (end - start).astype(float)
     if inside.any():
         weights = weights * inside
@@ -152,7 +155,11 @@ def _steady_window(requests: Table, num_warm_up: int) -> tuple[int, int] | None:
         return None
     begin = max(warm_up) if warm_up else min((t for t, _ in finishes), default=None)
     end = max((t for t in requests["admitted_ns"] if t is not None), default=None)
-    return None if begin is None or end is None or end <= begin else (begin, end)
+    if begin is None or end is None or end <= begin:
+        return None
+    if not warm_up and sum(begin < t <= end for t, _ in finishes) < MIN_FINISHES:
+        return None
+    return begin, end
 
 
 def _ttft(requests: Table, rows: list[int]) -> NDArray[np.float64]:

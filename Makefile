@@ -18,7 +18,7 @@ help:
 	@echo "make demo    the main job: install, sweep batch sizes on a simulated RTX 3090, print the verdict"
 	@echo "make demo-model  a real model, SmolLM2-135M, served on the CPU by the same engine"
 	@echo "make figures all figures and the report of the study, from the committed reference results"
-	@echo "make study   run everything simulated again from scratch and compare with the reference (17 minutes on 2 cores)"
+	@echo "make study   run everything simulated again from scratch and compare with the reference (about 35 minutes on 2 cores)"
 	@echo "make test    install what the tests need and run the whole suite"
 	@echo "make test-full  the same, with every combination of the real model's configurations"
 	@echo "make lint    ruff, types, import contract"

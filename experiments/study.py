@@ -1,6 +1,6 @@
 """Run everything simulated that the study rests on, from scratch, and hold it against the committed reference set.
 
-    make study                                      all of it, about 20 minutes on 2 cores
+    make study                                      all of it, about 35 minutes on 2 cores
     python -m experiments.study preemption hints    some of its experiments
     python -m experiments.study --update            and make the fresh runs the reference set
     python -m experiments.study --list

@@ -320,3 +320,11 @@ def test_a_budget_that_follows_from_the_batch_tells_no_comparison_apart() -> Non
     left, given = ({"memory_budget": [["weights", 1], [name, 7]]} for name in ("KV budget", "KV budget (given)"))
     assert setting_of(summary | left) == {"memory.device_kv_bytes": None, "block_size": 16}
     assert setting_of(summary | given) == summary["setting"]
+
+
+def test_a_lucky_draw_of_another_mechanism_leaves_nothing_open() -> None:
+    """It was tried with one draw, above what was drawn five times: that is no gap between batches."""
+    runs = drawn([*RECOMPUTE, *swap(123.0)], {"device_recompute": [1.0] * 5, "pinned_swap": [1.0] * 5})
+    lucky = table([("pinned_balanced", 16, 140.0, 0.02)], drawn=True, prompt_tokens=None, output_tokens=None)
+    (found,) = verdicts(points(pd.concat([runs, table(BASE, drawn=True, prompt_tokens=None), lucky])))
+    assert found.word == "HIGHER" and found.missing is None

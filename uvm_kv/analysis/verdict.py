@@ -344,9 +344,11 @@ def _side_headroom(side: pd.DataFrame, best: pd.Series[Any], all_points: pd.Data
         if row is None:
             continue
         own = _headroom(row, all_points)
+        if not own.fraction:
+            continue  # Its best is known; with a single draw it may still lie above what was drawn several times.
         share = (1 + own.fraction) * row["throughput"] / best["throughput"] - 1
         found.append(_Headroom(max(0.0, share), own.why, own.batches))
-    return max(found, key=lambda it: it.fraction)
+    return max(found, key=lambda it: it.fraction, default=_Headroom(0.0, ""))
 
 
 def _verdict(part: pd.DataFrame) -> Verdict:

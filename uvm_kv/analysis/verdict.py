@@ -371,6 +371,8 @@ def _verdict(part: pd.DataFrame) -> Verdict:
             point = moving.loc[[ratio.idxmax()]].iloc[0]
             there = best_row(alone[alone["offered_batch"] == point["offered_batch"]])
             most = None if there is None else gain_of(point, there)
+            if most is not None and most.ratio is None:
+                most = None  # The largest of many single draws is luck.
     missing = _missing(part, alone, backed, moving, base, best, main)
     return Verdict(
         title=str(part["title"].iloc[0]),

@@ -69,7 +69,11 @@ def summarize(
     weights = (end - start).astype(float)
     if inside.any():
         weights = weights * inside
-    running, waiting = _ints(steps, "num_running"), _ints(steps, "num_waiting") + _ints(steps, "num_swapped")
+    running = _ints(steps, "num_running")
+    waits = [
+        None if None in pair else sum(pair) for pair in zip(steps["num_waiting"], steps["num_swapped"], strict=True)
+    ]
+    waiting = None if None in waits else np.array(waits, np.int64)
     totals = {name: _total(steps, name) for name in MemoryCounters._fields}
     measured = [i for i, is_measured in enumerate(requests["measured"]) if is_measured]
     stall_s = None if totals["stall_ns"] is None else totals["stall_ns"] / NS_PER_S
@@ -95,7 +99,7 @@ def summarize(
     return {
         "running_batch_mean": _mean(running, weights),
         "running_batch_max": int(running.max()) if len(running) else 0,
-        "waiting_batch_mean": _mean(waiting, weights),
+        "waiting_batch_mean": None if waiting is None else _mean(waiting, weights),
         "num_requests": len(requests["request_id"]),
         "num_measured_requests": len(measured),
         "num_steps": len(end),

@@ -292,5 +292,7 @@ def test_other_weights_are_another_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_text_with_unicode_line_ends_is_read_back(tmp_path: Path) -> None:
-    (tmp_path / "outputs.jsonl").write_text('{"text": "a\u2028b\u0085c"}\n{"text": "d"}\n', encoding="utf-8")
+    rows = [{"request_id": i, "output_ids": [1], "text": text} for i, text in enumerate(("a\u2028b\u0085c", "d"))]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "outputs.jsonl").write_text(lines, encoding="utf-8")
     assert [row["text"] for row in read_outputs(tmp_path)] == ["a\u2028b\u0085c", "d"]

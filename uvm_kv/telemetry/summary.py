@@ -70,10 +70,9 @@ def summarize(
     if inside.any():
         weights = weights * inside
     running = _ints(steps, "num_running")
-    waits = [
-        None if None in pair else sum(pair) for pair in zip(steps["num_waiting"], steps["num_swapped"], strict=True)
-    ]
-    waiting = None if None in waits else np.array(waits, np.int64)
+    queues = ("num_waiting", "num_swapped")
+    told = all(value is not None for name in queues for value in steps[name])
+    waiting = _ints(steps, queues[0]) + _ints(steps, queues[1]) if told else None
     totals = {name: _total(steps, name) for name in MemoryCounters._fields}
     measured = [i for i, is_measured in enumerate(requests["measured"]) if is_measured]
     stall_s = None if totals["stall_ns"] is None else totals["stall_ns"] / NS_PER_S

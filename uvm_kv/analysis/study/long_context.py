@@ -114,7 +114,7 @@ def _table(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> pd.DataFra
                 f"long_context: {context} tokens are of several comparisons ({several}); draw them one by one"
             )
         parts.append(made.assign(context_tokens=context, cpu_backed=is_cpu_backed(made)))
-    table = pd.concat(parts, ignore_index=True).assign(refused=False, why=None)
+    table = pd.concat(parts, ignore_index=True).copy().assign(refused=False, why=None)
     table = table.merge(_cold(cold), how="left", on=["label", "offered_batch", "context_tokens"])
     lost = [
         {

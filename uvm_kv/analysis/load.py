@@ -142,7 +142,7 @@ def points(runs: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
     shared = ("model", "workload", "origin", "hardware", "mechanism", "engine", "admission", "memory", "placement")
     for name in (*shared, "prompt_tokens", "drawn", "argv"):
         table[name] = grouped[name].first()
-    return table.reset_index()
+    return table.reset_index().copy()  # In one piece: many columns were put in one by one.
 
 
 def _title(run: pd.Series[Any]) -> str:

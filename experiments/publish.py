@@ -23,7 +23,7 @@ from typing import Any
 
 from experiments.track import Outcome, send_runs, usable_mode
 from uvm_kv.telemetry.failures import failure_sha256
-from uvm_kv.telemetry.records import LeftOut, Record, pack, read_failures, read_records, unverified
+from uvm_kv.telemetry.records import LeftOut, Record, pack, read_failures, read_records
 from uvm_kv.telemetry.scratch import scratch_folder
 from uvm_kv.telemetry.wandb_sink import (
     LAYOUT_VERSION,
@@ -62,13 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell("left out", [str(it) for it in left_out])
         mode, problem = usable_mode(options.mode) if found else (OFFLINE, None)
         total.problems += [] if problem is None else [problem]
-        bare = [record for records in found.values() for record in records if not record.verified]
-        _tell("unverified", [f"{where(record)}: its manifest holds no hash of its summary" for record in bare])
         for home, records in found.items():
             _add(total, send_runs(records, options.project, mode))
             here = [it for it in left_out if it.place.startswith(f"{home}/")]
             _add(total, send_report(home, records, here, options.figures, options.project, mode))
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        print(f"error: {error}; pip install wandb", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -147,7 +148,6 @@ def _report_content(
         return sorted({str(record.summary[key]) for record in records})
 
     summary: dict[str, Any] = {"num_runs": len(records), "num_failed": len(failures), "num_left_out": len(left_out)}
-    summary["num_unverified"] = len(unverified(records))
     for kind in (job_type(record.summary) for record in records):
         summary[f"num_{kind}"] = summary.get(f"num_{kind}", 0) + 1
     return Content(

@@ -35,6 +35,7 @@ from uvm_kv.config.worker import end_with_parent, explain
 from uvm_kv.telemetry.code import is_of_other_code
 from uvm_kv.telemetry.failures import clear_failure, write_failure
 from uvm_kv.telemetry.provenance import git_state
+from uvm_kv.telemetry.summary import is_limited_by_memory
 from uvm_kv.telemetry.whole import read_run, set_aside
 from uvm_kv.types import BASELINES
 
@@ -81,11 +82,14 @@ def _rate(summary: dict[str, Any]) -> float:
 
 
 def _tried(summary: dict[str, Any], *, is_backed: bool) -> Tried:
+    batch, running, preemptions = summary["offered_batch"], summary["running_batch_mean"] or 0.0, summary["preemptions"]
+    waiting = summary["waiting_batch_mean"] or 0.0
     return Tried(
-        summary["offered_batch"],
+        batch,
         _rate(summary),
-        summary["running_batch_mean"] or 0.0,
-        bool(summary["preemptions"]),
+        running,
+        is_limited_by_memory(batch, running=running, waiting=waiting, preemptions=preemptions),
+        preemptions > 0,
         not is_backed or bool(summary["h2d_bytes"] or summary["d2h_bytes"]),
     )
 

@@ -94,7 +94,7 @@ def _record(config: RooflineSchema, step: StepAnalysis) -> Record:
         "argv": ["experiments.study_points", "roofline"],
         "started": None,
     }
-    return Record(run_id(inputs, 0), Path(PACKED), summary, manifest, sha256, verified=True)
+    return Record(run_id(inputs, 0), Path(PACKED), summary, manifest, sha256)
 
 
 def _summary(step: StepAnalysis) -> dict[str, Any]:

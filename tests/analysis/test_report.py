@@ -71,15 +71,6 @@ def test_a_damaged_run_is_named_and_left_out(results: Path, tmp_path: Path) -> N
     assert report.verdicts == write_report(find_runs(results)[0], tmp_path / "same").verdicts
 
 
-def test_a_run_without_a_hash_is_used_and_said_to_be_unverified(results: Path, tmp_path: Path) -> None:
-    records = find_runs(results)[0]
-    bare = [replace(records[0], verified=False), *records[1:]]
-    report = write_report(bare, tmp_path / "out")
-    (line,) = [text for text in report.warnings if text.startswith("unverified: ")]
-    assert records[0].id in line and line in report.page.read_text()
-    assert not any("unverified" in text for text in write_report(records, tmp_path / "hashed").warnings)
-
-
 def as_if_measured(record: Record, factor: float) -> Record:
     """The same point as runner=cuda would leave it, on a card of its own, at another speed."""
     summary = record.summary | {"origin": "measured", "runner": "cuda", "hardware": "NVIDIA GeForce RTX 3090"}

@@ -209,6 +209,6 @@ def test_a_larger_batch_that_is_refused_leaves_what_was_found_below_it() -> None
 def test_a_workload_that_never_fills_the_card_is_told_so() -> None:
     advice = asked("model=llama_7b", "mechanism=pinned_swap", "batch_size=4", "workload.num_requests=16")
     assert advice.answer == "no" and advice.best is not None and not advice.best.moved_kv
-    assert advice.baseline is not None and not advice.baseline.full
+    assert advice.baseline is not None and not advice.baseline.limited
     why = next(line for line in lines(advice) if line.startswith("  why:"))
     assert why.endswith("the workload never fills the card's KV memory, which holds 16 requests")

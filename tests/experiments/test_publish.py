@@ -51,7 +51,7 @@ def test_each_run_is_sent_once_and_what_is_broken_is_listed_and_left_out(
     good = finished(tmp_path, 2, 3)
     (tampered, old, half) = finished(tmp_path, 4, 5, 6)
     home = tmp_path / "test"
-    for name, change in ((tampered, ('"num_steps": 3', '"num_steps": 9')), (old, ('"schema_version": 1', '"x": 1'))):
+    for name, change in ((tampered, ('"num_steps": 3', '"num_steps": 9')), (old, ('"schema_version": ', '"x": '))):
         summary = home / name / "summary.json"
         summary.write_text(summary.read_text().replace(*change))
     (home / half / "summary.json").unlink()
@@ -105,22 +105,6 @@ def test_a_packed_set_is_sent_as_its_runs(tmp_path: Path, capsys: pytest.Capture
     assert summary_of(records)["num_steps"] == 3
     assert not records["artifact"]
     assert "3 written" in capsys.readouterr().out
-
-
-def test_a_run_without_a_hash_is_sent_and_said_to_be_unverified(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bare, _ = finished(tmp_path, 2, 3)
-    file = tmp_path / "test" / bare / "manifest.json"
-    manifest = json.loads(file.read_text())
-    del manifest["summary_sha256"]
-    file.write_text(json.dumps(manifest))
-    assert main([str(tmp_path), *NO_FIGURES]) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unverified: ")]
-    assert told == [f"unverified: {file.parent}: its manifest holds no hash of its summary"]
-    sent = mirrors(tmp_path / "test")
-    (report,) = (read_offline_file(file) for name, file in sent.items() if name.startswith("test-"))
-    assert bare in sent and summary_of(report)["num_unverified"] == 1
 
 
 def test_a_report_is_sent_again_where_a_point_is_refused_since(tmp_path: Path) -> None:
@@ -242,26 +226,10 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert stop.value.code == 2
 
 
-def test_a_summary_that_lacks_a_field_costs_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lacking, good = finished(tmp_path, 2, 3)
-    directory = tmp_path / "test" / lacking
-    summary = json.loads((directory / "summary.json").read_text())
-    del summary["offered_batch"]
-    (directory / "summary.json").write_text(json.dumps(summary))
-    manifest = json.loads((directory / "manifest.json").read_text())
-    del manifest["summary_sha256"]  # As of an older version.
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-    assert main([str(tmp_path), *NO_FIGURES]) == 1
-    err = capsys.readouterr().err
-    assert f"failed for {lacking}: its summary.json has no 'offered_batch'" in err
-    assert "Traceback" not in err
-    assert good in mirrors(tmp_path / "test")
-
-
 def test_without_wandb_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finished(tmp_path, 2)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert main([str(tmp_path), *NO_FIGURES]) == 1
-    assert "tracking=wandb failed" in capsys.readouterr().err
+    assert main([str(tmp_path), *NO_FIGURES]) == 2
+    assert "pip install wandb" in capsys.readouterr().err

@@ -68,7 +68,8 @@ def test_a_batch_whose_activations_do_not_fit_ends_the_search_and_not_the_sweep(
     lengths = ("workload.prompt_tokens=16", "workload.output_tokens=4")
 
     def summary(batch_size: int) -> dict[str, Any]:
-        told = {"offered_batch": batch_size, "running_batch_mean": float(batch_size), "preemptions": 0, "drawn": False}
+        told = {"offered_batch": batch_size, "running_batch_mean": float(batch_size), "waiting_batch_mean": 0.0}
+        told |= {"preemptions": 0, "drawn": False}
         return told | {"output_tokens_per_s": 10.0 * batch_size, "h2d_bytes": 0, "d2h_bytes": 0}
 
     def made_up(line: refine.Line, job: Job) -> dict[str, Any]:

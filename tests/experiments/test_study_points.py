@@ -28,7 +28,7 @@ def point(id_: str, batch: int, *, rate: float = 1.0, repeat: int = 0, **setting
         "variant": {},
         "output_tokens_per_s": rate,
     }
-    return Record(id_, Path("runs.jsonl.gz"), summary, {}, f"hash of {summary}", True)
+    return Record(id_, Path("runs.jsonl.gz"), summary, {}, f"hash of {summary}")
 
 
 REFERENCE = [point("a", 8), point("b", 16, rate=2.0), point("c", 16, rate=3.0, repeat=1)]

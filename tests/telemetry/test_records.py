@@ -41,10 +41,9 @@ def change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values, indent=2) + "\n")
 
 
-def test_whole_runs_are_verified_by_the_hash_in_their_manifest(runs: list[Path], tmp_path: Path) -> None:
+def test_whole_runs_are_read_with_the_hash_of_their_summary(runs: list[Path], tmp_path: Path) -> None:
     records, left_out = read_records(tmp_path)
     assert [r.id for r in records] == [d.name for d in runs] and left_out == []
-    assert all(r.verified for r in records)
     for record, directory in zip(records, runs, strict=True):
         assert record.sha256 == hashlib.sha256((directory / "summary.json").read_bytes()).hexdigest()
 
@@ -84,14 +83,12 @@ def test_tables_without_pyarrow_are_whole_too(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_older_version_is_taken_where_it_is_asked_for(runs: list[Path], tmp_path: Path) -> None:
-    change(runs[0] / "summary.json", schema_version=0)
-    manifest = json.loads((runs[0] / "manifest.json").read_text())
-    del manifest["summary_sha256"]  # As versions before the hash wrote it.
-    (runs[0] / "manifest.json").write_text(json.dumps(manifest))
+    summary = runs[0] / "summary.json"
+    change(summary, schema_version=0)
+    change(summary.with_name("manifest.json"), summary_sha256=hashlib.sha256(summary.read_bytes()).hexdigest())
     assert len(read_records(tmp_path)[0]) == 1
     records, left_out = read_records(tmp_path, any_schema=True)
     assert len(records) == 2 and left_out == []
-    assert [r.verified for r in records] == [False, True]
 
 
 def test_two_runs_of_one_id_that_differ_are_not_both_used(runs: list[Path], tmp_path: Path) -> None:
@@ -114,7 +111,7 @@ def test_a_packed_set_reads_as_its_runs_and_names_no_machine(runs: list[Path], t
         pack(reversed(records), failures, tmp_path / name)
     assert (tmp_path / "a" / PACKED).read_bytes() == (tmp_path / "b" / PACKED).read_bytes()
     packed, left_out = read_records(tmp_path / "a")
-    assert left_out == [] and all(r.verified for r in packed)
+    assert left_out == []
     assert [(r.id, r.summary, r.sha256) for r in packed] == [(r.id, r.summary, r.sha256) for r in records]
     assert "host" not in packed[0].manifest["machine"] and packed[0].manifest["argv"] == ["test"]
     assert read_failures(tmp_path / "a") == (failures, [])

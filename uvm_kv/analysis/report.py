@@ -17,7 +17,7 @@ from uvm_kv.analysis.load import GROUP, load_runs, points, to_csv
 from uvm_kv.analysis.style import save_figure
 from uvm_kv.analysis.verdict import Verdict, verdicts, with_gains
 from uvm_kv.telemetry.failures import gaps
-from uvm_kv.telemetry.records import LeftOut, Record, codes, unverified
+from uvm_kv.telemetry.records import LeftOut, Record, codes
 from uvm_kv.telemetry.store import written_whole
 
 COLUMNS = {
@@ -78,7 +78,7 @@ def write_report(
     best = {part["title"].iloc[0]: format_points(_best_points(part)) for _, part in table.groupby(GROUP, sort=True)}
     memory, missing = _memory(runs), gaps(failed)
     warnings = [f"left out: {it}" for it in left_out] + _not_together(records, runs, table)
-    warnings += _unverified(records) + _warnings(runs)
+    warnings += _warnings(runs)
     with written_whole(out) as staging:
         figure = save_figure(sweep_figure(table), staging / "figure")
         text = to_csv(table.drop(columns=["throughputs", "by_draw", "argv"]))
@@ -140,13 +140,6 @@ def _not_together(records: Sequence[Record], runs: pd.DataFrame, table: pd.DataF
     if uncounted:
         found.append(f"{uncounted} runs have the draw of another run of their point, and count once with it")
     return found
-
-
-def _unverified(records: Sequence[Record]) -> list[str]:
-    if not (ids := unverified(records)):
-        return []
-    some = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-    return [f"unverified: {some}: the manifest holds no hash of summary.json, as those of older versions"]
 
 
 def _warnings(runs: pd.DataFrame) -> list[str]:

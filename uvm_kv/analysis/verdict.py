@@ -29,6 +29,7 @@ from scipy.stats import t as student
 
 from uvm_kv.analysis.load import GROUP
 from uvm_kv.analysis.statistics import CONFIDENCE, MIN_REPEATS, Ratio, judge
+from uvm_kv.telemetry.summary import is_limited_by_memory
 from uvm_kv.types import BASELINES, OUR_ENGINE
 
 SAME_ADMISSION = {"worst_case": "device_resident", "optimistic": "device_recompute"}
@@ -36,8 +37,6 @@ INDIFFERENT = 0.01
 """Gains within +-1 % are called no difference: below what the roofline's fit can tell apart."""
 RESOLVED = 0.005
 """A headroom up to this, as a fraction, is none."""
-FULL = 0.99
-"""A run whose mean running batch is below this share of its clients, while requests wait, is limited by KV memory."""
 LIMIT = 256
 """vLLM's default `max_num_seqs`: the batch limit of somebody who has not searched."""
 MEASURED = "measured"
@@ -183,12 +182,10 @@ def moved_kv(points: pd.DataFrame) -> pd.Series[bool]:
     return (points["h2d_bytes"].fillna(0) > 0) | (points["d2h_bytes"].fillna(0) > 0)
 
 
-def is_limited_by_memory(points: pd.DataFrame) -> pd.Series[bool]:
-    """Whether requests were preempted, or waited while fewer ran than were allowed."""
-    waits = points["waiting_batch_mean"].fillna(0) > (1 - FULL) * points["offered_batch"]
-    return (points["preemptions"].fillna(0) > 0) | (
-        waits & (points["running_batch_mean"] < FULL * points["offered_batch"])
-    )
+def _is_limited(row: pd.Series[Any]) -> bool:
+    names = {"running": "running_batch_mean", "waiting": "waiting_batch_mean", "preemptions": "preemptions"}
+    means = {name: 0.0 if pd.isna(row[column]) else float(row[column]) for name, column in names.items()}
+    return is_limited_by_memory(row["offered_batch"], **means)
 
 
 def baseline_by_batch(points: pd.DataFrame) -> pd.Series[float]:
@@ -277,7 +274,7 @@ def _headroom(best: pd.Series[Any], points: pd.DataFrame) -> _Headroom:
     may lie in the gap in which the limit begins; without preemption none runs more sequences than the best point did.
     """
     rows = points[points["label"] == best["label"]].sort_values("offered_batch").reset_index(drop=True)
-    limited = is_limited_by_memory(rows)
+    limited = [_is_limited(row) for _, row in rows.iterrows()]
     at = int((rows["offered_batch"] == best["offered_batch"]).idxmax())
     name, batch = best["label"], int(best["offered_batch"])
     found = []
@@ -311,8 +308,8 @@ def _most_running(after: pd.Series[Any]) -> float:
     """The most sequences that a batch size below that of `after` runs: one less, and without preemption not more than
     ran there."""
     most = float(after["offered_batch"]) - 1
-    is_limited = bool(is_limited_by_memory(after.to_frame().T).iloc[0])
-    return min(most, float(after["running_batch_mean"])) if is_limited and not after["preemptions"] else most
+    full = _is_limited(after) and not after["preemptions"]
+    return min(most, float(after["running_batch_mean"])) if full else most
 
 
 def _extended(rows: pd.DataFrame, start: int, most: float) -> float:
@@ -427,7 +424,7 @@ def _missing(
             return _Missing(why, (own,))
     below = _side_headroom(alone, base, part)
     if best is None or main is None:
-        full = is_limited_by_memory(alone).any()
+        full = any(_is_limited(row) for _, row in alone.iterrows())
         why = "no CPU-backed point that was tried moved KV over the link" if full or not below.why else below.why
         return _Missing(why)
     if math.isinf(below.fraction):

@@ -80,7 +80,7 @@ def _why(advice: Advice) -> str:
         return str(advice.refused)
     told = f"device only runs {base.running_batch:.1f} sequences at once, bound by {BOUNDS[base.bound]}; "
     if not best.moved_kv:
-        if not base.full:
+        if not base.limited:
             return f"{told}the workload never fills the card's KV memory, which holds {advice.num_device_seqs} requests"
         return f"{told}no CPU-backed mechanism that was tried moved KV over the link"
     return f"{told}{best.mechanism} runs {best.running_batch:.1f}, bound by {BOUNDS[best.bound]}"

@@ -40,7 +40,7 @@ from uvm_kv.config.search import Tried, search_best
 from uvm_kv.engine import Engine
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.telemetry.recorder import Recorder
-from uvm_kv.telemetry.summary import summarize
+from uvm_kv.telemetry.summary import FULL, is_limited_by_memory, summarize
 from uvm_kv.types import BASELINES, GIB, MemoryKind
 from uvm_kv.workload.lengths import mean_lengths
 
@@ -92,8 +92,8 @@ class Point:
     moved_kv: bool
     """Over the link."""
     preempted: bool
-    full: bool
-    """Whether KV memory limited it: requests were preempted, or waited for memory."""
+    limited: bool
+    """By KV memory."""
     peak_host_bytes: int
 
 
@@ -195,24 +195,26 @@ def simulate(resolved: Resolved, repeat: int = 0, profile: HardwareProfile | Non
     kv = min(summary["kv_bytes_mean"]["used"], resolved.capacity.num_device_blocks * block)
     read_s = summary["num_steps"] * (weights + kv) / resolved.profile.gpu.hbm_bytes_per_s
     waiting = fmean(bool(w or s) for w, s in zip(steps["num_waiting"], steps["num_swapped"], strict=True))
-    queued = summary["running_batch_mean"] < 0.99 * resolved.config.batch_size
+    batch, running = resolved.config.batch_size, summary["running_batch_mean"]
     if max(copied_s) >= BOUND * seconds or summary["stall_s"] >= (1 - BOUND) * seconds:
         bound = "link"
-    elif waiting >= BOUND and queued:
+    elif waiting >= BOUND and running < FULL * batch:
         bound = "capacity"
     else:
         bound = "HBM" if read_s >= BOUND * seconds else "operators"
     return Point(
         resolved.config.mechanism,
-        resolved.config.batch_size,
+        batch,
         resolved.config.memory.host_kv_bytes or 0,
         summary["output_tokens_per_s"] or summary["output_tokens_per_s_whole_run"],
         summary["tpot_s"]["p99"],
-        summary["running_batch_mean"],
+        running,
         bound,
         max(copied_s) > 0,
         bool(summary["preemptions"]),
-        bool(summary["preemptions"]) or (waiting > 0.01 and queued),
+        is_limited_by_memory(
+            batch, running=running, waiting=summary["waiting_batch_mean"], preemptions=summary["preemptions"]
+        ),
         max(n or 0 for n in steps["claimed_host_blocks"]) * block,
     )
 
@@ -235,7 +237,7 @@ def search(question: Question, mechanism: str, start: Sequence[int], most: int) 
             refusals.append(str(error))
             return None
         counts = mechanism in BASELINES or point.moved_kv
-        return Tried(batch_size, point.tokens_per_s, point.running_batch, point.preempted, counts)
+        return Tried(batch_size, point.tokens_per_s, point.running_batch, point.limited, point.preempted, counts)
 
     one_length = _composed(question.overrides, mechanism).workload.prompt_tokens is not None
     search_best(evaluate, start, one_length=one_length, most=most)

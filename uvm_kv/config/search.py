@@ -26,7 +26,6 @@ GIVE_UP = 0.9
 SAWTOOTH = 1.5
 """Where all requests are alike, batches up to this many times the first that preempts are tried before a plateau is
 believed: rungs may meet the same phase of the sawtooth."""
-FULL = 0.99
 NEAR = 0.02
 NEAR_DRAWN = 0.05
 """Gaps of this share of the best batch are not halved; with drawn lengths a finer one is noise."""
@@ -40,14 +39,11 @@ class Tried:
     tokens_per_s: float
     running_batch: float
     """Mean number of sequences that ran."""
+    limited: bool
+    """By KV memory (`uvm_kv.telemetry.summary.is_limited_by_memory`)."""
     preempted: bool
     counts: bool = True
     """Whether it may be the best point; a CPU-backed mechanism's needs to have moved KV over the link."""
-
-    @property
-    def limited(self) -> bool:
-        """Whether fewer sequences ran than were allowed, or some were preempted."""
-        return self.preempted or self.running_batch < FULL * self.batch_size
 
 
 Evaluate = Callable[[int], Tried | None]
@@ -79,8 +75,9 @@ class _Search:
         """The fastest batch: one that counts before any that does not, and of equal throughputs the smallest."""
         return max(self.tried.values(), key=lambda it: (it.counts, it.tokens_per_s, -it.batch_size))
 
-    def is_limit(self, batch_size: int) -> bool:
-        return batch_size >= self._most or batch_size in self._refused
+    def most_served(self) -> int:
+        """The largest batch size that may be tried: below any that is refused."""
+        return min([self._most, *(b - 1 for b in self._refused if b > min(self.tried))])
 
 
 def search_best(evaluate: Evaluate, start: Iterable[int], *, one_length: bool, most: int) -> list[Tried]:
@@ -106,8 +103,9 @@ def _climb(search: _Search, one_length: bool) -> None:
     """Extend the ladder until it has ended above the best batch and begun below it."""
     while not _has_ended(search, one_length):
         largest = max(search.tried)
-        if search.attempt(max(largest + 1, ceil(largest * FACTOR))) is None:
-            break
+        rung = min(max(largest + 1, ceil(largest * FACTOR)), search.most_served())
+        while rung > largest and search.attempt(rung) is None:  # The largest that is served lies between the two.
+            rung = (largest + rung) // 2
     while search.best().batch_size == min(search.tried) > 1:
         if search.attempt(floor(min(search.tried) / FACTOR)) is None:
             break
@@ -116,14 +114,15 @@ def _climb(search: _Search, one_length: bool) -> None:
 def _has_ended(search: _Search, one_length: bool) -> bool:
     """Whether no larger batch will be better: it has fallen, or neither throughput nor running batch rises."""
     rungs, best = search.in_order(), search.best()
-    if search.is_limit(rungs[-1].batch_size):
+    if rungs[-1].batch_size >= search.most_served():
         return True
     if best.counts and rungs[-1].tokens_per_s < GIVE_UP * best.tokens_per_s:
         return True
     preempting = next((it.batch_size for it in rungs if it.preempted), 0)
     if one_length and rungs[-1].batch_size < SAWTOOTH * preempting:
         return False
-    return len(rungs) > 2 and all(_same(a, b) for a, b in zip(rungs[-3:], rungs[-2:], strict=False))
+    before = [it for it in rungs if it.batch_size * FACTOR**2 <= rungs[-1].batch_size]
+    return bool(before) and all(_same(before[-1], it) for it in rungs[len(before) :])
 
 
 def _same(smaller: Tried, larger: Tried) -> bool:

@@ -49,8 +49,6 @@ class Record:
     manifest: dict[str, Any]
     sha256: str
     """Of summary.json."""
-    verified: bool
-    """Whether the manifest holds that hash; False where it holds none, as of runs of older versions."""
 
     @property
     def code(self) -> str | None:
@@ -181,11 +179,6 @@ ID_OF_RUN = Kind("an id of a run", lambda x: isinstance(x, str) and RUN_ID.fullm
 SWEEP = {"argv": list_of(ANY_TEXT), "runs": list_of(ID_OF_RUN), "failed": list_of(ID_OF_RUN)}
 
 
-def unverified(records: Iterable[Record]) -> list[str]:
-    """Ids of runs of which it is not known that they are as they were written."""
-    return [record.id for record in records if not record.verified]
-
-
 def codes(records: Iterable[Record]) -> list[str]:
     """A line for every runner whose runs several versions of the code made: how many by which."""
     found: dict[str, Counter[str]] = {}
@@ -272,4 +265,4 @@ def _lines(file: Path) -> list[Any]:
 
 def _record(name: str, place: Path, summary: Any, manifest: Any, sha256: str, *, any_schema: bool) -> Record:
     summary, manifest = check_run(name, summary, manifest, sha256, any_schema=any_schema)
-    return Record(name, place, summary, manifest, sha256, "summary_sha256" in manifest)
+    return Record(name, place, summary, manifest, sha256)

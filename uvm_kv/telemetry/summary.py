@@ -18,6 +18,8 @@ SCHEMA_VERSION = 2
 PERCENTILES = (50, 90, 99)
 MIN_FINISHES = 8
 """Requests that must end within the steady window of an open loop."""
+FULL = 0.99
+"""A run is limited by KV memory if it serves less than this share of its batch size while requests wait."""
 INCOMPLETE = "stopped by max_steps or max_seconds before all requests were served"
 
 
@@ -146,6 +148,12 @@ def _sum_of(totals: dict[str, int | None], prefix: str) -> int | None:
 def _mean(values: NDArray[np.int64], weights: NDArray[np.float64]) -> float | None:
     total = weights.sum()
     return float((values * weights).sum() / total) if total else None
+
+
+def is_limited_by_memory(batch_size: float, *, running: float, waiting: float, preemptions: float) -> bool:
+    """Whether KV memory limited the batch: requests were preempted, or waited while fewer ran than the `batch_size`
+    allowed. `running`, `waiting`: means over time."""
+    return preemptions > 0 or (waiting > (1 - FULL) * batch_size and running < FULL * batch_size)
 
 
 def _steady_window(requests: Table, num_warm_up: int) -> tuple[int, int] | None:

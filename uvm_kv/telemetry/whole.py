@@ -19,8 +19,7 @@ TEMPORARY = ".tmp-"
 RUN_ID = re.compile(r"[0-9a-f]{12}-r\d+")
 SET_ASIDE = re.compile(rf"{RUN_ID.pattern}\.damaged(-\d+)?")
 """Names of what was set aside, with a number where there are several: nothing reads them."""
-LAST_WITHOUT_HASHES = 1
-"""The last schema version whose manifests may lack the run's id and hashes."""
+NO_HASH = "damaged: its manifest.json lacks the run's id or hashes"
 BESIDE = {"config": ("yaml",), "steps": ("parquet", "jsonl.gz"), "requests": ("parquet", "jsonl.gz")}
 """Files of a run directory beside summary and manifest, each with its endings."""
 
@@ -46,7 +45,7 @@ def read_run(directory: Path, *, any_schema: bool = False) -> tuple[dict[str, An
     try:
         summary, manifest, sha256 = _read_json_files(directory)
         summary, manifest = check_run(directory.name, summary, manifest, sha256, any_schema=any_schema)
-        _check_files(directory, summary, manifest)
+        _check_files(directory, manifest)
     except OSError as error:
         raise ValueError(f"damaged: it cannot be read ({error.strerror or error})") from None
     return summary, manifest, sha256
@@ -86,23 +85,23 @@ def check_run(
         manifest = check_manifest(manifest, of_run=summary["origin"] != ANALYTIC)
     except ValueError as error:
         raise ValueError(f"foreign: {error}") from None
-    if manifest.get("summary_sha256", sha256) != sha256:
+    if "summary_sha256" not in manifest:
+        raise ValueError(NO_HASH)
+    if manifest["summary_sha256"] != sha256:
         raise ValueError("tampered: its summary.json is not what the run wrote (manifest.json has its hash)")
     if manifest.get("id", name) != name:
         raise ValueError(f"misplaced: it is the run {manifest['id']}")
     return summary, manifest
 
 
-def _check_files(directory: Path, summary: dict[str, Any], manifest: dict[str, Any]) -> None:
+def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
     """ValueError unless the other files are there, and as the run wrote them."""
     for stem, kinds in BESIDE.items():
         if not any((directory / f"{stem}.{kind}").is_file() for kind in kinds):
             raise ValueError(f"half-written: it has no {stem}.{kinds[0]}, so a part was deleted")
-    hashes = manifest.get("files_sha256", {})
-    old = isinstance(version := summary["schema_version"], int) and version <= LAST_WITHOUT_HASHES
-    if not (old or {"id", "summary_sha256", "files_sha256"} <= manifest.keys()):
-        raise ValueError("damaged: its manifest.json lacks the run's id or hashes")
-    for name, known in hashes.items():
+    if not {"id", "files_sha256"} <= manifest.keys():
+        raise ValueError(NO_HASH)
+    for name, known in manifest["files_sha256"].items():
         file = directory / name
         if not file.exists():
             raise ValueError(f"half-written: it has no {name}, so a part was deleted")

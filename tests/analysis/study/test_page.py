@@ -33,7 +33,7 @@ def published(folder: Path, *, table_only: bool = False) -> list[Published]:
                        "offered_batch": batch, "output_tokens_per_s": 10.0 * batch,
                        "output_tokens_per_s_whole_run": 9.0 * batch, "tpot_s": {"p99": None}}  # fmt: skip
             place = folder / "demo" / f"{len(records):012x}-r0"
-            records.append(Record(place.name, place, summary, {}, "sha", True))
+            records.append(Record(place.name, place, summary, {}, "sha"))
     study = Study("demo", "Title & all", "Does it?", "How to read it.", (), lambda *_: Drawn(None, pd.DataFrame()))
     drawn = Drawn(None, pd.DataFrame({"a": [1.5, None], "b": ["x", "<y>"]}), ["It <does>, by +3.0 %.", "And more."])
     picture = folder / "demo.png"
@@ -48,7 +48,6 @@ def published(folder: Path, *, table_only: bool = False) -> list[Published]:
             origins=["simulated"],
             unknown=["000000000000-r0"],
             unknown_failures=["0000000000ff-r0"],
-            unverified=["000000000001-r0", "000000000002-r0"],
             missing=["batch=64"],
             left_out=left_out,
             files=files,
@@ -62,7 +61,6 @@ def test_the_page_leads_with_the_answer_and_needs_nothing_else(tmp_path: Path) -
     assert not re.findall(r"(?:src|href)=\"(?!data:|#|demo\.)", page) and "http" not in page
     assert "missing: batch=64" in page and "1 of 12 runs not of the reference set (hash unknown)" in page
     assert "1 refused or failed point not of the reference set" in page
-    assert "2 runs unverified (no hash in the manifest)" in page
     assert "1 run directories were left out, such as runs/x: half-written" in page
     assert "prefers-color-scheme: dark" in page
 

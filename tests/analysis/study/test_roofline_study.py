@@ -34,7 +34,7 @@ def test_points_are_a_packed_set_like_any_other(records: Sequence[Record], tmp_p
     pack(records, {}, tmp_path)
     read, left_out = read_records(tmp_path)
     assert left_out == [] and [r.id for r in read] == [r.id for r in records]
-    assert all(r.verified and r.summary["origin"] == "analytic" for r in read)
+    assert all(r.summary["origin"] == "analytic" for r in read)
     # Two cards, two countings, two stages, three batches, three lengths; six other precisions.
     assert len(read) == 2 * 2 * 2 * 3 * 3 + 6
     assert [r.sha256 for r in roofline_records(batches=(1, 8, 128), sequences=(128, 2048, 50000))] == [

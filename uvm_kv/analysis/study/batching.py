@@ -138,6 +138,7 @@ def _table(usable: pd.DataFrame) -> pd.DataFrame:
     for metric in PANELS:
         for end, at in (("_low", 0), ("_high", -1)):
             table[metric + end] = [repeats[at] for repeats in table[f"{metric}{REPEATS}"]]
+    table = table.copy()  # In one piece: pandas warns of a frame that grew column by column.
     parts = []
     for (workload, name), part in table.groupby(["workload", "batching"], sort=True):
         bound = _bound(table[table["workload"] == workload])

@@ -18,7 +18,7 @@ from uvm_kv.analysis.study.base import Drawn, Study, phases, with_origin
 from uvm_kv.analysis.style import SMALL, save_figure
 from uvm_kv.telemetry.checks import TEXT, check_fields, dict_of, parse_json, short
 from uvm_kv.telemetry.failures import failure_sha256, gaps
-from uvm_kv.telemetry.records import LeftOut, Record, codes, read_failures, read_records, unverified
+from uvm_kv.telemetry.records import LeftOut, Record, codes, read_failures, read_records
 from uvm_kv.telemetry.store import written_whole
 
 INDEX = "index.json"
@@ -50,8 +50,6 @@ class Published:
     """Ids of runs that are not of the reference set, or not as they are there."""
     unknown_failures: list[str]
     """The same of points that were refused or failed."""
-    unverified: list[str]
-    """Ids of runs whose manifest holds no hash of their summary."""
     missing: list[str]
     """Points of the reference set that are not here."""
     left_out: list[LeftOut]
@@ -168,7 +166,6 @@ def publish(study: Study, source: Source, out: Path, index: Index, expected: Sou
         origins=origins,
         unknown=[r.id for r in source.records if known.get(r.id) != r.sha256],
         unknown_failures=[name for name, sha in failures.items() if known_failures.get(name) != sha],
-        unverified=unverified(source.records),
         missing=missing_points(study, source, index, expected),
         left_out=source.left_out,
         files=[],
@@ -187,7 +184,6 @@ def publish(study: Study, source: Source, out: Path, index: Index, expected: Sou
         "git_shas": sorted({str(sha) for sha in runs["git_sha"]}),
         "runs_not_in_the_reference": published.unknown,
         "failures_not_in_the_reference": published.unknown_failures,
-        "unverified_runs": published.unverified,
         "missing_points": published.missing,
         "failed": gaps(source.failures.values()),
         "left_out": len(source.left_out),
@@ -218,8 +214,6 @@ def remarks(it: Published) -> list[str]:
         found.append(f"{len(it.unknown)} of {_num(it.num_runs, 'run')} not of the reference set (hash unknown)")
     if it.unknown_failures:
         found.append(f"{_num(len(it.unknown_failures), 'refused or failed point')} not of the reference set")
-    if it.unverified:
-        found.append(f"{_num(len(it.unverified), 'run')} unverified (no hash in the manifest)")
     if it.missing:
         found.append(f"{_num(len(it.missing), 'point')} missing")
     return found

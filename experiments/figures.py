@@ -80,7 +80,7 @@ def make(
     study = STUDIES[name]
     source = read_source(study, results, allow_mixed=allow_mixed, origin=origin)
     expected = None
-    if results.resolve() != reference.resolve() and all((reference / e).is_dir() for e in study.sources):
+    if results.resolve() != reference.resolve() and any((reference / e).is_dir() for e in study.sources):
         expected = read_source(study, reference)
     return publish(study, source, output, read_index(reference), expected)
 

@@ -17,6 +17,7 @@ import pytest
 from experiments import figures, study
 from experiments.progress import SweepEnd
 from tests import jobs
+from tests.helpers import vouch
 from uvm_kv.analysis.study import STUDIES
 from uvm_kv.analysis.study.base import OWN_ORIGIN, with_origin
 from uvm_kv.config.build import run_job
@@ -70,9 +71,7 @@ def rewrite(directory: Path, *, honest: bool, **values: Any) -> None:
     file = directory / "summary.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values, indent=2) + "\n")
     if honest:
-        manifest = directory / "manifest.json"
-        sha = hashlib.sha256(file.read_bytes()).hexdigest()
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"summary_sha256": sha}))
+        vouch(directory)
 
 
 def test_figures_from_the_reference_are_the_same_to_the_byte_from_run_to_run(draw: Any, reference: Path) -> None:
@@ -182,7 +181,7 @@ def test_one_of_two_runs_that_the_factors_do_not_tell_apart_is_missing_too(
     rewrite(two, honest=True, **factors)
     study.update_reference("batch_sweep", read_records(runs)[0], {}, reference)
     assert draw(runs)[2]["missing_points"] == []
-    shutil.move(two, two.with_name("f" * 12 + "-r0"))
+    vouch(Path(shutil.move(two, two.with_name("f" * 12 + "-r0"))))
     assert draw(runs)[2]["missing_points"] == [], "of another setting at the same point"
     shutil.rmtree(two.with_name("f" * 12 + "-r0"))
     (line,) = draw(runs)[2]["missing_points"]
@@ -255,7 +254,9 @@ def test_agreement_is_run_by_run_and_within_the_tolerance(made: Path) -> None:
     assert study.compare(reference, reference).holds
     near = dataclasses.replace(reference[0], sha256="x", summary=reference[0].summary | {"h2d_bytes": 1000})
     far = dataclasses.replace(reference[0], sha256="y", summary=reference[0].summary | {"h2d_bytes": 1001.5})
-    assert study.compare([far], [near]).differing == [f"{study._point(far)}: h2d_bytes 1001.5 instead of 1000"]
+    assert study.compare([far], [near]).differing == [
+        f"{study._name(far.summary, far.id)}: h2d_bytes 1001.5 instead of 1000"
+    ]
     assert study.compare([far], [near], tolerance=0.01).holds
     found = study.compare(reference[1:], reference[:-1])
     assert (len(found.missing), len(found.extra), found.holds) == (1, 1, False)
@@ -325,11 +326,12 @@ def test_the_study_runs_compares_and_says_what_differs(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run_experiment(name: str, folder: Path) -> int:
-        shutil.copytree(made / name, folder / name, dirs_exist_ok=True)
+        shutil.copytree(made / "batch_sweep", folder / name, dirs_exist_ok=True)
         SweepEnd(6, 6, 0, 0).write(folder / name)
         return 0
 
     monkeypatch.setattr(study, "run_experiment", run_experiment)
+    monkeypatch.setattr(study, "git_state", lambda: {"git_sha": "0" * 40, "git_dirty": False})
     where = ("--results", str(tmp_path / "runs"), "--reference", str(tmp_path / "reference"))
     assert study.main(["batch_sweep", *where]) == 1
     assert "there is no reference of it: --update makes one" in capsys.readouterr().err

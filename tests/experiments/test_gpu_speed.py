@@ -12,6 +12,7 @@ import pytest
 from experiments import gpu_speed, profile
 from tests import jobs
 from tests.config.curves import curves_of
+from tests.helpers import vouch
 from uvm_kv.config.profile_file import load_profile
 from uvm_kv.hw.overlap import ceiling
 from uvm_kv.telemetry.store import read_json
@@ -120,6 +121,7 @@ def test_a_peer_is_held_against_our_better_baseline_on_the_same_work(simulated: 
         summary = read_json(peer / "summary.json") | {"mechanism": "hf_continuous", "offered_batch": batch}
         summary["output_tokens_per_s"] *= factor
         (peer / "summary.json").write_text(json.dumps(summary))
+        vouch(peer)
     lines = lines_of(folder)
     line = lines["tokens/s / generate_batch, llama3_8b, batch 32"]
     assert (line["value"], line["is_met"]) == (pytest.approx(1.25), True)
@@ -138,7 +140,7 @@ def test_a_profile_takes_an_experiment_as_its_point(monkeypatch: pytest.MonkeyPa
     """What the part decode_step profiles is one job, whatever the experiment sweeps."""
     given: list[str] = []
 
-    def stop(composed: Any) -> None:
+    def stop(composed: Any, _: Any) -> None:
         given.extend((composed.mechanism, str(composed.batch_size), composed.model.name, composed.workload.start))
         raise ValueError("enough")
 

@@ -180,7 +180,7 @@ def test_a_launcher_that_cannot_start_is_a_line(tmp_path: Path) -> None:
     """SLURM where there is none."""
     done = sweep("hydra/launcher=submitit_slurm", *SWEEP, f"results_dir={tmp_path}", PATH="/nowhere")
     assert done.returncode == 1
-    assert "error: hydra/launcher=submitit_slurm cannot go on: " in done.stderr
+    assert "error: hydra/launcher=submitit_slurm cannot continue: " in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert completed_runs(tmp_path) == []
 

@@ -206,6 +206,7 @@ def twins_are_full(experiments: Iterable[str]) -> list[Any]:
 
 STUDY = (
     "attention_variants",
+    "batch_sweep_drawn",
     "batching",
     "does_it_help_my_box",
     "energy",

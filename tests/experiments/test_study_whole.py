@@ -71,7 +71,7 @@ def ask(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
         monkeypatch.setattr(study, "run_experiment", run_experiment)
         where = ("--results", str(tmp_path / "runs"), "--reference", str(tmp_path / "reference"))
-        return study.main(["batch_sweep", *where, *more])
+        return study.main(["energy", *where, *more])
 
     return run
 

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import validate
 from tests import jobs
+from tests.helpers import vouch
 from uvm_kv.telemetry.store import read_table
 from uvm_kv.telemetry.whole import completed_runs
 
@@ -98,6 +99,7 @@ def test_what_only_a_real_model_has_is_reset(tmp_path: Path, command: Any) -> No
     assert "compile: false" in text and "allow_oversubscription: false" in text
     text = text.replace("compile: false", "compile: true").replace("cuda_graphs: true", "cuda_graphs: false")
     config.write_text(text.replace("allow_oversubscription: false", "allow_oversubscription: true"))
+    vouch(directory)
     peer = record(tmp_path, *small, "engine=hf_generate")
     status, out, err = command(f"recorded={tmp_path / 'recorded'}")
     assert (status, err) == (0, "")
@@ -216,6 +218,7 @@ def test_a_recording_of_another_version_needs_its_hardware_named(tmp_path: Path,
     directory = record(tmp_path, *SMALL, "workload.output_tokens=16")
     config = directory / "config.yaml"
     config.write_text(config.read_text().replace("hardware:\n", "hardware:\n  warp_drive: 9\n", 1))
+    vouch(directory)
     status, _, err = command(f"recorded={directory}")
     assert status == 2
     assert "not a config of this version" in err and "hardware=NAME" in err

@@ -67,12 +67,14 @@ def read_source(study: Study, results: Path, *, allow_mixed: bool = False, origi
     failures: dict[str, dict[str, Any]] = {}
     left_out: list[LeftOut] = []
     passed_over: set[str] = set()
-    for name in study.sources:
-        if not (folder := results / name).is_dir():
-            raise ValueError(
-                f"{study.name}: there is no {folder}; python -m experiments.run -m experiment={name} "
-                f"results_dir={results} makes it"
-            )
+    folders = [folder for name in study.sources if (folder := results / name).is_dir()]
+    if not folders:
+        name = study.sources[0]
+        raise ValueError(
+            f"{study.name}: there is no {results / name}; python -m experiments.run -m experiment={name} "
+            f"results_dir={results} makes it"
+        )
+    for folder in folders:
         found, rest = read_records(folder, any_schema=allow_mixed)
         failed, failed_rest = read_failures(folder)
         if origin is not None:

@@ -11,7 +11,6 @@ cores of this machine, also after a sweep on a cluster. Only simulated points ar
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -94,13 +93,13 @@ def _tried(summary: dict[str, Any], *, is_backed: bool) -> Tried:
     )
 
 
-def refine(events: Sequence[Event], experiment: str, search_path: tuple[str, ...] = ()) -> None:
+def refine(events: Sequence[Event], experiment: str, search_path: tuple[str, ...], num_workers: int) -> None:
     """Run what the search asks for; each run is reported as an event of the sweep. `search_path`: the override that
-    adds folders of the user's own."""
+    adds folders of the user's own; `num_workers`: processes at once."""
     lines = [replace(line, search_path=search_path) for line in _lines(events, experiment)]
     if not lines:
         return
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _begin_worker) as pool:
+    with ProcessPoolExecutor(num_workers, get_context("spawn"), _begin_worker) as pool:
         try:
             alone = list(pool.map(_search, [line for line in lines if not line.is_backed]))
             found = [*alone, *pool.map(_search, [_with_hints(line, alone) for line in lines if line.is_backed])]

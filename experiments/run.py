@@ -541,8 +541,9 @@ def main() -> int:
                 log.poll()
                 log.current = "searching the best batch sizes"
                 search_path = (o.input_line for o in request.overrides if o.key_or_group == "hydra.searchpath")
+                num_workers = launchers.num_workers(request.overrides)
                 try:
-                    refine(log.events, request.experiment, tuple(search_path))
+                    refine(log.events, request.experiment, tuple(search_path), num_workers)
                 except Exception as error:  # What is finished is reported all the same.
                     lost = explain(error)
     except KeyboardInterrupt:

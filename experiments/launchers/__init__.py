@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -40,6 +41,8 @@ NEEDS = {
 SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 PAST_ONE_MACHINE = ("submitit_slurm", "ray")
 
+N_JOBS = "hydra.launcher.n_jobs"
+
 OnLost = Callable[[Sequence[str], str], None]
 """Gets the overrides of a job whose worker died, and what is known of its end."""
 
@@ -57,7 +60,7 @@ def check(name: str, tuned: Sequence[str]) -> None:
         raise ValueError(
             f"hydra/launcher={name} needs {' and '.join(missing)}, not installed here: pip install -e '.[{extra}]'"
         )
-    ignored = [key for key in tuned if name == "joblib" and key != "hydra.launcher.n_jobs"]
+    ignored = [key for key in tuned if name == "joblib" and key != N_JOBS]
     if ignored:
         raise ValueError(f"{ignored[0]} would be ignored; of hydra/launcher=joblib hydra.launcher.n_jobs can be set")
 
@@ -122,3 +125,11 @@ def last_line(error: BaseException) -> str:
     """Of an error that holds a traceback the last line, which says what it was."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def num_workers(overrides: Iterable[Override]) -> int:
+    """Processes at once on this machine: as many as hydra.launcher.n_jobs says, or as there are cores."""
+    from joblib import effective_n_jobs
+
+    given = [override.value() for override in overrides if override.key_or_group == N_JOBS]
+    return int(effective_n_jobs(given[-1] if given else -1))

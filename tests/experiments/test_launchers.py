@@ -16,6 +16,7 @@ from experiments import launchers
 from experiments.progress import ENVIRONMENT, Event, SweepLog, read_command, report_event, sweep_log
 from experiments.run import preflight
 from tests.helpers import REPOSITORY
+from uvm_kv.config.names import parse_overrides
 from uvm_kv.telemetry import store
 from uvm_kv.telemetry.records import read_failures
 from uvm_kv.telemetry.store import read_json
@@ -183,6 +184,11 @@ def test_a_launcher_that_cannot_start_is_a_line(tmp_path: Path) -> None:
     assert "error: hydra/launcher=submitit_slurm cannot continue: " in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert completed_runs(tmp_path) == []
+
+
+def test_a_search_takes_as_many_processes_as_its_sweep() -> None:
+    assert launchers.num_workers(parse_overrides(["batch_size=1,2", "hydra.launcher.n_jobs=1"])) == 1
+    assert launchers.num_workers(parse_overrides(["batch_size=1,2"])) == os.cpu_count()
 
 
 def test_only_this_machine_s_abandoned_directories_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

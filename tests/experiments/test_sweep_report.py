@@ -63,11 +63,14 @@ def test_the_report_of_a_sweep_is_made_again_of_its_own_runs(
         made.append(job.directory)
     experiment = made[0].parent
     for name, directory in zip("ab", made, strict=True):
-        place(experiment, "batch_size=2", name=name).write_runs(["typed"], [directory.name], [])
+        typed = ["python", "-m", "experiments.run", "-m", f"max_seconds={name.encode()[0]}"]
+        place(experiment, "batch_size=2", name=name).write_runs(typed, [directory.name], [])
     assert (experiment / "reports" / LATEST).resolve().name == "b"
     for name, batch in (("a", "2"), ("b", "4"), (LATEST, "4")):
         assert uvm_kv(["report", str(experiment / "reports" / name)]) == 0
-        assert f"reports/{name}/report.html" in capsys.readouterr().out
+        told = "".join(capsys.readouterr().out.split())
+        assert f"reports/{name}/report.html" in told
+        assert ("max_seconds=97" if name == "a" else "max_seconds=98") in told, "the command that is missing goes on it"
         with (experiment / "reports" / name / "points.csv").open() as lines:
             (row,) = csv.DictReader(lines)
         assert row["offered_batch"] == batch

@@ -80,11 +80,13 @@ def _report(folder: Path, out: Path | None) -> None:
     from uvm_kv.telemetry.store import REPORT_RUNS, check_writable
 
     if (folder / REPORT_RUNS).is_file():
-        records, left_out, failures, more = read_sweep(folder)
+        sweep = read_sweep(folder)
+        records, failures, left_out, argv = sweep.records, sweep.failures, sweep.left_out, sweep.argv
         out = out or folder
     else:
         records, left_out = find_runs(folder)
         failures, more = read_failures(folder)
+        left_out, argv = [*left_out, *more], None
         out = out or folder / "report"
     check_writable(out, "--out ")
-    print_report(write_report(records, out, list(failures.values()), [*left_out, *more]), plain_console())
+    print_report(write_report(records, out, list(failures.values()), left_out, argv), plain_console())

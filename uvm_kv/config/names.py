@@ -25,8 +25,10 @@ NOT_A_KEY = ("experiment", "link")
 def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
     """The error for an unknown name: what was given, the nearest, and all that is allowed."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    parts, depth = given.split("."), min((name.count(".") for name in names), default=0)
+    by_part = {name.rpartition(".")[2]: name for name in names}  # The part of the key that differs, not its parents.
+    near = difflib.get_close_matches(parts[min(depth, len(parts) - 1)], by_part, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(by_part[part] for part in near)}? " if near else ""
     return ValueError(f"{what} {given!r} is unknown; {hint}allowed: {', '.join(names)}")
 
 

@@ -157,11 +157,20 @@ def read_failures(folder: Path) -> tuple[dict[str, dict[str, Any]], list[LeftOut
     return {name: found[name] for name in sorted(found)}, left_out
 
 
-def read_sweep(
-    folder: Path,
-) -> tuple[list[Record], list[LeftOut], dict[str, dict[str, Any]], list[LeftOut]]:
-    """The runs of a sweep, and its failures, by the folder of its report: each with what is left out. ValueError where
-    none of its runs is there."""
+@dataclass(frozen=True)
+class SweepRecords:
+    """The runs and failures of one sweep."""
+
+    argv: list[str]
+    """The command of the sweep."""
+    records: list[Record]
+    failures: dict[str, dict[str, Any]]
+    """By run id."""
+    left_out: list[LeftOut]
+
+
+def read_sweep(folder: Path) -> SweepRecords:
+    """The sweep whose report is in `folder`. ValueError where none of its runs is there."""
     file = folder / REPORT_RUNS
     try:
         told = check_fields(parse_json(file.read_bytes()), SWEEP, SWEEP, "it")
@@ -172,7 +181,8 @@ def read_sweep(
     if not records:
         raise ValueError(f"{file}: none of its {len(told['runs'])} runs is in {experiment}; run the sweep again")
     failures, more = read_failures(experiment)
-    return records, left_out, {name: it for name, it in failures.items() if name in told["failed"]}, more
+    mine = {name: it for name, it in failures.items() if name in told["failed"]}
+    return SweepRecords(told["argv"], records, mine, [*left_out, *more])
 
 
 ID_OF_RUN = Kind("an id of a run", lambda x: isinstance(x, str) and RUN_ID.fullmatch(x) is not None)

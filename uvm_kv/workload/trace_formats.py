@@ -62,9 +62,11 @@ def recognise(columns: Iterable[str], where: str) -> TraceFormat:
     absent = [column for column in nearest.columns if column not in names]
     if len(absent) == 1:
         raise ValueError(f"{where}: {absent[0]} is missing beside {' and '.join(set(nearest.columns) & set(names))}")
-    shown = ", ".join(short(name) for name in names[:MAX_COLUMNS]) or "missing"
+    if not names:
+        raise ValueError(f"{where}: there are no columns; {HOW_TO_CONVERT}")
+    shown = ", ".join(short(name) for name in names[:MAX_COLUMNS])
     more = f" and {len(names) - MAX_COLUMNS} more" if len(names) > MAX_COLUMNS else ""
-    raise ValueError(f"{where}: the columns are {shown}{more}, of no trace that is known; {HOW_TO_CONVERT}")
+    raise ValueError(f"{where}: no known trace format has the columns {shown}{more}; {HOW_TO_CONVERT}")
 
 
 def request_of(one: TraceFormat, values: Mapping[str, Any], where: str) -> tuple[int, int, int] | None:

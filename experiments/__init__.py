@@ -1,1 +1,1 @@
-"""Entry points, thin: each composes a config, calls the library and prints."""
+"""Entry points of a checkout, python -m experiments.NAME: each calls the main function of a module."""

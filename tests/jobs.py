@@ -8,10 +8,11 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from uvm_kv.config.build import Job, jobs_of, run_job
 from uvm_kv.config.names import CONF_DIR, with_implied
-from uvm_kv.config.resolve import Resolved, resolve
 from uvm_kv.config.schema import register
+from uvm_kv.job.build import Job, jobs_of
+from uvm_kv.job.resolve import Resolved, resolve
+from uvm_kv.peers.job import run_any_job
 
 MECHANISMS = (
     "device_resident",
@@ -41,4 +42,4 @@ def job(results_dir: Path, *overrides: str) -> Job:
 
 def run(results_dir: Path, *overrides: str) -> dict[str, Any]:
     """The summary of one run."""
-    return run_job(job(results_dir, *overrides), argv=["test"])
+    return run_any_job(job(results_dir, *overrides), argv=["test"])

@@ -6,9 +6,9 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from experiments.figures import REFERENCE, ROOT, make
-from uvm_kv.analysis.study import STUDIES
-from uvm_kv.analysis.study.page import LEADING, answer
+from uvm_kv.commands.figures import REFERENCE, ROOT, make
+from uvm_kv.study import STUDIES
+from uvm_kv.study.page import LEADING, answer
 
 CONF_DIR = ROOT / "conf" / "experiment"
 BEGIN, END = "<!-- answer -->\n", "<!-- /answer -->"

@@ -8,11 +8,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from experiments.figures import REFERENCE, make
 from tests import jobs
-from uvm_kv.analysis.study import STUDIES
-from uvm_kv.config.build import run_job
-from uvm_kv.telemetry.store import read_table
+from uvm_kv.commands.figures import REFERENCE, make
+from uvm_kv.job.build import run_job
+from uvm_kv.store.directories import read_table
+from uvm_kv.study import STUDIES
 
 README = (Path(__file__).parent.parent / "results" / "README.md").read_text()
 # Words of the explanations that are values and no columns.

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from tests.jobs import run
+from uvm_kv.advise.advisor import QUANTITIES, Advice, Question, advise, moved_profile, search, uncertainty_of, verdict
+from uvm_kv.calibrate.profile_file import load_profile
 from uvm_kv.cli import main
 from uvm_kv.cli.advise import lines
-from uvm_kv.config.advise import QUANTITIES, Advice, Question, advise, moved_profile, search, uncertainty_of, verdict
-from uvm_kv.config.profile_file import load_profile
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.types import GIB
 

@@ -10,8 +10,8 @@ from tests.jobs import run
 from uvm_kv.cli import cuda_report, main
 from uvm_kv.cli.doctor import doctor
 from uvm_kv.memory import Capabilities, PcieLink
-from uvm_kv.telemetry import provenance
-from uvm_kv.telemetry.whole import completed_runs
+from uvm_kv.store import provenance
+from uvm_kv.store.whole import completed_runs
 
 SMALL = ("workload.prompt_tokens=64", "workload.output_tokens=16")
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from uvm_kv.config.calibration import prefetch_counts
-from uvm_kv.config.curves import FORMAT, PLAN, SCHEMA_VERSION
-from uvm_kv.config.profile_file import load_profile
+from uvm_kv.calibrate.calibration import prefetch_counts
+from uvm_kv.calibrate.curves import FORMAT, PLAN, SCHEMA_VERSION
+from uvm_kv.calibrate.profile_file import load_profile
 from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.fit import all_work
 from uvm_kv.hw.model import ModelGeometry

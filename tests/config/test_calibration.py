@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests.config.curves import MODEL, curves_of
-from uvm_kv.config.calibration import Calibration, calibrate, fit, prefetch_counts, quantities_of
-from uvm_kv.config.curves import FIELDS, PLAN, Curves, read_curves
-from uvm_kv.config.profile_file import load_profile
+from uvm_kv.calibrate.calibration import Calibration, calibrate, fit, prefetch_counts, quantities_of
+from uvm_kv.calibrate.curves import FIELDS, PLAN, Curves, read_curves
+from uvm_kv.calibrate.profile_file import load_profile
 from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.fit import all_work
 from uvm_kv.hw.profile import HardwareProfile

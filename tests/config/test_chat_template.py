@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.jobs import resolved
-from uvm_kv.config.serving import PromptEncoder
+from uvm_kv.job.serving import PromptEncoder
 
 
 class Tokenizer:

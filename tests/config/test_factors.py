@@ -8,10 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.jobs import composed, job, resolved, run
-from uvm_kv.config.build import build_roofline, identity, workload_of
 from uvm_kv.config.names import CONF_DIR, check_overrides, parse_overrides
-from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import UvmReplaySchema
+from uvm_kv.job.build import build_roofline, identity, workload_of
+from uvm_kv.job.resolve import resolve
 
 SMALL = ("memory.device_kv_bytes=1073741824", "workload.prompt_tokens=100", "workload.output_tokens=100")
 """LLaMA-7B: 128 blocks of 8 MiB on the device; 13 of them a request."""

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import REPOSITORY
-from uvm_kv.config import family
-from uvm_kv.telemetry import scratch
-from uvm_kv.telemetry.store import machine
+from uvm_kv.store import family, scratch
+from uvm_kv.store.directories import machine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 PATIENCE_S = 60.0
 PARENT = """
 import subprocess, sys, time
-from uvm_kv.config.family import end_children_with_me
+from uvm_kv.store.family import end_children_with_me
 end_children_with_me(); end_children_with_me()
 grandchild = "import time; time.sleep(600)"
 child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}], start_new_session=True)"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.jobs import composed, job, resolved
-from uvm_kv.config.resolve import resolve
+from uvm_kv.job.resolve import resolve
 
 MINITRON = {
     "model_type": "nemotron",

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.run import preflight
 from tests.jobs import resolved
+from uvm_kv.commands.run import preflight
 from uvm_kv.config.names import check_overrides, length_workloads, parse_overrides, with_implied
 
 

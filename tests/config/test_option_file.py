@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from experiments import uvm_replay
-from experiments.roofline import main as roofline
-from experiments.run import preflight
 from tests.helpers import REPOSITORY
 from tests.jobs import composed
+from uvm_kv.advise.advisor import Advice, Question
+from uvm_kv.calibrate.profile_file import load_profile
 from uvm_kv.cli.advise import lines
-from uvm_kv.config.advise import Advice, Question
+from uvm_kv.commands import uvm_replay
+from uvm_kv.commands.roofline import main as roofline
+from uvm_kv.commands.run import preflight
 from uvm_kv.config.command import compose_command, compose_config
 from uvm_kv.config.names import groups
 from uvm_kv.config.option_file import NUMBERS, axes_of, mark_sources, without_source
-from uvm_kv.config.profile_file import load_profile
-from uvm_kv.config.resolve import build_profile, resolve
-from uvm_kv.config.roofline import analyze
 from uvm_kv.config.schema import RooflineSchema, UvmReplaySchema
 from uvm_kv.hw.profile import HardwareProfile
+from uvm_kv.job.resolve import build_profile, resolve
+from uvm_kv.job.roofline import analyze
 
 SHEET = "a data sheet that nobody wrote"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import resolved, run
-from uvm_kv.config import peers
-from uvm_kv.config.resolve import CHOICES
+from uvm_kv.job import peers
+from uvm_kv.job.resolve import CHOICES
 
 ON_GPU = ("runner=cuda",)
 TAKEN = "which decides for itself; leave it out"

@@ -8,12 +8,12 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from tests.jobs import MECHANISMS, composed, job, resolved, run
-from uvm_kv.config.build import repeats_of, workload_of
 from uvm_kv.config.command import compose_command
 from uvm_kv.config.names import CONF_DIR, check_overrides, groups, parse_overrides
-from uvm_kv.config.resolve import CHOICES, resolve
 from uvm_kv.config.schema import UvmReplaySchema
-from uvm_kv.config.serving import free_host_bytes
+from uvm_kv.job.build import repeats_of, workload_of
+from uvm_kv.job.resolve import CHOICES, resolve
+from uvm_kv.job.serving import free_host_bytes
 
 
 @pytest.mark.parametrize(

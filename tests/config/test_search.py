@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from uvm_kv.config.search import Tried, search_best
+from uvm_kv.sweep.search import Tried, search_best
 
 Curve = Callable[[int], Tried | None]
 

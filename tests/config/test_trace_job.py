@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from experiments.listing import estimate_s
 from tests.jobs import composed, job, resolved, run
-from uvm_kv.config import workload
-from uvm_kv.config.build import jobs_of, run_job
-from uvm_kv.config.resolve import resolve
+from uvm_kv.job import workload
+from uvm_kv.job.build import jobs_of, run_job
+from uvm_kv.job.resolve import resolve
+from uvm_kv.sweep.listing import estimate_s
 from uvm_kv.workload.trace import read_trace
 
 

@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 
-from experiments import listing, profile
+from experiments.gpu_kit import profile
 from tests import jobs
 from tests.runner.torch_cpu.models import load_model, save_model, torch
-from uvm_kv.config import cuda, models
-from uvm_kv.config.build import build_runner, jobs_of, run_job
-from uvm_kv.config.models import load_served as load_for_good
 from uvm_kv.config.names import parse_overrides
-from uvm_kv.config.resolve import resolve
 from uvm_kv.config.schema import register
-from uvm_kv.config.worker import Reach, explain, reach_of
+from uvm_kv.job import cuda, models
+from uvm_kv.job.build import build_runner, jobs_of, run_job
+from uvm_kv.job.models import load_served as load_for_good
+from uvm_kv.job.resolve import resolve
 from uvm_kv.memory import Slab, capabilities, decode_workspace_bytes, new_workspace
 from uvm_kv.runner.torch.cuda_kv import CudaKV
+from uvm_kv.sweep import listing
+from uvm_kv.sweep.worker import Reach, explain, reach_of
 from uvm_kv.types import CHUNK_BYTES, MIB
 
 HEADS = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
@@ -42,7 +43,7 @@ def _here(c: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             pytest.skip("torch sees no GPU, and this one does not read torch's tensors on the CPU")
         monkeypatch.setattr(models, "load_served", lambda job: load_model(job.serving.folder, job.config.dtype))
     monkeypatch.setattr(cuda, "this_card", capabilities)
-    monkeypatch.setattr("uvm_kv.config.build.this_card", capabilities)
+    monkeypatch.setattr("uvm_kv.job.build.this_card", capabilities)
 
 
 def compose(folder: Path, results: Path, *overrides: str) -> Any:

@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any, NamedTuple
 
-from uvm_kv.config.worker import OnStep
+from uvm_kv.sweep.worker import OnStep
 
 
 class Fake(NamedTuple):

@@ -18,8 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from experiments.microbench import attention, batch, cli, copies, curves, faults, in_place, nominal, peers, prefetch
-from experiments.microbench.bench import Settings
+from experiments.gpu_kit.microbench import (
+    attention,
+    batch,
+    cli,
+    copies,
+    curves,
+    faults,
+    in_place,
+    nominal,
+    peers,
+    prefetch,
+)
+from experiments.gpu_kit.microbench.bench import Settings
 from uvm_kv.memory import Slab
 from uvm_kv.types import KIB, MIB
 

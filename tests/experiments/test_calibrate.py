@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.calibrate import main
-from experiments.uvm_replay import run as replay
 from tests.config.curves import curves_of
 from tests.helpers import CONF
+from uvm_kv.calibrate.calibration import quantities_of
+from uvm_kv.calibrate.curves import PLAN
+from uvm_kv.calibrate.profile_file import load_profile
+from uvm_kv.commands.calibrate import main
+from uvm_kv.commands.uvm_replay import run as replay
 from uvm_kv.config import names
-from uvm_kv.config.calibration import quantities_of
 from uvm_kv.config.command import compose_command
-from uvm_kv.config.curves import PLAN
-from uvm_kv.config.profile_file import load_profile
-from uvm_kv.config.resolve import build_profile
 from uvm_kv.config.schema import UvmReplaySchema
+from uvm_kv.job.resolve import build_profile
 
 pytest.importorskip("scipy")
 
@@ -171,7 +171,7 @@ def test_bad_input_is_answered_in_a_line(
 def test_it_says_that_scipy_is_missing(
     capsys: pytest.CaptureFixture[str], conf: Path, curves: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uvm_kv.config.calibration.find_spec", lambda _: None)
+    monkeypatch.setattr("uvm_kv.calibrate.calibration.find_spec", lambda _: None)
     assert "a calibration needs scipy, in the extra 'dev': pip install -e '.[dev]'" in error(
         capsys, curves, "name=mine"
     )

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from experiments import dashboard
 from tests.experiments.test_publish import environment
 from tests.jobs import job
 from tests.wandb_server import ENTITY, KEY, wandb_server
-from uvm_kv.config.build import run_job
-from uvm_kv.telemetry.records import read_records
-from uvm_kv.telemetry.store import read_table
-from uvm_kv.telemetry.wandb_sink import METRICS, content_of
+from uvm_kv.job.build import run_job
+from uvm_kv.store.directories import read_table
+from uvm_kv.store.records import read_records
+from uvm_kv.tracking import dashboard
+from uvm_kv.tracking.wandb_sink import METRICS, content_of
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb-workspaces of its own use of pydantic

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import REPOSITORY
-from uvm_kv.telemetry.store import read_json, read_table
-from uvm_kv.telemetry.whole import completed_runs
+from uvm_kv.store.directories import read_json, read_table
+from uvm_kv.store.whole import completed_runs
 
 NUM_KILLS = 30
 NUM_JOBS = 12

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from experiments import figures, study
-from experiments.progress import SweepEnd
 from tests import jobs
 from tests.helpers import vouch
-from uvm_kv.analysis.study import STUDIES
-from uvm_kv.analysis.study.base import OWN_ORIGIN, with_origin
-from uvm_kv.config.build import run_job
-from uvm_kv.telemetry.failures import failure_sha256, write_failure
-from uvm_kv.telemetry.records import PACKED_FAILURES, Record, pack, read_failures, read_records
+from uvm_kv.commands import figures, study
+from uvm_kv.job.build import run_job
+from uvm_kv.store.failures import failure_sha256, write_failure
+from uvm_kv.store.records import PACKED_FAILURES, Record, pack, read_failures, read_records
+from uvm_kv.study import STUDIES
+from uvm_kv.study.base import OWN_ORIGIN, with_origin
+from uvm_kv.sweep.progress import SweepEnd
 
 MECHANISMS = ("device_resident", "device_recompute", "pinned_swap")
 

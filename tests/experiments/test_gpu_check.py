@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from experiments import gpu_check
-from experiments.gpu_check import PARTS, Part, Report, check, main
+from experiments.gpu_kit import gpu_check
+from experiments.gpu_kit.gpu_check import PARTS, Part, Report, check, main
 
 CARD = {"name": "NVIDIA Test", "uuid": "GPU-0", "driver": "580.0"}
 

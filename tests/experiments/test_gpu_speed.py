@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from experiments import gpu_speed, profile
+from experiments.gpu_kit import gpu_speed, profile
 from tests import jobs
 from tests.config.curves import curves_of
 from tests.helpers import vouch
-from uvm_kv.config.profile_file import load_profile
+from uvm_kv.calibrate.profile_file import load_profile
 from uvm_kv.hw.overlap import ceiling
-from uvm_kv.telemetry.store import read_json
+from uvm_kv.store.directories import read_json
 from uvm_kv.types import GIB, Reach
 
 POINT = ("experiment=gpu_sweep_llama3_8b", "runner=sim", "hardware=h100")

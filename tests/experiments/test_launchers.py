@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments import launchers
-from experiments.progress import ENVIRONMENT, Event, SweepLog, read_command, report_event, sweep_log
-from experiments.run import preflight
 from tests.helpers import REPOSITORY
+from uvm_kv.commands.run import preflight
 from uvm_kv.config.names import parse_overrides
-from uvm_kv.telemetry import store
-from uvm_kv.telemetry.records import read_failures
-from uvm_kv.telemetry.store import read_json
-from uvm_kv.telemetry.whole import completed_runs
+from uvm_kv.store import directories as store
+from uvm_kv.store.directories import read_json
+from uvm_kv.store.records import read_failures
+from uvm_kv.store.whole import completed_runs
+from uvm_kv.sweep import launchers
+from uvm_kv.sweep.progress import ENVIRONMENT, Event, SweepLog, read_command, report_event, sweep_log
 
 COMMAND = [sys.executable, "-m", "experiments.run", "-m"]
 QUICK = ["max_steps=20", "workload.prompt_tokens=64"]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from experiments import gpu_check, measure, measuring
-from experiments.gpu_check import Part
-from experiments.measure import has_consent, main, parts_of, slug, warnings
-from experiments.measuring import SWEEPS, NotPossibleError
+from experiments.gpu_kit import gpu_check, measure, measuring
+from experiments.gpu_kit.gpu_check import Part
+from experiments.gpu_kit.measure import has_consent, main, parts_of, slug, warnings
+from experiments.gpu_kit.measuring import SWEEPS, NotPossibleError
 from tests import jobs
-from uvm_kv.telemetry.failures import write_failure
+from uvm_kv.store.failures import write_failure
 from uvm_kv.types import GIB
 
 CARD = {"name": "NVIDIA GeForce RTX 3090", "uuid": "GPU-0", "driver": "580.0"}

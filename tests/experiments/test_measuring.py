@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from experiments import gpu_check, measuring
-from experiments.gpu_check import MEASURE_PARTS, PARTS, chosen_parts
-from experiments.measure_operators import main as measure_operators
-from experiments.measuring import SWEEPS, NotPossibleError, managed_fits
+from experiments.gpu_kit import gpu_check, measuring
+from experiments.gpu_kit.gpu_check import MEASURE_PARTS, PARTS, chosen_parts
+from experiments.gpu_kit.measure_operators import main as measure_operators
+from experiments.gpu_kit.measuring import SWEEPS, NotPossibleError, managed_fits
 from tests import jobs
 from tests.config.curves import curves_of
 from tests.helpers import REPOSITORY
-from uvm_kv.config.curves import OPERATORS, read_curves
-from uvm_kv.config.profile_file import load_profile
+from uvm_kv.calibrate.curves import OPERATORS, read_curves
+from uvm_kv.calibrate.profile_file import load_profile
 from uvm_kv.types import GIB
 
 CARD = {"name": "NVIDIA H100 80GB HBM3", "uuid": "GPU-0", "driver": "580.0"}

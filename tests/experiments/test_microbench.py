@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments.microbench import copies, curves, faults, in_place, prefetch
-from experiments.microbench.batch import Shape, attend, relative_error, scattered_table, split_kv, split_table
-from experiments.microbench.bench import scattered
-from experiments.microbench.cli import PARTS, main, see_only
-from experiments.microbench.limits import Ledger, LimitError, Limits, limits_for, scaled
-from experiments.microbench.managed import tile, tiles_sum, write
-from experiments.microbench.manifest import uvm_parameters
-from experiments.microbench.nominal import CARDS, NOTHING, card_of, predict
-from experiments.microbench.record import PartRecord, is_kept, part_lines, read_part
-from experiments.microbench.stats import AMBIGUOUS, MET, NOT_MET, REPORTED, Summary, ratios, summary, verdict
+from experiments.gpu_kit.microbench import copies, curves, faults, in_place, prefetch
+from experiments.gpu_kit.microbench.batch import Shape, attend, relative_error, scattered_table, split_kv, split_table
+from experiments.gpu_kit.microbench.bench import scattered
+from experiments.gpu_kit.microbench.cli import PARTS, main, see_only
+from experiments.gpu_kit.microbench.limits import Ledger, LimitError, Limits, limits_for, scaled
+from experiments.gpu_kit.microbench.managed import tile, tiles_sum, write
+from experiments.gpu_kit.microbench.manifest import uvm_parameters
+from experiments.gpu_kit.microbench.nominal import CARDS, NOTHING, card_of, predict
+from experiments.gpu_kit.microbench.record import PartRecord, is_kept, part_lines, read_part
+from experiments.gpu_kit.microbench.stats import AMBIGUOUS, MET, NOT_MET, REPORTED, Summary, ratios, summary, verdict
 from tests.helpers import CONF, REPOSITORY
-from uvm_kv.config.curves import FIELDS, FORMAT, MIN_POINTS, PLAN, SCHEMA_VERSION, read_curves
-from uvm_kv.config.profile_file import load_profile
+from uvm_kv.calibrate.curves import FIELDS, FORMAT, MIN_POINTS, PLAN, SCHEMA_VERSION, read_curves
+from uvm_kv.calibrate.profile_file import load_profile
 from uvm_kv.runner.sim.uvm.replay import Study
 from uvm_kv.types import CHUNK_BYTES, GIB, MIB
 
@@ -340,7 +340,7 @@ def test_a_mistake_is_one_line_and_status_2(
 def test_without_a_gpu_it_says_so_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.microbench.cli.num_devices", lambda: 0)
+    monkeypatch.setattr("experiments.gpu_kit.microbench.cli.num_devices", lambda: 0)
     assert main(["--output", str(tmp_path / "new")]) == 3
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -349,7 +349,7 @@ def test_without_a_gpu_it_says_so_and_leaves_nothing(
 
 
 def test_the_list_needs_no_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.microbench.cli.num_devices", lambda: pytest.fail("asked"))
+    monkeypatch.setattr("experiments.gpu_kit.microbench.cli.num_devices", lambda: pytest.fail("asked"))
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in PARTS)
@@ -372,7 +372,7 @@ def test_it_needs_numpy_and_nothing_else() -> None:
         "        if name.split('.')[0] in sys.argv[1:]:\n"
         "            raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, No())\n"
-        "from experiments.microbench.cli import main\n"
+        "from experiments.gpu_kit.microbench.cli import main\n"
         "sys.exit(main(['--list']))\n"
     )
     absent = ["hydra", "omegaconf", "pandas", "pyarrow", "rich", "yaml", "numba", "scipy", "wandb", "matplotlib"]

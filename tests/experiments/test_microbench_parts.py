@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from experiments.microbench.cli import PARTS
+from experiments.gpu_kit.microbench.cli import PARTS
 from tests.helpers import REPOSITORY
-from uvm_kv.config.curves import FIELDS, read_curves
+from uvm_kv.calibrate.curves import FIELDS, read_curves
 
 host_runtime: Any = pytest.importorskip("tests.host_runtime")
 pytest.importorskip("torch")

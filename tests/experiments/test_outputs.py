@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import figures, study
-from experiments.listing import estimate_s
-from experiments.run import main as run_main
 from tests import jobs
+from uvm_kv.commands import figures, study
+from uvm_kv.commands.run import main as run_main
+from uvm_kv.sweep.listing import estimate_s
 
 
 @pytest.mark.parametrize(

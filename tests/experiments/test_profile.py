@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments import profile
+from experiments.gpu_kit import profile
 from tests.runner.torch_cpu.models import save_model
 
 SMALL = ("workload.prompt_tokens=8", "workload.output_tokens=6", "workload.num_requests=8", "batch_size=2")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.publish import main
 from tests.jobs import job
 from tests.wandb_files import config_of, mirrors, read_offline_file, series_of, summary_of
 from tests.wandb_server import KEY, wandb_server
-from uvm_kv.config.build import run_job
-from uvm_kv.telemetry.failures import write_failure
-from uvm_kv.telemetry.records import pack, read_records
+from uvm_kv.job.build import run_job
+from uvm_kv.store.failures import write_failure
+from uvm_kv.store.records import pack, read_records
+from uvm_kv.tracking.publish import main
 
 REPOSITORY = Path(__file__).parents[2]
 NO_FIGURES = ("--figures", "none")

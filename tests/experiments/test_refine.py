@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments import refine
 from tests.experiments.test_run import run, stamps
-from uvm_kv.config.build import Job
-from uvm_kv.telemetry.store import read_json
-from uvm_kv.telemetry.whole import completed_runs
+from uvm_kv.job.build import Job
+from uvm_kv.store.directories import read_json
+from uvm_kv.store.whole import completed_runs
+from uvm_kv.sweep import refine
 
 SMALL = ("workload.prompt_tokens=32", "workload.output_tokens=32", "memory.device_kv_bytes=134217728", "model=llama_7b")
 """16 blocks of 16 tokens: 4 requests with prompt plus output."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from experiments.roofline import main
 from tests.helpers import REPOSITORY
+from uvm_kv.commands.roofline import main
 
 LLAMA = {
     "model_type": "llama",

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.progress import ENVIRONMENT, Event, SweepEnd, SweepLog, report_event
 from tests import jobs
 from tests.helpers import REPOSITORY
 from uvm_kv.config.names import groups
-from uvm_kv.telemetry.failures import reason
-from uvm_kv.telemetry.records import read_failures
-from uvm_kv.telemetry.store import read_json
-from uvm_kv.telemetry.whole import completed_runs
+from uvm_kv.store.directories import read_json
+from uvm_kv.store.failures import reason
+from uvm_kv.store.records import read_failures
+from uvm_kv.store.whole import completed_runs
+from uvm_kv.sweep.progress import ENVIRONMENT, Event, SweepEnd, SweepLog, report_event
 
 COMMAND = [sys.executable, "-m", "experiments.run"]
 QUICK = ("workload.prompt_tokens=32", "workload.output_tokens=16")

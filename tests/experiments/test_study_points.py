@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from experiments import figures, study
-from uvm_kv.telemetry.records import Record
+from uvm_kv.commands import figures, study
+from uvm_kv.store.records import Record
 
 QUICK = ("roofline", "attention_variants", "long_context_cold")
 """A minute together."""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import study
-from experiments.progress import Event, SweepEnd
 from tests import jobs
-from uvm_kv.config.build import identity, run_job
-from uvm_kv.telemetry.failures import write_failure
-from uvm_kv.telemetry.records import read_failures
+from uvm_kv.commands import study
+from uvm_kv.job.build import identity, run_job
+from uvm_kv.store.failures import write_failure
+from uvm_kv.store.records import read_failures
+from uvm_kv.sweep.progress import Event, SweepEnd
 
 Leave = Callable[[Path], None]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from experiments.progress import Event, SweepEnd, SweepLog, progress_line
-from experiments.run import preflight
-from experiments.sweep_report import LATEST, SweepReport, place_of, take_name
 from tests import jobs
 from uvm_kv.cli import main as uvm_kv
-from uvm_kv.config.build import run_job
+from uvm_kv.commands.run import preflight
 from uvm_kv.config.names import parse_overrides
+from uvm_kv.job.build import run_job
+from uvm_kv.sweep.progress import Event, SweepEnd, SweepLog, progress_line
+from uvm_kv.sweep.sweep_report import LATEST, SweepReport, place_of, take_name
 
 
 def place(folder: Path, *overrides: str, name: str | None = None, published: bool = False) -> SweepReport:

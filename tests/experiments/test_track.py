@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from experiments import track
-from experiments.progress import Event
 from tests import jobs
 from tests.helpers import REPOSITORY
-from uvm_kv.config.build import run_job
-from uvm_kv.telemetry import wandb_sink
+from uvm_kv.job.build import run_job
+from uvm_kv.sweep.progress import Event, tracked
+from uvm_kv.tracking import track, wandb_sink
 
 
 def finished(folder: Path) -> list[Event]:
@@ -34,7 +33,7 @@ def test_whatever_tracking_raises_is_a_line(
         raise error
 
     monkeypatch.setattr(track, "send_runs", broken)
-    track.mirror_all(finished(tmp_path))
+    track.mirror_all(tracked(finished(tmp_path)))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: tracking=wandb failed: ") and line.isprintable()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments import uvm_replay
+from uvm_kv.commands import uvm_replay
 
 HALF_BYTES = 1946 * 2**21  # 0.95 of 8,589,344,768 bytes in two halves of whole blocks
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from experiments import validate
 from tests import jobs
 from tests.helpers import vouch
-from uvm_kv.telemetry.store import read_table
-from uvm_kv.telemetry.whole import completed_runs
+from uvm_kv.commands import validate
+from uvm_kv.store.directories import read_table
+from uvm_kv.store.whole import completed_runs
 
 SMALL = ("model=llama3_8b", "mechanism=device_recompute", "batch_size=16", "workload.prompt_tokens=256")
 POISSON = ("workload.arrival=poisson", "workload.request_rate=6", "workload.output_tokens=64", *SMALL)

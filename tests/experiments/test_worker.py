@@ -17,16 +17,16 @@ from typing import Any
 
 import pytest
 
-from experiments.run import preflight
 from tests import jobs
 from tests.experiments.fake_jobs import CudaError, Fake, FakeTask, OutOfMemoryError
 from tests.helpers import REPOSITORY
-from uvm_kv.config import worker as worker_module
-from uvm_kv.config.build import Job
-from uvm_kv.config.worker import OneWorker, Outcome, Reach, Worker, explain, in_order, mechanism, process, reach_of
-from uvm_kv.telemetry.records import read_failures
-from uvm_kv.telemetry.store import read_json
-from uvm_kv.telemetry.whole import completed_runs
+from uvm_kv.commands.run import preflight
+from uvm_kv.job.build import Job
+from uvm_kv.store.directories import read_json
+from uvm_kv.store.records import read_failures
+from uvm_kv.store.whole import completed_runs
+from uvm_kv.sweep import worker as worker_module
+from uvm_kv.sweep.worker import OneWorker, Outcome, Reach, Worker, explain, in_order, mechanism, process, reach_of
 
 SMALL = ("workload.prompt_tokens=32", "workload.output_tokens=16")
 
@@ -232,7 +232,7 @@ def test_the_watchdog_does_not_make_another_run(tmp_path: Path) -> None:
 def test_the_worker_ends_with_its_parent() -> None:
     """Even if the parent is killed while a job runs, and the job never looks at the pipe."""
     code = (
-        "from uvm_kv.config.worker import Worker\n"
+        "from uvm_kv.sweep.worker import Worker\n"
         "from tests.experiments.fake_jobs import Fake, FakeTask\n"
         "worker = Worker(FakeTask)\n"
         "worker.run(Fake('first'), [])\n"
@@ -370,7 +370,7 @@ def test_weights_that_change_on_disk_are_loaded_anew(tmp_path: Path, model: Path
     import shutil
 
     from tests.runner.torch_cpu.models import save_model
-    from uvm_kv.config.models import ModelCache
+    from uvm_kv.job.models import ModelCache
 
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     cache = ModelCache()

@@ -10,12 +10,12 @@ from omegaconf import OmegaConf
 
 from tests.helpers import DATA
 from tests.jobs import composed
-from uvm_kv.config.resolve import build_profile
 from uvm_kv.hw.counting import Counting, Precision
 from uvm_kv.hw.model import ModelGeometry
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.hw.roofline import Roofline
 from uvm_kv.hw.step import Operator, StepAnalysis, analyze_step
+from uvm_kv.job.resolve import build_profile
 from uvm_kv.types import Phase
 
 TABLE = DATA / "llm_viewer_table1.csv"

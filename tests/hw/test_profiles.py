@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from tests.helpers import CONF
 from tests.jobs import composed, resolved
+from uvm_kv.calibrate.profile_file import profile_yaml
 from uvm_kv.config.names import groups
-from uvm_kv.config.profile_file import profile_yaml
-from uvm_kv.config.resolve import build_profile
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.hw.roofline import peak_ops_per_s
+from uvm_kv.job.resolve import build_profile
 
 CARDS = ("rtx3090", "rtx2080ti", "rtx4090", "a6000", "a30", "a100_40g", "a100_80g", "h100", "h200")
 FILES = sorted((CONF / "hardware").glob("*.yaml"))

@@ -12,8 +12,8 @@ import pytest
 
 from tests import jobs
 from tests.helpers import REPOSITORY
-from uvm_kv.config.build import is_done, run_job
-from uvm_kv.telemetry.code import OF_RUNNERS, PACKAGE, WITHOUT_RESULT, code_files, code_sha256, hash_of
+from uvm_kv.job.build import is_done, run_job
+from uvm_kv.store.code import OF_RUNNERS, PACKAGE, WITHOUT_RESULT, code_files, code_sha256, hash_of
 
 RUNNERS = ("sim", "cpu", "cuda", "replay")
 
@@ -34,7 +34,7 @@ def test_it_is_the_same_wherever_the_package_lies(package: Path) -> None:
 
 
 def test_it_is_the_same_in_another_process() -> None:
-    code = "from uvm_kv.telemetry.code import code_sha256; print(code_sha256('sim'))"
+    code = "from uvm_kv.store.code import code_sha256; print(code_sha256('sim'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == code_sha256("sim")
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from tests import jobs
-from uvm_kv.config.build import Job, is_done, run_job
-from uvm_kv.telemetry import store
-from uvm_kv.telemetry import whole as whole_run
-from uvm_kv.telemetry.records import read_directories, read_records
+from uvm_kv.job.build import Job, is_done, run_job
+from uvm_kv.store import directories as store
+from uvm_kv.store import whole as whole_run
+from uvm_kv.store.records import read_directories, read_records
 
 GIVEN = ("batch_size=2", "max_steps=3")
 FILES = ("summary.json", "manifest.json", "config.yaml", "steps.parquet", "requests.parquet")

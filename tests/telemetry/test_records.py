@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests import jobs
-from uvm_kv.config.build import run_job
-from uvm_kv.telemetry.failures import failure_sha256, write_failure
-from uvm_kv.telemetry.records import PACKED, PACKED_FAILURES, pack, read_failures, read_records
+from uvm_kv.job.build import run_job
+from uvm_kv.store.failures import failure_sha256, write_failure
+from uvm_kv.store.records import PACKED, PACKED_FAILURES, pack, read_failures, read_records
 from uvm_kv.telemetry.summary import SCHEMA_VERSION
 
 NOTHING_ELSE = json.dumps({"schema_version": SCHEMA_VERSION})

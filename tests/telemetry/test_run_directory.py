@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import job, resolved, run
-from uvm_kv.config.build import is_done, jobs_of, run_job, workload_of
-from uvm_kv.telemetry import store, whole
+from uvm_kv.job.build import is_done, jobs_of, run_job, workload_of
+from uvm_kv.store import directories as store
+from uvm_kv.store import whole
 from uvm_kv.telemetry.recorder import REQUEST_COLUMNS, STEP_COLUMNS
 
 SMALL = ("batch_size=4", "workload.prompt_tokens=64", "workload.output_tokens=32")

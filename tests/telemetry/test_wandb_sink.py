@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from experiments.progress import Event
-from experiments.track import mirror_all
 from tests.jobs import job
 from tests.wandb_files import config_of, mirrors, read_offline_file, series_of, summary_of
-from uvm_kv.config.build import is_done, run_job
-from uvm_kv.telemetry import wandb_sink
-from uvm_kv.telemetry.records import Record, pack, read_records
-from uvm_kv.telemetry.store import read_json, read_table
-from uvm_kv.telemetry.wandb_sink import FACETS, MAX_POINTS, METRICS, address_of, content_of, is_sent, send, step_series
+from uvm_kv.job.build import is_done, run_job
+from uvm_kv.store.directories import read_json, read_table
+from uvm_kv.store.records import Record, pack, read_records
+from uvm_kv.sweep.progress import Event, tracked
+from uvm_kv.tracking import wandb_sink
+from uvm_kv.tracking.track import mirror_all
+from uvm_kv.tracking.wandb_sink import FACETS, MAX_POINTS, METRICS, address_of, content_of, is_sent, send, step_series
 
 SMALL = ("batch_size=4", "workload.prompt_tokens=64", "workload.output_tokens=256")
 SHORT = ("batch_size=2", "max_steps=3")
@@ -36,7 +36,7 @@ def record_of(tmp_path: Path, *overrides: str) -> Record:
 def test_the_offline_file_holds_the_whole_layout(tmp_path: Path) -> None:
     one = job(tmp_path, *SMALL, "mechanism=pinned_balanced", "tracking=wandb")
     run_job(one, argv=[])
-    mirror_all([Event("done", "x", str(one.directory), tracking=TRACKING)])
+    mirror_all(tracked([Event("done", "x", str(one.directory), tracking=TRACKING)]))
     file = mirrors(one.directory.parent)[one.directory.name]
     records = read_offline_file(file)
     (run,) = records["run"]
@@ -76,9 +76,9 @@ def test_what_is_mirrored_is_not_mirrored_again(tmp_path: Path) -> None:
     one = job(tmp_path, *SHORT, "tracking=wandb")
     run_job(one, argv=[])
     event = Event("done", "x", str(one.directory), tracking=TRACKING)
-    mirror_all([event])
+    mirror_all(tracked([event]))
     before = {file: file.stat().st_mtime_ns for file in one.directory.parent.rglob("*.wandb")}
-    mirror_all([dataclasses.replace(event, status="skipped")])
+    mirror_all(tracked([dataclasses.replace(event, status="skipped")]))
     assert {file: file.stat().st_mtime_ns for file in one.directory.parent.rglob("*.wandb")} == before
 
 
@@ -88,7 +88,7 @@ def test_a_tracker_that_fails_leaves_the_run_finished_and_says_so(
     one = job(tmp_path, *SHORT, "tracking=wandb")
     run_job(one, argv=[])
     monkeypatch.setitem(sys.modules, "wandb", None)
-    mirror_all([Event("done", "x", str(one.directory), tracking=TRACKING)])
+    mirror_all(tracked([Event("done", "x", str(one.directory), tracking=TRACKING)]))
     assert is_done(one)
     assert "tracking=wandb failed" in capsys.readouterr().err
 
@@ -96,7 +96,7 @@ def test_a_tracker_that_fails_leaves_the_run_finished_and_says_so(
 def test_runs_that_did_not_ask_are_not_mirrored(tmp_path: Path) -> None:
     one = job(tmp_path, *SHORT)
     run_job(one, argv=[])
-    mirror_all([Event("done", "x", str(one.directory)), Event("failed", "y", tracking=TRACKING)])
+    mirror_all(tracked([Event("done", "x", str(one.directory)), Event("failed", "y", tracking=TRACKING)]))
     assert not list(tmp_path.rglob("*.wandb"))
 
 
@@ -106,7 +106,7 @@ def test_a_changed_run_is_not_mirrored_at_the_end_of_a_sweep(
     record = record_of(tmp_path, *SHORT)
     summary = record.place / "summary.json"
     summary.write_text(summary.read_text().replace('"num_steps": 3', '"num_steps": 4'))
-    mirror_all([Event("done", "x", str(record.place), tracking=TRACKING)])
+    mirror_all(tracked([Event("done", "x", str(record.place), tracking=TRACKING)]))
     assert "tampered" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.wandb"))
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.helpers import ScriptedRunner, drive, make_context, make_scheduler, plans_of
 from tests.jobs import job, run
-from uvm_kv.config.build import build_source, run_job, workload_of
-from uvm_kv.telemetry.store import read_plans
+from uvm_kv.job.build import build_source, run_job, workload_of
+from uvm_kv.store.directories import read_plans
 from uvm_kv.types import Phase
 from uvm_kv.workload.lengths import Lengths
 from uvm_kv.workload.source import ClosedLoop, filled_request

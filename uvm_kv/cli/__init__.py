@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _report(arguments.folder, arguments.out)
     except (ValueError, OSError) as error:
-        from uvm_kv.telemetry.checks import visible
+        from uvm_kv.store.checks import visible
 
         print(f"error: {visible(error)}", file=sys.stderr)
         return 2
@@ -73,11 +73,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(folder: Path, out: Path | None) -> None:
-    from uvm_kv.analysis.load import find_runs
-    from uvm_kv.analysis.report import write_report
-    from uvm_kv.analysis.terminal import plain_console, print_report
-    from uvm_kv.telemetry.records import read_failures, read_sweep
-    from uvm_kv.telemetry.store import REPORT_RUNS, check_writable
+    from uvm_kv.report.load import find_runs
+    from uvm_kv.report.terminal import plain_console, print_report
+    from uvm_kv.report.write import write_report
+    from uvm_kv.store.directories import REPORT_RUNS, check_writable
+    from uvm_kv.store.records import read_failures, read_sweep
 
     if (folder / REPORT_RUNS).is_file():
         sweep = read_sweep(folder)

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from rich.console import Console
 
-from uvm_kv.config.advise import Advice, Effect, Point, advise
+from uvm_kv.advise.advisor import Advice, Effect, Point, advise
 from uvm_kv.types import GIB
 
 BOUNDS = {

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from uvm_kv.cli import cuda_report
-from uvm_kv.telemetry.provenance import git_state, gpu, machine, versions
+from uvm_kv.store.provenance import git_state, gpu, machine, versions
 
 MIN_PYTHON = (3, 11)
 MIN_FREE_DISK_BYTES = 1_000_000_000

@@ -10,12 +10,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from uvm_kv.analysis.load import find_runs, without_computed
-from uvm_kv.analysis.terminal import plain_console, print_outputs, print_summary
-from uvm_kv.telemetry.checks import visible
-from uvm_kv.telemetry.failures import reason
-from uvm_kv.telemetry.records import Record, read_failures, read_records
-from uvm_kv.telemetry.store import read_outputs
+from uvm_kv.report.load import find_runs, without_computed
+from uvm_kv.report.terminal import plain_console, print_outputs, print_summary
+from uvm_kv.store.checks import visible
+from uvm_kv.store.directories import read_outputs
+from uvm_kv.store.failures import reason
+from uvm_kv.store.records import Record, read_failures, read_records
 
 COLUMNS = ("id", "mechanism", "batch", "tok/s", "TPOT p99", "model", "workload", "experiment", "origin", "started")
 NUM_WHOLE = 5

@@ -118,6 +118,10 @@ class HardwareProfile:
     sources: Mapping[str, str]
     """Dotted path of a quantity, or of a group of quantities, to where the number comes from."""
 
+    def source_of(self, path: str) -> str:
+        """The most specific source that covers the quantity at a dotted path."""
+        return self.sources[max((k for k in self.sources if path == k or path.startswith(k + ".")), key=len)]
+
     def __post_init__(self) -> None:
         for path, value in _quantities(self):
             covering = [key for key in self.sources if path == key or path.startswith(key + ".")]

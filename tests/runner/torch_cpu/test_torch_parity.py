@@ -23,15 +23,15 @@ from tests.runner.torch_cpu.models import (
     save_model,
     serve,
 )
-from uvm_kv.config.build import Job, build_placement, build_roofline, build_scheduler, build_source, workload_of
 from uvm_kv.engine import Engine
+from uvm_kv.job.build import Job, build_placement, build_roofline, build_scheduler, build_source, workload_of
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import OpKind
 from uvm_kv.runner.base import ModelRunner
 from uvm_kv.runner.replay import PlanMismatch, ReplayRunner
 from uvm_kv.runner.sim import SimRunner
+from uvm_kv.store.directories import read_outputs, read_plans
 from uvm_kv.telemetry.recorder import Recorder
-from uvm_kv.telemetry.store import read_outputs, read_plans
 from uvm_kv.types import Layout, MemoryKind
 
 SYSTEMS: dict[str, tuple[Axes, KVCapacity, Layout]] = {

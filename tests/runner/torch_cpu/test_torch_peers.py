@@ -10,11 +10,11 @@ import pytest
 
 from tests import jobs
 from tests.runner.torch_cpu.models import ragged, save_model, torch
-from uvm_kv.config.models import load_served
+from uvm_kv.job.models import load_served
 from uvm_kv.runner.torch.peers import Continuous, ContinuousOptions, Generate, own_attention
 from uvm_kv.sched.request import Request
+from uvm_kv.store.directories import read_json, read_outputs, read_table
 from uvm_kv.telemetry.recorder import REQUEST_COLUMNS, STEP_COLUMNS
-from uvm_kv.telemetry.store import read_json, read_outputs, read_table
 
 WAYS = {
     "dynamic": ("engine=hf_generate",),

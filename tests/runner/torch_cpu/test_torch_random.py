@@ -11,14 +11,14 @@ import pytest
 
 from tests import jobs
 from tests.runner.torch_cpu.models import TorchRunner, axes_of, context_for, load_model, save_model, serve, torch
-from uvm_kv.config.build import Job, run_job
 from uvm_kv.hw.hf_config import read_geometry
 from uvm_kv.hw.model import ModelGeometry
+from uvm_kv.job.build import Job, run_job
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.runner.torch import random_model
 from uvm_kv.runner.torch.kv import random_kv
 from uvm_kv.sched.request import Request
-from uvm_kv.telemetry.store import read_json, read_outputs, read_plans, read_table
+from uvm_kv.store.directories import read_json, read_outputs, read_plans, read_table
 from uvm_kv.types import DTYPE_BYTES
 
 SHAPES = ModelGeometry("shapes", 3, 64, 4, 2, 16, 96, 128, 512)

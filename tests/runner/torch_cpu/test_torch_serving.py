@@ -13,7 +13,7 @@ from tests import jobs
 from tests.runner.torch_cpu.models import MECHANISMS, VOCABULARY, Reference, ragged, save_model
 from uvm_kv.kvcache.ops import MemoryCounters
 from uvm_kv.runner.torch import smollm2_path
-from uvm_kv.telemetry.store import read_json, read_outputs, read_table
+from uvm_kv.store.directories import read_json, read_outputs, read_table
 
 PROMPTS: list[dict[str, Any]] = [
     {"prompt_ids": list(r.prompt_ids or ()), "output_tokens": r.output_tokens} for r in ragged(12)

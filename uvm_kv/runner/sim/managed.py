@@ -77,7 +77,7 @@ class ManagedKV:
         device_bytes: int | None = None,
     ) -> None:
         """`device_bytes`: what managed memory can get of the card; by default, just the device tier's chunks."""
-        from uvm_kv.runner.sim.uvm.driver import UvmDriver  # Its compiler takes 0.4 s to import.
+        from uvm_kv.runner.sim.uvm.driver import UvmDriver
 
         self._spec = spec
         self._profile = profile

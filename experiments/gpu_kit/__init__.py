@@ -1,0 +1,1 @@
+"""The kit for a machine with a GPU: nothing of uvm_kv imports it."""

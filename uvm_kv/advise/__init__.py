@@ -1,0 +1,1 @@
+"""Whether CPU-backed KV helps a card, model and workload, with a range."""

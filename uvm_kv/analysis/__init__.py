@@ -1,1 +1,0 @@
-"""From results to tables, verdicts, figures and reports. Reads run directories only; rebuilds everything from them."""

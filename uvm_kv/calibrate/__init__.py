@@ -1,0 +1,1 @@
+"""From measured curves to a hardware profile."""

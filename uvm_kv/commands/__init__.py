@@ -1,0 +1,1 @@
+"""The main functions behind every entry point."""

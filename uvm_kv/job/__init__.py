@@ -1,0 +1,1 @@
+"""One job: its settings are resolved, it is built, it runs."""

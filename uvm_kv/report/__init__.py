@@ -1,0 +1,1 @@
+"""The verdict, the tables and the page of a set of runs."""

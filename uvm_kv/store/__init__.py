@@ -1,0 +1,1 @@
+"""Run directories, records, failures and provenance: writing, reading and checking them."""

@@ -1,0 +1,1 @@
+"""Many jobs: executing, searching the best point, progress and resuming."""

@@ -1,0 +1,1 @@
+"""Mirrors of runs and reports in wandb."""

@@ -289,6 +289,7 @@ PROVENANCE: Fields = {
     "files_sha256": dict_of(TEXT),
     "code_sha256": TEXT,
     "id": TEXT,
+    "formerly": TEXT,
 }
 FAILURE: Fields = {
     **IDENTITY,
@@ -298,6 +299,7 @@ FAILURE: Fields = {
     "failed": TIME,
     "argv": list_of(ANY_TEXT),
     "git_sha": TEXT | NULL,
+    "formerly": TEXT,
 }
 NEEDED = ("origin", "hardware", "model")
 """Fields without which a summary is not of a run, nor of an analytic point."""

@@ -270,7 +270,7 @@ def test_prompts_bring_their_own_lengths(folder: Path, tmp_path: Path) -> None:
     for given, said in (
         ("runner=sim", "prompts are for a real model"),
         ("workload=azure_conv", "use workload=prompts"),
-        ("workload.prompt_tokens=9", "workload.prompt_tokens=9 has no meaning with prompts="),
+        ("workload.prompt_tokens=9", "workload.prompt_tokens=9 is ignored with prompts="),
         ("workload.arrival=closed_loop", "allowed are all_at_once and poisson"),
         ("replay.recorded_runner=cpu", "is filled in from a recording"),
     ):

@@ -14,7 +14,7 @@ from uvm_kv.job.build import build_roofline, identity, workload_of
 from uvm_kv.job.resolve import resolve
 
 SMALL = ("memory.device_kv_bytes=1073741824", "workload.prompt_tokens=100", "workload.output_tokens=100")
-"""LLaMA-7B: 128 blocks of 8 MiB on the device; 13 of them a request."""
+"""LLaMA-7B: 128 blocks of 8 MiB on the device; 13 of them per request."""
 
 
 @pytest.mark.parametrize(("ratio", "clients"), [(0.5, 5), (0.9, 9), (1.0, 10), (1.1, 11), (2, 20), (0.001, 1)])

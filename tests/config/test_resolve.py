@@ -306,7 +306,7 @@ def test_free_host_memory_counts_what_is_cached(tmp_path: Path) -> None:
     ],
 )
 def test_the_longest_request_is_that_of_any_repeat(overrides: list[str], tokens: int) -> None:
-    """Not the model's context: buffers are made for it. It does not move with the seed."""
+    """The workload's longest request sizes the buffers, not the model's context. It does not change with the seed."""
     found = resolved(*overrides)
     drawn = [sum(pair) for j in repeats_of(found, "test") for pair in workload_of(j).lengths]
     assert max(drawn) <= found.longest_request <= found.max_model_len

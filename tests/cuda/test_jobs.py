@@ -196,7 +196,7 @@ def test_a_profile_of_it_has_every_range(
 def test_the_workspace_of_the_longest_requests_is_in_the_account(
     graphs: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the workload's, not of the model's context; and that is what is allocated, with graphs and without."""
+    """The longest requests are the workload's, not the model's context. The allocation agrees, graphs or not."""
     counted: list[dict[str, Any]] = []
     made: list[int] = []
 

@@ -84,7 +84,7 @@ def model(folder: Path, device: Any) -> Any:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pieces a chunk, so that a small cache has many."""
+    """Two pieces per chunk, so that a small cache has many."""
     monkeypatch.setattr("uvm_kv.kvcache.spec.CHUNK_BYTES", 32 * KIB)
 
 

@@ -62,7 +62,7 @@ def lines_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_decode_steps_against_their_bytes(simulated: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the weights without the embedding, of which a step reads 32 rows, and of the KV in use."""
+    """The bytes are the weights without the embedding, of which a step reads 32 rows, and the KV in use."""
     lines = lines_of(simulated)
     (run,) = (r for r in gpu_speed.read_runs(simulated / "decode_step" / "runs", gpu_speed.config_of) if not r.compiled)
     embedding = 128256 * 4096 * 2

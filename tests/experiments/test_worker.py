@@ -47,7 +47,7 @@ def ends(pid: int, within_s: float = 20) -> bool:
 
 
 def outcomes(jobs_: list[Fake]) -> list[Outcome | tuple[str, str]]:
-    """Of every job: its outcome, or (the job that ended its mechanism, its error)."""
+    """For each job its outcome, or (the job that ended its mechanism, its error)."""
     found: list[Outcome | tuple[str, str]] = []
     with OneWorker(FakeTask, lambda job: job.mechanism) as worker:
         for job in jobs_:
@@ -393,7 +393,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def children(pid: int) -> list[int]:
-    """Of a sweep: its workers, without the tracker and the watcher."""
+    """The workers of a sweep, without the tracker and the watcher."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     told = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in found}
     return [child for child, line in told.items() if b"resource_tracker" not in line and b"family" not in line]

@@ -1,4 +1,4 @@
-"""uvm-kv: the command for what is around a run. Runs themselves are started with `python -m experiments.run`."""
+"""uvm-kv: the command for everything around runs. Runs are started with `python -m experiments.run`."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def empty_view(capacity: KVCapacity) -> PlacementView:
 
 
 class Share(NamedTuple):
-    """How many blocks go to which tier."""
+    """Number of blocks for each tier."""
 
     device: int
     host: int
@@ -47,7 +47,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class PlacementContext:
-    """What a policy is built from: fixed for a run."""
+    """The inputs that a policy is built from. They are fixed for a run."""
 
     spec: KVCacheSpec
     capacity: KVCapacity
@@ -56,7 +56,7 @@ class PlacementContext:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of any placement by name; a policy takes its own, and the default of one that is not given."""
     grows: bool = False
-    """Whether sequences claim more blocks as they go, as under optimistic admission."""
+    """Whether sequences claim more blocks as they grow, as under optimistic admission."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PlacementPolicy(ABC):
     """Deterministic; may remember what it planned, never what time it is."""
 
     memory_kinds: ClassVar[frozenset[MemoryKind]]
-    """Kinds of memory that can serve it."""
+    """The memory kinds that can serve this policy."""
     uses_host: ClassVar[bool]
     """Whether sequences may own host blocks while they run."""
     needs_tables: ClassVar[bool] = False
@@ -91,7 +91,7 @@ class PlacementPolicy(ABC):
     @property
     @abstractmethod
     def reach(self) -> Reach | None:
-        """Which closed-form ceiling bounds the gain; None where none applies."""
+        """The reach, which selects the closed-form ceiling on the gain; None where no ceiling applies."""
 
     @abstractmethod
     def place(self, view: PlacementView, num_blocks: int, *, admitting: bool) -> Share | None:
@@ -99,7 +99,7 @@ class PlacementPolicy(ABC):
 
     @abstractmethod
     def plan(self, view: PlacementView) -> tuple[MemoryOp, ...]:
-        """What this step moves."""
+        """The memory ops of this step."""
 
 
 def device_then_host(view: PlacementView, num_blocks: int) -> Share | None:
@@ -163,7 +163,8 @@ class CopyAhead:
         return None
 
     def ops(self, blocks: tuple[int, ...]) -> tuple[MemoryOp, ...]:
-        """Of this step: layers [lead, num_layers + lead), and what the last step did not bring ahead."""
+        """The ops of this step: those for layers [lead, num_layers + lead), and the copies that the last step did not
+        make ahead. `blocks`: the host blocks to stage."""
         if blocks is self._steady:
             return self._ops
         given, before, size, end = blocks, self._blocks, self._group, sum(self._capacity)

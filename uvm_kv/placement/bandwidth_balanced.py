@@ -124,12 +124,12 @@ class BandwidthBalanced(PlacementPolicy):
             return share
         # All on the device, where only the host blocks that there are need staging.
         staging = 0 if self._reach is Reach.IN_PLACE else ceil(view.claimed_host / self._layers_per_staged)
-        if num_blocks <= view.available_device - staging or num_seqs > 1:
-            return Share(num_blocks, 0) if num_blocks <= view.available_device - staging else None
+        on_device = Share(num_blocks, 0) if num_blocks <= view.available_device - staging else None
+        if on_device is not None or num_seqs > 1:
+            return on_device
         # What runs alone, slowly, beats what never runs. If it may grow, there is room for as much again.
         sizes = (2 * seq_blocks, seq_blocks) if self.context.grows else (seq_blocks,)
-        batches = (self._best(view, 1, 1, size) for size in sizes)
-        shares = (self._share(view, num_blocks, batch.held_back) for batch in batches)
+        shares = (self._share(view, num_blocks, self._best(view, 1, 1, size).held_back) for size in sizes)
         return next((share for share in shares if share is not None), None)
 
     def _share(self, view: PlacementView, num_blocks: int, held_back: int) -> Share | None:
@@ -143,8 +143,7 @@ class BandwidthBalanced(PlacementPolicy):
         blocks = view.host_blocks
         if blocks is self._planned_for:
             return self._copies.ops(self._copied)
-        self._planned_for = blocks
-        copied = 0
+        self._planned_for, copied = blocks, 0
         if blocks and self._reach is not Reach.IN_PLACE:
             size, room = self.context.spec.block_size, view.available_device * self._layers_per_staged
             num_host = min(len(blocks) * size, view.num_context_tokens)

@@ -9,10 +9,28 @@ from tests.helpers import REPOSITORY
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "results" / "README.md"]
 PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
 BUDGETS = {
-    **{"config": 1300, "job": 2100, "store": 1600, "peers": 400, "sweep": 1700, "commands": 2400, "cli": 650},
-    **{"report": 1500, "study": 4300, "tracking": 1000, "advise": 500, "calibrate": 1000, "validate": 850},
-    **{"engine": 100, "kvcache": 550, "sched": 600, "placement": 580, "hw": 1550, "workload": 800, "telemetry": 500},
-    **{"runner": 4650, "memory": 1400},
+    "config": 1300,
+    "job": 2100,
+    "store": 1600,
+    "peers": 400,
+    "sweep": 1700,
+    "commands": 2400,
+    "cli": 650,
+    "report": 1500,
+    "study": 4300,
+    "tracking": 1000,
+    "advise": 500,
+    "calibrate": 1000,
+    "validate": 850,
+    "engine": 100,
+    "kvcache": 550,
+    "sched": 600,
+    "placement": 580,
+    "hw": 1550,
+    "workload": 800,
+    "telemetry": 500,
+    "runner": 4650,
+    "memory": 1400,
 }
 """Most lines of each room: what is new makes room for itself, or raises its room's number in its own commit."""
 

@@ -87,6 +87,8 @@ def test_an_installed_wheel_does_not_write_into_itself(uvm_kv: Path, tmp_path: P
     done = call(tmp_path, uvm_kv, "calibrate", "curves=none.json", "name=mine")
     assert (done.returncode, done.stdout) == (2, "")
     assert "give output=DIR/hardware/mine.yaml, which hydra.searchpath=[DIR] finds" in done.stderr
+    done = call(tmp_path, uvm_kv, "study", "hints", "update=true")
+    assert done.returncode == 2 and "would change the installed package; give reference=DIR" in done.stderr
 
 
 def test_a_second_checkout_runs_its_own_code_on_a_shared_environment(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tests.helpers import REPOSITORY
 
 KEPT = ("uvm_kv", "conf", "experiments", "cuda_ext/build_backend", "results/reference", "pyproject.toml", "README.md")
 SMALL = ("max_steps=3", "workload.prompt_tokens=64", "workload.output_tokens=16")
+PATHS = "import json, sys; print(json.dumps(sys.path[1:]))"
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"UVM_KV_NO_CUDA": "1"}
 
 
@@ -86,6 +87,8 @@ def test_an_installed_wheel_does_not_write_into_itself(uvm_kv: Path, tmp_path: P
     done = call(tmp_path, uvm_kv, "calibrate", "curves=none.json", "name=mine")
     assert (done.returncode, done.stdout) == (2, "")
     assert "give output=DIR/hardware/mine.yaml, which hydra.searchpath=[DIR] finds" in done.stderr
+    done = call(tmp_path, uvm_kv, "study", "hints", "update=true")
+    assert done.returncode == 2 and "would change the installed package; give reference=DIR" in done.stderr
 
 
 def test_a_second_checkout_runs_its_own_code_on_a_shared_environment(tmp_path: Path) -> None:
@@ -104,6 +107,8 @@ def test_a_second_checkout_runs_its_own_code_on_a_shared_environment(tmp_path: P
     build = "import sys; sys.path.insert(0, 'cuda_ext/build_backend'); import uvm_kv_build as b; b.build_editable('..')"
     said(first, sys.executable, "-c", build)
     python = install(next(tmp_path.glob("*.whl")), tmp_path / "env") / "python"
+    added = [path for path in json.loads(said(tmp_path, python, "-c", PATHS)) if path.startswith(str(tmp_path.parent))]
+    assert [path for path in added if "env" not in path] == [str(first)]
 
     code = "from uvm_kv.store.code import PACKAGE, hash_of, code_files as files;"
     code += "print(*[hash_of(files(PACKAGE.parents[1] / name / 'uvm_kv'), 'sim') for name in ('first', 'second')])"

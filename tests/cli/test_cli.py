@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import REPOSITORY
 from tests.jobs import run
-from uvm_kv.cli import cuda_report, main
+from uvm_kv.cli import COMMANDS, cuda_report, main
 from uvm_kv.cli.doctor import doctor
 from uvm_kv.memory import Capabilities, PcieLink
 from uvm_kv.store import provenance
@@ -136,3 +141,54 @@ def test_a_report_that_cannot_be_written_names_the_option(results: Path, capsys:
 def test_no_runs_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "--folder", str(tmp_path)]) == 2
     assert "no finished run there" in capsys.readouterr().err
+
+
+def test_every_entry_point_but_the_kit_s_is_a_command() -> None:
+    names = {file.stem for file in (REPOSITORY / "experiments").glob("[!_]*.py")}
+    kit = {n for n in names if "experiments.gpu_kit" in (REPOSITORY / "experiments" / f"{n}.py").read_text()}
+    commands = {name.replace("-", "_") for name in COMMANDS} | {"uvm_replay"}
+    assert names - kit <= commands
+    for module, _ in COMMANDS.values():
+        assert callable(import_module(module).main)
+
+
+def test_help_waits_for_no_import() -> None:
+    code = "import sys; from uvm_kv.cli import main; main(['--help']);"
+    code += "print(*{'hydra', 'pandas', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "" and all(any(line.startswith(f"  {name} ") for line in lines) for name in COMMANDS)
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["figure"]) == 2
+    assert capsys.readouterr().err.startswith("error: figure is no command; did you mean figures? there are run, ")
+
+
+def test_options_are_written_key_value_too(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", f"folder={results}", "where=mechanism=pinned_swap", "json=true"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert found["summary"]["mechanism"] == "pinned_swap" and Path(found["place"]).name == found["id"]
+    assert main(["runs", found["id"], "--folder", str(results), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["manifest"]["argv"] == ["test"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["runs", "json=maybe"])
+    assert "json=maybe is not of the right type; it must be true or false" in capsys.readouterr().err
+
+
+def test_a_report_as_json_names_its_files(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(results), f"out={tmp_path}", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {Path(file).name for file in told["files"]} == {"figure.png", "figure.pdf", "points.csv", "report.html"}
+    assert all(Path(file).is_file() for file in told["files"]) and told["verdicts"]
+
+
+def test_doctor_says_when_the_current_folder_has_another_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "uvm_kv").mkdir()
+    (tmp_path / "uvm_kv" / "__init__.py").touch()
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warning"] is None
+    monkeypatch.chdir(tmp_path)
+    assert "  warning: this runs " in "\n".join(doctor())

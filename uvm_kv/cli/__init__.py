@@ -28,6 +28,9 @@ COMMANDS = {
 """Each: the module whose `main` it is, and what it does. pandas and matplotlib take a second that --help need not wait
 for."""
 
+RAISING = ("advise", "runs", "report", "doctor")
+"""Their mistakes are told here. The others tell their own, so that what they raise is a fault of ours."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: the command's, 2 for a mistake, 130 when interrupted."""
@@ -54,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         status: int = import_module(COMMANDS[name][0]).main()
         return status
     except (ValueError, OSError) as error:
+        if name not in RAISING:
+            raise
         from uvm_kv.store.checks import visible
 
         print(f"error: {visible(error)}", file=sys.stderr)

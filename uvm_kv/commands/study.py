@@ -30,6 +30,7 @@ from typing import Any
 
 from uvm_kv.commands.figures import REFERENCE
 from uvm_kv.config.grammar import parse
+from uvm_kv.config.shipped import in_wheel
 from uvm_kv.store.directories import check_writable
 from uvm_kv.store.failures import OF_THE_ATTEMPT, failure_sha256, reason
 from uvm_kv.store.family import end_children_with_me
@@ -268,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         names = experiments_of(options.names)
+        if options.update and in_wheel() and options.reference == REFERENCE:
+            raise ValueError("update=true would change the installed package; give reference=DIR")
         check_writable(options.results, "--results ")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -149,7 +149,7 @@ def test_energy_is_the_cards_own_over_the_steady_window(
 def test_a_peers_energy_is_taken_as_ours(
     engine: str, arrival: str, folder: Path, tmp_path: Path, c: Any, nvml: _Nvml
 ) -> None:
-    """Over the steady window, and over the whole run where one batch has none."""
+    """Energy is that of the steady window, and of the whole run where a single batch has no window."""
     more = ("workload.num_requests=12",) if arrival == "closed_loop" else ("workload.num_requests=3",)
     config = compose(folder, tmp_path, f"engine={engine}", f"workload.arrival={arrival}", *more)
     (job,) = jobs_of(resolve(config), "test")
@@ -302,7 +302,7 @@ def test_nan_in_logits_is_a_line_and_the_next_job_is_served(
 
 
 def test_a_card_without_room_for_the_weights_says_so(folder: Path, tmp_path: Path, c: Any) -> None:
-    """As another process that fills it would leave it."""
+    """The card is left as another process that fills it would leave it."""
     resolved = resolve(compose(folder, tmp_path, "mechanism=device_resident"))
     part = (c.free_bytes(0) // CHUNK_BYTES - 1) * CHUNK_BYTES
     said = r"no room for the weights of model in float16: they take \d+ bytes and \d+ of the card are free \(nvidia-smi"

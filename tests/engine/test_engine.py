@@ -81,7 +81,7 @@ def test_recorded_tokens_are_those_of_the_requests() -> None:
 
 
 def test_a_cancelled_request_is_gone_before_the_next_step() -> None:
-    """From scheduler, runner and recorder; the others are served as before."""
+    """Scheduler, runner and recorder forget it; the others are served as before."""
     requests = [make_request(i, 4, 6) for i in range(3)]
     engine = make_engine(requests, batch_size=2)
     scheduled: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}

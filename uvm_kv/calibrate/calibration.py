@@ -50,11 +50,11 @@ base's value first."""
 class Fit:
     values: dict[str, float]
     held: tuple[str, ...]
-    """Not identified by the points: as they were."""
+    """Constants that the points do not identify; they keep their values."""
     given_held: tuple[str, ...]
-    """Identified only because others are held."""
+    """Constants that are identified only because others are held."""
     errors: dict[str, float]
-    """Relative standard errors of what was fitted."""
+    """Relative standard errors of the fitted constants."""
     residual: float
     """Root mean square of the relative residuals."""
 
@@ -77,14 +77,14 @@ class Quantity:
 
     path: str
     fitted: Any
-    """None where it is the base's."""
+    """The fitted value; None where the base's value is kept."""
     base: Any
     curve: str | None
     error: float | None
     """Relative standard error."""
     note: str = ""
     residual: float | None = None
-    """Its own, where its curve is several fits."""
+    """Residual of its own fit, where the curve needs several fits."""
 
 
 @dataclass(frozen=True)
@@ -507,7 +507,7 @@ def _seconds(points: Sequence[Point]) -> Vector:
 
 
 def _rounded(value: float) -> float:
-    """To what is worth writing down: six digits, and nothing below a millionth."""
+    """The value as it is written: six digits, and zero below a millionth."""
     return 0.0 if abs(value) < 1e-6 else float(f"{value:.6g}")
 
 

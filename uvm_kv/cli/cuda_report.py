@@ -133,7 +133,7 @@ def nvcc() -> str | None:
 
 
 def num_numa_nodes(root: Path = Path("/sys/devices/system/node")) -> int:
-    """At least one, as a system without NUMA has."""
+    """Number of NUMA nodes; 1 on a system without NUMA."""
     return max(1, len(list(root.glob("node[0-9]*"))))
 
 

@@ -65,7 +65,8 @@ class PagedKV:
         return cls(raw, spec, dtype, int(near.slab.raw.device))
 
     def set_staged_first(self, place: int) -> None:
-        """Where layer 0 has its place in the ring of staged copies, for launches from here on. ValueError: no place."""
+        """Set the place of layer 0 in the ring of staged copies, for later launches. ValueError where there is no such
+        place."""
         self.raw.staged_first = place
 
 

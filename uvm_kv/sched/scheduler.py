@@ -122,7 +122,7 @@ class Scheduler:
         return request
 
     def _claim_tokens(self, request: Request) -> int:
-        """Under worst-case admission."""
+        """Tokens that worst-case admission claims for the request."""
         return self.kv.allocation.claim_tokens(request.prompt_tokens, request.output_tokens, self.config.max_model_len)
 
     def has_work(self) -> bool:

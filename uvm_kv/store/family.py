@@ -20,9 +20,9 @@ PREFIX = "UVM_KV_FAMILY_"
 MARK = re.compile(PREFIX + r"\d+_\d+")
 PROC = Path("/proc")
 TRACKER = b"resource_tracker"
-"""In the command of Python's process that unlinks the semaphores of dead processes, and ends when it has done so."""
+"""Part of the command of Python's process that unlinks the semaphores of dead processes and then ends."""
 TRACKER_S = 5.0
-"""How long it may take for that."""
+"""Seconds that this process may take."""
 FORKING_S = 0.3
 """A process that was being started when its parent was killed shows its mark within this time."""
 LOOK_S = 0.02

@@ -28,7 +28,7 @@ from uvm_kv.store.scratch import scratch_folder
 
 SWEEP_END = "sweep.json"
 ENVIRONMENT = "UVM_KV_SWEEP"
-"""Names the folder to whoever works for the sweep. Hydra sets it in workers on other machines (hydra.job.env_set)."""
+"""Variable that tells the folder to the sweep's workers. Hydra sets it on other machines (hydra.job.env_set)."""
 POLL_S = 0.2
 PLAIN_EVERY_S = 10.0
 
@@ -56,7 +56,7 @@ class Event:
 
 
 def report_event(event: Event) -> None:
-    """Called in a job, and by the parent of a job that can say no more: one line, appended in one write."""
+    """Append an event as one line, in one write. A job calls it, or the parent of a job that died."""
     folder = os.environ.get(ENVIRONMENT)
     if folder is not None:
         with (Path(folder) / f"{os.getpid()}@{machine()}.jsonl").open("a") as log:
@@ -92,13 +92,13 @@ class SweepEnd:
     """Runs that were asked for, each repeat of a job being one."""
     complete: int
     failed: int
-    """Refused ones too."""
+    """Failed runs, refused ones included."""
     unrecorded: int
     """Failed runs that left no record, because they had not started as a run."""
 
     @classmethod
     def of(cls, num_runs: int, events: Sequence[Event]) -> SweepEnd:
-        """From the events by which runs ended; `num_runs` were asked for."""
+        """Count the events by which runs ended; `num_runs` were asked for."""
         failed = [e for e in events if e.status == "failed"]
         num_failed, num_complete = sum(e.num_runs for e in failed), len(events) - len(failed)
         unrecorded = sum(e.num_runs for e in failed if e.directory is None)

@@ -23,7 +23,7 @@ from uvm_kv.store.directories import REPORT_RUNS, temporary_path, written_whole
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 LATEST = "latest"
 MAX_DEFAULT = 60
-"""Characters in what a name that is not given says of the overrides."""
+"""Longest text about the overrides in a default name, in characters."""
 NOT_OF_THE_SWEEP = ("experiment", "results_dir", "rerun", "tracking")
 """Overrides with which a published experiment is still as it is published."""
 
@@ -86,14 +86,14 @@ def place_of(experiment: Path, name: str | None, overrides: Sequence[Any], *, pu
 
 
 def _default_name(overrides: Sequence[Any]) -> str:
-    """The time, then what is swept, or else what is given."""
+    """Default name: the time, then the swept keys, or else the given keys."""
     told = [o for o in overrides if o.is_sweep_override()] or overrides
     words = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(o.key_or_group for o in told))[:MAX_DEFAULT].strip("-.")
     return "-".join(word for word in (datetime.now().strftime("%Y%m%d-%H%M%S"), words) if word)
 
 
 def _unused(reports: Path, name: str) -> str:
-    """Make its folder: another sweep may begin in the same second."""
+    """A name whose folder is new. The folder is made at once, because another sweep may begin in the same second."""
     reports.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(2):
         try:

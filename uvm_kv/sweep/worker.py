@@ -35,7 +35,7 @@ PROGRESS_EVERY_S = 0.2
 PATIENCE_S = 5.0
 """Seconds that a worker may take to end before it is killed."""
 WATCHDOG = "watchdog"
-"""How the error of a job begins that was stopped at its time."""
+"""Beginning of the error of a job that was stopped at its time limit."""
 LOWER = "lower"
 """An error of too little memory with this word names the setting itself."""
 _PR_SET_PDEATHSIG = 1
@@ -51,7 +51,7 @@ class Reach(Enum):
     WORKER = "worker"
     """The job, and the process that it ran in."""
     MECHANISM = "mechanism"
-    """The process, and the jobs of the mechanism that are left."""
+    """The process, and the remaining jobs of the mechanism."""
 
 
 class Progress(NamedTuple):
@@ -93,7 +93,8 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """By name: torch's and the extension's are there only where their packages are."""
+    """Whether an error is one of too little memory. Compared by name, because the packages of torch and of the
+    extension may be missing."""
     return isinstance(error, MemoryError) or "OutOfMemoryError" in {kind.__name__ for kind in type(error).__mro__}
 
 

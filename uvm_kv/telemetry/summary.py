@@ -14,7 +14,8 @@ from uvm_kv.telemetry.recorder import Table
 from uvm_kv.types import NS_PER_S
 
 SCHEMA_VERSION = 2
-"""Raised when the columns or the simulated numbers change their meaning: older runs are then not taken for new."""
+"""Version of the schema, raised when columns or simulated numbers change their meaning, so that older runs are
+recognized."""
 PERCENTILES = (50, 90, 99)
 MIN_FINISHES = 8
 """Requests that must end within the steady window of an open loop."""

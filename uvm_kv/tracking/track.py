@@ -109,7 +109,7 @@ def _send_run(record: Record, address: Address, mode: str, folder: Path) -> str 
 
 
 def _content(record: Record, folder: Path) -> Content:
-    """With the run's figure, drawn into `folder`."""
+    """Content of the wandb run, with the run's figure drawn into `folder`."""
     if not record.place.is_dir():
         return content_of(record, None, None)
     from uvm_kv.report.figures import run_figure

@@ -51,7 +51,7 @@ from uvm_kv.runner.torch.ranges import mark
 from uvm_kv.types import Hints, Layout, MemoryKind, ceil_div
 
 NO_BLOCK = -1
-"""In a block table: no block. Nothing reads it."""
+"""Entry of a block table that stands for no block. Nothing reads it."""
 
 
 class CudaKV(KVBackend):
@@ -254,7 +254,8 @@ class CudaKV(KVBackend):
         return quiet and all(sequence.is_decode and sequence.num_new == 1 for sequence in batch)
 
     def begin_padded(self, padded: PaddedBatch, batch: Sequence[SequenceRows]) -> None:
-        """As begin_step. Rows behind the batch's are nobody's: nothing is written for them, and nothing attended."""
+        """Begin a padded step, like begin_step. Nothing is written or attended for the rows behind those of the
+        batch."""
         self._issued = {}
         tables = padded.lay_out(batch, self._spec.block_size)
         self._tables.send(tables.homes, tables.seqs, tables.positions, into=padded.integers)
@@ -272,7 +273,7 @@ class CudaKV(KVBackend):
         return bool(((table >= self._first_host) & (table < self._num_blocks)).any())
 
     def end_step(self) -> MemoryCounters:
-        """Called when the step's tokens have been read, so that its events are over."""
+        """Counters of the step. Called after its tokens have been read, so that its events have completed."""
         stall_ns = 0
         for begin, end in self._waits:
             end.synchronize()
@@ -444,7 +445,7 @@ class _Staging:
         self._free = list(range(self._num_slots))
         self.slots: dict[int, int] = {}
         self._ahead: dict[int, set[int]] = {}
-        """Layer of the coming step -> what the step before has staged for it."""
+        """Layer of the coming step -> blocks that the step before has staged for it."""
 
     def begin_step(self, issued: Issued, num_layers: int) -> frozenset[int]:
         """Blocks that every layer of this step will find staged."""
@@ -467,7 +468,7 @@ class _Staging:
         return frozenset(everywhere & self.slots.keys())
 
     def place(self, data_layer: int) -> int:
-        """In the ring, of a layer of this step, or from `num_layers` on of the next."""
+        """Place in the ring of a layer of this step; layers from `num_layers` on are those of the next step."""
         return (self._first_place + data_layer) % self.num_layers
 
     @property

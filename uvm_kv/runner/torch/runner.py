@@ -42,7 +42,7 @@ class _Sequence:
         """Tokens whose KV is filled directly as the first blocks come."""
         self.blocks: list[int] = []
         self.swapped_blocks: list[int] = []
-        """Where its KV lies while it is swapped out."""
+        """Blocks that hold its KV while it is swapped out."""
         self.generator = generator
 
 

@@ -44,12 +44,12 @@ from uvm_kv.runner.sim.uvm.thrashing import Processor, ThrashingDetector
 from uvm_kv.types import CHUNK_BYTES
 
 NO_CHUNK, UNUSED, DISCARDED, USED = range(4)
-"""Where the chunk of a block is: nowhere, or on which list."""
+"""State of a block's chunk: none, or the list that it is on."""
 DONE, UNKNOWN, WATCHED = range(3)
 EVICT, ONCE = range(2)
-"""Numbers of actions: the driver's own, and one that is done once and not remembered."""
+"""Numbers of actions: the driver's own eviction, and an action that is done once and not remembered."""
 FAULT_BATCH = 256
-"""Most faults that are fetched at once (uvm_perf_fault_batch_count)."""
+"""Largest number of faults that are fetched at once (uvm_perf_fault_batch_count)."""
 MAX_KNOWN_STATES = 1 << 16
 """Beyond so many, or twice the number of blocks, the tables are rebuilt from the states that blocks are in."""
 FAULT_BATCHES, FLUSHED_FAULTS, REMOTE_READ, REMOTE_WRITE, THROTTLES = map(

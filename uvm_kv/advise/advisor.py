@@ -312,7 +312,7 @@ def _checked(arguments: list[str]) -> tuple[tuple[str, ...], list[str], int | No
             raise ValueError(f"{text} has several values; only mechanism takes several here, ask once for each")
         most = int(override.value()) if key == "batch_size" else most
         kept.append(text)
-    # Of equals the plainest memory is advised.
+    # Among equals, the plainest memory is advised.
     return tuple(kept), sorted(mechanisms, key=lambda m: (not m.startswith("pinned"), m)), most
 
 
@@ -364,7 +364,7 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
         found = dict(zip(BASELINES, run("baselines", search, [(m, start, limit) for m in BASELINES]), strict=True))
         tops = [max(points, key=rate).batch_size for points in found.values() if not isinstance(points, str)]
         beyond = sorted({*start, *(min(limit, top + more) for top in tops for more in (0, 1))})
-        # The best batch of what preempts lies beyond the largest that runs without, which is a baseline's.
+        # The best batch of a mechanism that preempts lies beyond the largest batch without preemption, a baseline's.
         preempts = {m for m in mechanisms if _composed(overrides, m).scheduler.preemption != "none"}
         calls = [(m, beyond if m in preempts else start, limit) for m in mechanisms]
         found |= zip(mechanisms, run("mechanisms", search, calls), strict=True)
@@ -417,7 +417,7 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
     if random:
         half = HALF_WIDTH * stdev(gains)
         effects.append(Effect("lengths", half, f"95 % interval over {num_seeds} seeds", (-half, half)))
-    # Independent of one another, so that their effects add as squares.
+    # The parts are independent, so their effects add as squares.
     lowest = gain - hypot(*(min(0.0, *effect.gains) for effect in effects))
     highest = gain + hypot(*(max(0.0, *effect.gains) for effect in effects))
     slowest = baseline.tpot_p99_s if baseline is not None else None

@@ -295,7 +295,7 @@ class _Reader:
             raw = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise self.error(f"not JSON ({error})") from None
-        # Before all else, so that a file of another version is not blamed for its fields.
+        # Checked first, so that the error for a file of another version names the version.
         for key, expected in (("format", FORMAT), ("schema_version", SCHEMA_VERSION)):
             given = raw.get(key) if isinstance(raw, dict) else None
             if given != expected or isinstance(given, bool):

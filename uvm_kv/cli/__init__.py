@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        # Imported by need: pandas and matplotlib take a second that --help need not wait for.
+        # Imported when needed: pandas and matplotlib take a second, for which --help should not wait.
         if arguments.command == "doctor":
             from uvm_kv.cli.doctor import doctor
 

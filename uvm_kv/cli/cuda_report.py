@@ -44,7 +44,7 @@ def probe() -> CudaReport:
             found = capabilities()
         else:
             why = "no NVIDIA GPU"
-    except RuntimeError as error:  # CudaError: a driver that answers, and not well.
+    except RuntimeError as error:  # CudaError: the driver answers with an error.
         why = f"{error}; the driver knows CUDA {driver}, the extension is of CUDA {built.cuda_version}"
     return CudaReport(extension, "", found, why, built.architectures, driver)
 

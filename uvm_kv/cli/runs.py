@@ -47,7 +47,7 @@ def list_runs(folder: Path, conditions: list[str]) -> None:
     for it in left_out:
         console.print(f"left out: {it}", markup=False, highlight=False, soft_wrap=True)
     for name, failure in failed.items():
-        # A condition on a result does not hold where there is none.
+        # A condition on a result does not hold for a job without one.
         if all(field in failure and _matches(failure, field, value) for field, value in wanted):
             line = f"failed: {name} {failure['mechanism']}, batch {failure['offered_batch']}: {reason(failure)}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -103,7 +103,7 @@ class BandwidthBalanced(PlacementPolicy):
 
     def place(self, view: PlacementView, num_blocks: int, *, admitting: bool) -> Share | None:
         asked = (view._replace(num_context_tokens=0, host_blocks=(), tables=None), num_blocks, admitting)
-        if asked != self._asked:  # A request that waits asks anew in each step.
+        if asked != self._asked:  # A waiting request asks again in each step.
             self._asked, self._answer = asked, self._place(*asked)
         return self._answer
 
@@ -116,13 +116,13 @@ class BandwidthBalanced(PlacementPolicy):
             share = self._share(view, num_blocks, best.held_back)
             if share is not None:
                 return share
-        # All on the device, where only the host blocks that there are need staging.
+        # Else all on the device; then only the existing host blocks need staging.
         staging = 0 if self.context.reach is Reach.IN_PLACE else ceil(view.claimed_host / self._layers_per_staged)
         if num_blocks <= view.available_device - staging:
             return Share(num_blocks, 0)
         if num_seqs > 1:
             return None
-        # What runs alone, slowly, beats what never runs. If it may grow, there is room for as much again.
+        # Running alone and slowly is better than never running. If it may grow, leave room for as much again.
         sizes = (2 * seq_blocks, seq_blocks) if self.context.grows else (seq_blocks,)
         batches = (self._best(view, 1, 1, size) for size in sizes)
         shares = (self._share(view, num_blocks, batch.held_back) for batch in batches)

@@ -157,7 +157,7 @@ class CopyAhead:
         into = ((late, 0, lead, lead), (blocks, lead, last + 1 + lead, lead))
         ops = tuple(MemoryOp(OpKind.EVICT, *move) for move in out if managed and move[0])
         ops += tuple(MemoryOp(self._into, *move) for move in into if move[0])
-        # The same object while nothing changes, so that a runner need not read it again.
+        # Return the same object while nothing changes, so that a runner need not read it again.
         self._ops = self._ops if ops == self._ops else ops
         self._blocks, self._steady = blocks, given if blocks == before else None
         return self._ops

@@ -51,7 +51,7 @@ class DemandCapped(PlacementPolicy):
                 stop = min((group + 1) * self._group, num_blocks)
                 victims.setdefault(data_layer, []).extend(range(group * self._group, stop))
                 if data_layer == layer and group in groups:
-                    incoming.append(key)  # It faults back within this very layer.
+                    incoming.append(key)  # It faults back within the same layer.
                 else:
                     excess -= 1
             first_in.update(dict.fromkeys(incoming))

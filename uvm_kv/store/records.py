@@ -206,13 +206,13 @@ def pack(records: Iterable[Record], failures: dict[str, dict[str, Any]], folder:
         told = [{"id": name, "record": _public(record)} for name, record in sorted(failures.items())]
         write_gzip(folder / PACKED_FAILURES, (_compact(line) for line in told))
     else:
-        (folder / PACKED_FAILURES).unlink(missing_ok=True)  # Of a set that was there before.
+        (folder / PACKED_FAILURES).unlink(missing_ok=True)  # A file of an earlier set.
 
 
 def _public(manifest: dict[str, Any]) -> dict[str, Any]:
     argv = [word for word in manifest["argv"] if not word.startswith("results_dir=")]
     public = manifest | {"argv": argv}
-    public.pop("files_sha256", None)  # Of files that are not in the set.
+    public.pop("files_sha256", None)  # Hashes of files that are not in the set.
     if "machine" in public:
         public["machine"] = {key: value for key, value in public["machine"].items() if key != "host"}
     return public

@@ -140,7 +140,7 @@ class SweepLog:
 
     def poll(self) -> None:
         with self._lock:
-            # An NFS client looks anew at a folder that it has changed itself.
+            # An NFS client reads a folder again after it has changed it itself.
             (self.folder / "read").touch()
             for file in sorted(self.folder.glob("*.jsonl")):
                 with file.open("rb") as log:
@@ -239,7 +239,7 @@ def _show(log: SweepLog, num_runs: int, name: str, stop: threading.Event) -> Non
 def progress_line(log: SweepLog, num_runs: int, since_first_s: float) -> str:
     """`2 done, 1 running of 9 runs, about 12 s left`. `since_first_s`: seconds since the first run ended."""
     ended = log.num_ended()
-    total = max(num_runs, ended)  # What a launcher loses may be counted twice.
+    total = max(num_runs, ended)  # A job that a launcher loses may be counted twice.
     if ended < 2 or ended == total:
         return f"{_counts(log)} of {total} runs"
     return f"{_counts(log)} of {total} runs, about {since_first_s / (ended - 1) * (total - ended):.0f} s left"

@@ -179,7 +179,7 @@ def _search(line: Line) -> Line:
         if batch_size not in known:
             try:
                 job = _jobs(line, composed, batch_size)[0]
-            except ValueError:  # The activations of so large a batch leave too little of the card.
+            except ValueError:  # The activations of such a large batch leave too little of the card.
                 return None
             summary = _run(line, job)
             if summary is None:
@@ -241,7 +241,7 @@ def _run(line: Line, job: Job) -> dict[str, Any] | None:
         return None if is_of_other_code(manifest, summary["runner"]) else summary
     try:
         check_fits(job)
-    except ValueError:  # No finding: the batches of the sweep are those that were asked for.
+    except ValueError:  # This is not a finding, because only the batches of the sweep were asked for.
         return None
     argv = read_command().argv
     told = identity(job)

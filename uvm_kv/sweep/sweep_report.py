@@ -55,7 +55,7 @@ class SweepReport:
         if self.is_named:
             link = self.folder.parent / LATEST
             temporary = temporary_path(link)
-            with suppress(OSError):  # A file system without links: names begin with the time, and sort by it.
+            with suppress(OSError):  # The file system has no links; names begin with the time, so they sort by it.
                 temporary.unlink(missing_ok=True)
                 temporary.symlink_to(self.folder.name, target_is_directory=True)
                 temporary.replace(link)

@@ -109,7 +109,7 @@ def _is_cuda_error(error: BaseException) -> bool:
 def reach_of(error: BaseException) -> Reach:
     for cause in _chain(error):
         if _is_out_of_memory(cause):
-            return Reach.WORKER  # What it had taken when it ran out should not be missing to the next job.
+            return Reach.WORKER  # The memory that it had taken must be free for the next job.
         if _is_cuda_error(cause):
             return Reach.MECHANISM
     return Reach.JOB
@@ -199,7 +199,7 @@ def end_with_parent() -> None:
 
 def _serve(pipe: connection.Connection, parent_pid: int, make_task: Callable[[], Task]) -> None:
     """Run what comes over the pipe until it is closed. Whatever happens to the parent, this process ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent hears Ctrl-C and ends its worker.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent receives Ctrl-C and ends its worker.
     end_with_parent()
     if os.getppid() != parent_pid:
         return
@@ -236,10 +236,10 @@ class Worker:
     def __init__(self, make_task: Callable[[], Task]) -> None:
         end_children_with_me()
         context = get_context("spawn")
-        resource_tracker.ensure_running()  # It would unblock what is blocked below.
+        resource_tracker.ensure_running()  # It would unblock the signals that are blocked below.
         self._pipe, its_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(its_end, os.getpid(), make_task))
-        # A Ctrl-C while the worker starts is the parent's alone: a process inherits what is blocked.
+        # Only the parent receives a Ctrl-C while the worker starts: a process inherits the blocked signals.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()

@@ -92,7 +92,7 @@ def send_runs(records: Sequence[Record], project: str, mode: str) -> Outcome:
                 failure = _send_run(record, address, mode, folder)
             if failure is not None:
                 outcome.problems.append(failure)
-                mode, gone = usable_mode(mode)  # A server that is gone is not waited for again.
+                mode, gone = usable_mode(mode)  # Do not wait again for a server that is gone.
                 outcome.problems += [] if gone is None else [gone]
                 problem = problem or gone
             elif problem is None:

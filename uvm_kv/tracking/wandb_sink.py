@@ -231,7 +231,7 @@ def check_settings() -> None:
         _quiet_wandb()
     except ImportError:
         raise
-    except Exception as error:  # Of pydantic, of wandb, or of what they call.
+    except Exception as error:  # Errors of pydantic, of wandb, or of what they call.
         raise ValueError(
             f"wandb refuses its settings ({_told_by_pydantic(error) or one_line(error)}); mend them, and python -m "
             f"experiments.publish sends the runs"
@@ -279,7 +279,7 @@ def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in folder.glob(f"{WRITING}*"):  # By a process that was killed: the lock is ours.
+        for left in folder.glob(f"{WRITING}*"):  # Left by a process that was killed: the lock is ours.
             shutil.rmtree(left, ignore_errors=True)
         yield
 

@@ -208,7 +208,7 @@ class ManagedKV:
         for block in self._freed:
             group, bit = self.group_of(block)
             for layer in layers:
-                # A page that a live block shares is left alone.
+                # A page that a live block shares is not discarded.
                 for offset, mask in self._pages(None, bit, inward=True).items():
                     chunk = layer * self._layer_stride + group * self._spec.chunks_per_piece + offset
                     masks[chunk] = masks.get(chunk, 0) | mask

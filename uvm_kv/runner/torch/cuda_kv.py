@@ -206,7 +206,7 @@ class CudaKV(KVBackend):
         with mark("attention"):
             out = self._attend(layer, query, key, value, scaling)
         if self.device.type == "cpu":
-            self._compute.synchronize()  # torch's tensors there know no stream: they go when they are forgotten.
+            self._compute.synchronize()  # torch's CPU tensors have no stream: they are freed when they are forgotten.
         return out
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -227,7 +227,7 @@ class CudaKV(KVBackend):
         step = self._step
         step.attention.run(layer, query, out, block_table=step.table, scale=scaling, stream=self._compute)
         if self.device.type == "cpu":
-            self._compute.synchronize()  # The next operator does not wait for it by itself.
+            self._compute.synchronize()  # The next operator would not wait for it.
 
     # ---- decode over a padded batch, for graphs
 
@@ -435,7 +435,7 @@ class _Staging:
 
     def __init__(self, spec: KVCacheSpec, capacity: KVCapacity, num_layers: int, device: int) -> None:
         self.num_layers = num_layers
-        # Staged copies and claimed device blocks fit the device tier together: the policy holds that back.
+        # Staged copies and claimed device blocks fit the device tier together, because the policy holds room back.
         most = capacity.num_device_blocks * spec.num_layers // num_layers
         self._num_slots = min(capacity.num_host_blocks, most)
         ring = replace(spec, num_layers=num_layers, layout=Layout.LAYER_MAJOR)
@@ -449,7 +449,7 @@ class _Staging:
 
     def begin_step(self, issued: Issued, num_layers: int) -> frozenset[int]:
         """Blocks that every layer of this step will find staged."""
-        self._first_place = self.place(num_layers)  # Where the last step has put what it brought for this one.
+        self._first_place = self.place(num_layers)  # The last step put its copies for this step here.
         staged, ahead = self._ahead, dict[int, set[int]]()
         for ops in issued.values():
             for op, layer in ops:
@@ -461,9 +461,9 @@ class _Staging:
         for block in [b for b in self.slots if b not in wanted]:
             self._free.append(self.slots.pop(block))
         for block in sorted(wanted - self.slots.keys()):
-            if self._free:  # What finds no slot is read in place.
+            if self._free:  # A block without a slot is read in place.
                 self.slots[block] = self._free.pop()
-        # What has no slot now is not copied, and must not be taken for staged when it gets one.
+        # A block without a slot is not copied now, and must not count as staged when it gets a slot later.
         self._ahead = {layer: blocks & self.slots.keys() for layer, blocks in ahead.items()}
         return frozenset(everywhere & self.slots.keys())
 
@@ -543,7 +543,7 @@ class _Tables:
         """Each on the device, in its shape; `into`: a tensor that takes them one after the other."""
         total = sum(a.size for a in arrays)
         if self._sent is not None:
-            self._sent.synchronize()  # Out of this buffer the last step's tables went.
+            self._sent.synchronize()  # The last step's tables were sent from this buffer.
         if len(self._host) < total:
             on_gpu = self._device.type == "cuda"
             self._host = torch.empty(2 * total, dtype=self._host.dtype, pin_memory=on_gpu)

@@ -42,7 +42,7 @@ def _answering(job_overrides: Sequence[Sequence[str]]) -> Iterator[list[_Answeri
 
     class Executor(submitit.AutoExecutor):  # type: ignore[misc]
         def map_array(self, function: Any, *arguments: Any) -> list[_Answering]:
-            # The parent alone hears Ctrl-C: a process inherits what is blocked.
+            # Only the parent receives Ctrl-C: a process inherits the blocked signals.
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 jobs = super().map_array(function, *arguments)

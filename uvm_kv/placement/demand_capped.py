@@ -1,7 +1,7 @@
 """demand_capped: demand paging on a card that is made to look smaller.
 
-No prefetch. Before each layer the first-in chunks beyond the device tier are evicted by plan, so that a small card can
-be played on a large one. The bytes are counted as planned evictions, never as the driver's.
+There is no prefetch. Before each layer the first-in chunks beyond the device tier are evicted by plan, so that a large
+card behaves like a small one. The bytes are counted as planned evictions, never as the driver's.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def build_folder() -> Path:
 
 
 def cuda_headers(folder: Path) -> Path:
-    """Those that the objects were compiled with."""
+    """The CUDA headers that the objects were compiled with."""
     named = map(Path, set(re.findall(r"-isystem (\S+)", (folder / "build.ninja").read_text())))
     for include in named:
         if (include / "cuda_runtime_api.h").is_file():

@@ -129,7 +129,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> _Nvml:
 def test_energy_is_the_cards_own_over_the_steady_window(
     start: str, folder: Path, tmp_path: Path, c: Any, nvml: _Nvml
 ) -> None:
-    """In a steady start KV is filled while the run's clock stands still, which is no energy of the run's."""
+    """A steady start fills KV while the run's clock stands still; this energy is not the run's."""
     work = ("workload.num_requests=12", "workload.output_tokens=32", f"workload.start={start}")
     config = compose(folder, tmp_path, "mechanism=device_resident", *work)
     (job,) = jobs_of(resolve(config), "test")
@@ -277,7 +277,7 @@ def test_a_head_size_without_a_kernel_is_a_line(tmp_path: Path) -> None:
 
 
 def test_demand_paging_under_a_cap_that_does_not_bind_it_is_refused(folder: Path, tmp_path: Path) -> None:
-    """Beyond memory.device_kv_bytes the KV would lie on this larger card, and nothing would page."""
+    """KV beyond memory.device_kv_bytes would lie on this larger card, and nothing would page."""
     sizes = ("memory.device_kv_bytes=65536", f"memory.host_kv_bytes={64 * MIB}", "mechanism=managed_demand")
     config = compose(folder, tmp_path, *sizes)
     with pytest.raises(ValueError, match=r"nothing would page; use mechanism=managed_demand_capped") as error:

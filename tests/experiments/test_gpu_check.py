@@ -166,7 +166,7 @@ def test_every_part_names_files_that_exist(tmp_path: Path) -> None:
 
 
 def test_the_sanitizer_finds_its_tests(tmp_path: Path) -> None:
-    """Its selection is a word or two in test names, which a renamed test would silently leave empty."""
+    """The sanitizer's selection is a word or two in test names, which a renamed test would silently make empty."""
     sanitizer = next(p for p in PARTS if p.name == "sanitizer")
     (command,) = sanitizer.commands(tmp_path)
     pytest_command = command[command.index(sys.executable) :]

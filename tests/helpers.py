@@ -37,7 +37,7 @@ Admission = Literal["worst_case", "optimistic"]
 Preemption = Literal["none", "recompute", "swap"]
 
 built_schedulers: list[Scheduler] = []
-"""Those of the running test; its teardown checks them all."""
+"""Schedulers of the running test; its teardown checks them all."""
 
 
 def make_geometry(num_layers: int = 4) -> ModelGeometry:
@@ -122,7 +122,7 @@ def make_request(
 
 
 def make_requests(lengths: Iterable[tuple[int, int]]) -> list[Request]:
-    """One request a (prompt, output) pair, all arriving at 0."""
+    """One request per (prompt, output) pair, all arriving at 0."""
     return [make_request(i, *pair) for i, pair in enumerate(lengths)]
 
 
@@ -131,7 +131,7 @@ def make_sim(context: PlacementContext, hints: Hints | None = None) -> SimRunner
 
 
 class ScriptedRunner(ModelRunner):
-    """Takes `step_ns` a step, and fails on a plan that no real runner could carry out.
+    """Takes `step_ns` per step, and fails on a plan that no real runner could carry out.
 
     It takes the contract of `ModelRunner` by its letter. It knows what every slot of every block holds, as (request id,
     position): moves copy it, a new block that no move has written loses it, and so do the blocks of a removed request.

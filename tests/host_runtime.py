@@ -37,7 +37,7 @@ class CannotBuildError(RuntimeError):
 
 
 def build_folder() -> Path:
-    """Where `pip install -e .` left the objects of the extension for this Python."""
+    """Folder in which `pip install -e .` left the objects of the extension for this Python."""
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     built = [p for p in ROOT.glob("build/*/_C.*") if any(p.name == f"_C{suffix}" for suffix in suffixes)]
     if not built:
@@ -50,7 +50,7 @@ def build_folder() -> Path:
 
 
 def cuda_headers(folder: Path) -> Path:
-    """Those that the objects were compiled with."""
+    """The CUDA headers that the objects were compiled with."""
     named = map(Path, set(re.findall(r"-isystem (\S+)", (folder / "build.ninja").read_text())))
     for include in named:
         if (include / "cuda_runtime_api.h").is_file():
@@ -89,7 +89,7 @@ def _run(command: list[str]) -> None:
 
 
 def use(module: Path) -> None:
-    """From now on this process has no other extension."""
+    """Make the module the only extension of this process."""
     if MODULE in sys.modules:
         raise AssertionError(f"{MODULE} is loaded already")
     spec = importlib.util.spec_from_file_location(MODULE, module)

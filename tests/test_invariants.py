@@ -84,7 +84,7 @@ def test_a_later_arrival_changes_nothing_before_it() -> None:
 
 @pytest.mark.parametrize("mechanism", ["pinned_swap", "pinned_balanced", "managed_demand"])
 def test_reserved_bytes_are_used_or_lost_and_never_exceed_the_claim(mechanism: str, tmp_path: Path) -> None:
-    """In every step; and the link bytes of the summary are those of its steps, cause by cause."""
+    """The bound holds in every step, and the link bytes of the summary are those of its steps, cause by cause."""
     given = ("memory.device_kv_bytes=1073741824", "workload.prompt_tokens=128", "workload.output_tokens=128")
     one = job(tmp_path, f"mechanism={mechanism}", "batch_size=16", "workload.num_requests=32", *given)
     summary = run_job(one, argv=["test"])

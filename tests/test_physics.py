@@ -220,7 +220,7 @@ def test_llama_7b_kv_budget_on_an_rtx3090() -> None:
 
 
 def test_throughput_does_not_depend_on_the_length_of_the_run() -> None:
-    """Where nothing is preempted: Llama-3-8B, 60 clients, with 4 and 8 requests each."""
+    """Nothing is preempted here: Llama-3-8B, 60 clients, with 4 and 8 requests each."""
     given = ("model=llama3_8b", "mechanism=device_recompute", "batch_size=60")
     short, usual = (throughput(*given, f"workload.num_requests={60 * n}") for n in (4, 8))
     assert short == pytest.approx(usual, rel=1e-4)

@@ -38,7 +38,8 @@ def test_every_column_is_explained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_column_of_a_figure_is_explained(name: str, tmp_path: Path) -> None:
-    """In its own section, as a field of summary.json or as a column of all figures; a dotted one by its parts."""
+    """A column is explained in its figure's section, as a field of summary.json or as a column of all figures; a dotted
+    one by its parts."""
     if not all((REFERENCE / source).is_dir() for source in STUDIES[name].sources):
         pytest.skip(f"the reference set has no {name}")
     common, *sections = README.split("\n### ")

@@ -195,7 +195,7 @@ def test_an_unknown_option_is_refused() -> None:
 
 
 def test_a_larger_batch_that_is_refused_leaves_what_was_found_below_it() -> None:
-    """Its logits need more beside the weights than the KV memory, given by hand, leaves."""
+    """Its logits need more memory than the weights and the given KV memory leave."""
     given = ("model=qwen2_5_7b", "memory.device_kv_bytes=9814574336", "workload.prompt_tokens=32")
     question = Question((*given, "workload.output_tokens=4", "workload.num_requests=256"))
     for mechanism in ("device_resident", "pinned_balanced"):

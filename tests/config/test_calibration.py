@@ -122,7 +122,8 @@ def test_it_is_recovered_through_noise(name: str, seed: int, tmp_path: Path) -> 
 
 
 def test_operators_are_recovered(tmp_path: Path) -> None:
-    """By their times; efficiencies only where they bind: a long projection waits for the tensor cores."""
+    """The times are recovered; an efficiency only where it binds, as for a long projection that waits for the tensor
+    cores."""
     profile, _, rows = recover(tmp_path, generated("a30", 0.0, ("operators",)), "h100")
     true = load_profile("a30")
     mine, theirs = (Roofline(p, MODEL, 2, Precision()) for p in (profile, true))
@@ -210,7 +211,8 @@ def test_pages_that_are_mapped_and_scattered_are_one_without_the_block_prefetche
 
 
 def test_what_each_curve_leaves_open_is_the_bases(tmp_path: Path) -> None:
-    """From `changed` on an RTX 3090: without the points that tell, the constant is the base's and says so."""
+    """The curves are those of `changed`, the base is an RTX 3090. Without its points a constant is the base's, and says
+    so."""
     raw = json.loads(generated("changed", 0.0))
     raw["curves"]["fault"] = [p for p in raw["curves"]["fault"] if p["access"] == "stream"]
     raw["curves"]["prefetch"] = [p for p in raw["curves"]["prefetch"] if p["case"] == "from_host"]

@@ -27,7 +27,7 @@ def test_a_working_set_is_a_number_of_clients(ratio: float, clients: int, tmp_pa
 
 
 def test_it_is_of_the_device_tier_whatever_its_size_and_unit() -> None:
-    """Without device_kv_bytes the tier is what the card leaves; managed memory has whole chunks only."""
+    """Without device_kv_bytes the tier is what the card has left; managed memory counts whole chunks only."""
     whole = resolved("working_set_ratio=1.5")
     assert whole.config.batch_size == round(1.5 * whole.capacity.num_device_blocks / 64)
     for layout in ("layer_major", "block_major"):
@@ -130,7 +130,7 @@ def test_int8_weights_are_read_in_half_the_time_and_multiplied_at_the_fp16_peak(
 
 
 def test_bits_of_the_dtype_are_the_default(tmp_path: Path) -> None:
-    """They change neither the run nor its id; others do."""
+    """The default bits change neither the run nor its id; other bits do."""
     plain = job(tmp_path)
     assert job(tmp_path, "kv_bits=16", "model.weight_bits=16").directory == plain.directory
     assert len({job(tmp_path, given).directory for given in ("kv_bits=8", "kv_bits=4", "model.weight_bits=8")}) == 3

@@ -75,7 +75,7 @@ def test_every_quantity_of_every_card_can_be_given(name: str) -> None:
 
 
 def test_every_command_takes_every_quantity() -> None:
-    """They are checked by name and type before anything is composed, and then used."""
+    """Quantities are checked by name and type before anything is composed, and are then used."""
     values, given = overrides(load_profile("a6000"))
     given = ["hardware=a6000", *given]
     assert preflight([*given, "results_dir=/tmp"]).num_jobs == 1

@@ -138,7 +138,7 @@ def test_both_directions_at_once(stream: Any, staging: Slab) -> None:
 
 
 def test_a_copy_waits_for_the_one_it_is_told_of(stream: Any, staging: Slab) -> None:
-    """In and out again: only the second is waited for."""
+    """A copy in and a copy out: only the second one is waited for."""
     memory = KVMemory(MemoryKind.PINNED, KVCacheSpec(2, 8, 128, 2, 64, Layout.BLOCK_MAJOR), 4, 4)
     assert memory.host is not None
     size = memory.host.layout.offset(1, 0)

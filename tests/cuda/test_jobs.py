@@ -129,7 +129,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> _Nvml:
 def test_energy_is_the_cards_own_over_the_steady_window(
     start: str, folder: Path, tmp_path: Path, c: Any, nvml: _Nvml
 ) -> None:
-    """In a steady start KV is filled while the run's clock stands still, which is no energy of the run's."""
+    """A steady start fills KV while the run's clock stands still; this energy is not the run's."""
     work = ("workload.num_requests=12", "workload.output_tokens=32", f"workload.start={start}")
     config = compose(folder, tmp_path, "mechanism=device_resident", *work)
     (job,) = jobs_of(resolve(config), "test")
@@ -149,7 +149,7 @@ def test_energy_is_the_cards_own_over_the_steady_window(
 def test_a_peers_energy_is_taken_as_ours(
     engine: str, arrival: str, folder: Path, tmp_path: Path, c: Any, nvml: _Nvml
 ) -> None:
-    """Over the steady window, and over the whole run where one batch has none."""
+    """Energy is that of the steady window, and of the whole run where a single batch has no window."""
     more = ("workload.num_requests=12",) if arrival == "closed_loop" else ("workload.num_requests=3",)
     config = compose(folder, tmp_path, f"engine={engine}", f"workload.arrival={arrival}", *more)
     (job,) = jobs_of(resolve(config), "test")
@@ -277,7 +277,7 @@ def test_a_head_size_without_a_kernel_is_a_line(tmp_path: Path) -> None:
 
 
 def test_demand_paging_under_a_cap_that_does_not_bind_it_is_refused(folder: Path, tmp_path: Path) -> None:
-    """Beyond memory.device_kv_bytes the KV would lie on this larger card, and nothing would page."""
+    """KV beyond memory.device_kv_bytes would lie on this larger card, and nothing would page."""
     sizes = ("memory.device_kv_bytes=65536", f"memory.host_kv_bytes={64 * MIB}", "mechanism=managed_demand")
     config = compose(folder, tmp_path, *sizes)
     with pytest.raises(ValueError, match=r"nothing would page; use mechanism=managed_demand_capped") as error:
@@ -302,7 +302,7 @@ def test_nan_in_logits_is_a_line_and_the_next_job_is_served(
 
 
 def test_a_card_without_room_for_the_weights_says_so(folder: Path, tmp_path: Path, c: Any) -> None:
-    """As another process that fills it would leave it."""
+    """The card is left as another process that fills it would leave it."""
     resolved = resolve(compose(folder, tmp_path, "mechanism=device_resident"))
     part = (c.free_bytes(0) // CHUNK_BYTES - 1) * CHUNK_BYTES
     said = r"no room for the weights of model in float16: they take \d+ bytes and \d+ of the card are free \(nvidia-smi"

@@ -387,7 +387,8 @@ def test_what_is_staged_is_what_is_read(
 def test_a_block_read_before_it_arrives_shows(
     model: Any, folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the wait for copies, on streams that run only when something waits for them. On a card it may be luck."""
+    """The wait for copies is left out, on streams that run only when something waits for them. On a card a read may
+    succeed by luck."""
     if model.device.type == "cuda" or os.environ.get("UVM_KV_HOST_RUNTIME_ORDER") == "others":
         pytest.skip("torch's stream may come last here by luck")
     monkeypatch.setattr(CudaKV, "_await", lambda *_: None)

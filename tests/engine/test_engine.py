@@ -81,7 +81,7 @@ def test_recorded_tokens_are_those_of_the_requests() -> None:
 
 
 def test_a_cancelled_request_is_gone_before_the_next_step() -> None:
-    """From scheduler, runner and recorder; the others are served as before."""
+    """Scheduler, runner and recorder forget it; the others are served as before."""
     requests = [make_request(i, 4, 6) for i in range(3)]
     engine = make_engine(requests, batch_size=2)
     scheduled: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
@@ -103,7 +103,7 @@ def test_a_cancelled_request_is_gone_before_the_next_step() -> None:
 
 
 def test_it_can_be_called_while_a_step_runs_and_for_any_id() -> None:
-    """As from another thread. Ids that are unknown, have ended, or come twice are nobody's mistake."""
+    """The calls come as if from another thread. Unknown, ended or repeated ids are not errors."""
     requests = [make_request(0, 4, 6), make_request(1, 4, 1)]
 
     class Interrupted(ScriptedRunner):

@@ -25,7 +25,7 @@ class OutOfMemoryError(CudaError):
 
 
 class FakeTask:
-    """Its summary says which process ran it, and how many jobs that process had run."""
+    """A task whose summary says which process ran it, and how many jobs that process had run."""
 
     def __init__(self) -> None:
         self.num_run = 0

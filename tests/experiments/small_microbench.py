@@ -88,7 +88,7 @@ def fake_cupy() -> ModuleType:
 
 
 def fake_cuda_core() -> ModuleType:
-    """As of a version whose buffers have no prefetch."""
+    """A stand-in for a version whose buffers have no prefetch."""
 
     class Resource:
         def allocate(self, size: int, *, stream: Any) -> Any:

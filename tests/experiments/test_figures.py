@@ -130,7 +130,8 @@ def test_what_is_tampered_half_written_or_foreign_is_left_out_listed_and_missing
 def test_what_the_index_lists_and_the_reference_lacks_is_missing(
     draw: Any, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where the reference is what is drawn, as by make figures: nothing else says what there should be."""
+    """This holds also where the reference itself is drawn, as by make figures: only the index says what should be
+    there."""
     records, _ = read_records(reference)
     pack(records[1:], {}, reference / "batch_sweep")
     status, _, content = draw(reference)

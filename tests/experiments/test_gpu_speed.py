@@ -23,7 +23,7 @@ POINT = ("experiment=gpu_sweep_llama3_8b", "runner=sim", "hardware=h100")
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As gpu-measure leaves it, but for who measured."""
+    """A folder as gpu-measure leaves it, but simulated."""
     folder = tmp_path_factory.mktemp("measured")
     (folder / "microbench").mkdir()
     curves = curves_of(load_profile("h100"), ("link", "copy", "hbm"))

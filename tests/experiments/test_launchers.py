@@ -70,7 +70,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_worker_costs_its_job_and_the_same_command_runs_it(
     tmp_path: Path, reference: Path, launcher: str
 ) -> None:
-    """And what the launcher's workers write is, to the byte, what one process writes."""
+    """The launcher's workers write the same bytes as one process."""
     results, expected = tmp_path / "it's here", summaries(reference)
     victim = next(r for r in completed_runs(reference) if read_json(r / "summary.json")["offered_batch"] == 2).name
     (tmp_path / "sitecustomize.py").write_text(KILLED_WHILE_IT_WRITES.replace("{run}", victim))

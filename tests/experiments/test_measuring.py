@@ -134,7 +134,7 @@ def test_every_command_is_one_that_the_program_accepts(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("machine")
 def test_predictions_are_of_the_points_that_are_measured(tmp_path: Path) -> None:
-    """But for the runner and the folder the commands are the same."""
+    """The commands differ in the runner and the folder only."""
     output = with_profile(tmp_path)
 
     def bare(commands: list[list[str]]) -> set[str]:
@@ -153,7 +153,7 @@ def test_a_part_that_cannot_be_run_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_operators_are_measured_into_curves_that_calibrate_reads(tmp_path: Path) -> None:
-    """On the CPU, whose times say nothing; the points, their names and the file are what is tested."""
+    """Measured on the CPU, whose times say nothing; the test is about the points, their names and the file."""
     curves, output = tmp_path / "curves.json", tmp_path / "out" / "curves.json"
     curves.write_text(json.dumps(curves_of(load_profile("a30"), ("link", "copy", "hbm"))))
     small = ["--model", "smollm2_135m", "--dtype", "float32", "--device", "cpu", "--tokens", "1", "2", "4"]

@@ -25,7 +25,8 @@ def test_a_folder_that_cannot_be_written_is_a_line(
 
 
 def test_figures_go_to_the_working_directory_as_runs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the checkout's reference set, wherever it is; of the study's runs the default is as relative."""
+    """The figures come from the checkout's reference set, wherever it is; of the study's runs the default is as
+    relative."""
     monkeypatch.chdir(tmp_path)
     assert figures.main(["energy"]) == 0
     assert {"energy.pdf", "energy.csv", "report.html"} <= {f.name for f in (tmp_path / "results" / "figures").iterdir()}
@@ -49,7 +50,7 @@ def test_a_job_that_does_not_fit_is_a_finding_and_status_1(tmp_path: Path, monke
 
 
 def test_paging_and_copies_ahead_are_estimated_to_take_longer(tmp_path: Path) -> None:
-    """As they do: 2 and 4 times a placement that reads in place, in the reference set."""
+    """In the reference set they take 2 and 4 times as long as a placement that reads in place."""
 
     def estimate(mechanism: str, batch: int) -> float:
         return estimate_s(jobs.job(tmp_path, f"mechanism={mechanism}", f"batch_size={batch}"))

@@ -35,7 +35,7 @@ def finished(folder: Path, *batches: int, mechanism: str = "device_resident") ->
 
 
 def environment(tmp_path: Path, **more: str) -> dict[str, str]:
-    """Without the login and settings of whoever runs the tests."""
+    """An environment without the login and settings of the person who runs the tests."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     return {**kept, "NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "wandb-config"), **more}
 

@@ -324,7 +324,7 @@ def test_a_profile_in_a_folder_of_ones_own_is_found(tmp_path: Path) -> None:
 
 
 def test_it_runs_where_wandb_is_not_installed(tmp_path: Path) -> None:
-    """As on a machine with a GPU that packages are carried to: runs need it only where tracking=wandb is asked for."""
+    """Runs need wandb only with tracking=wandb, as on a machine without a network."""
     code = (
         "import sys; sys.modules['wandb'] = None; sys.argv = ['run', '-m', 'hydra/launcher=basic', 'batch_size=2,3', "
         "'max_steps=3', *sys.argv[1:], 'results_dir=" + str(tmp_path) + "'];"

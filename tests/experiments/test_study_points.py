@@ -57,7 +57,7 @@ def test_points_of_one_side_alone_are_missing_or_new() -> None:
 
 
 def test_points_that_nothing_tells_apart_are_an_error() -> None:
-    """Such as runs of an earlier setting that lie in the same folder."""
+    """Two points with equal settings, such as runs of an earlier version in the same folder."""
     with pytest.raises(ValueError, match=r"\(a\) and m device_resident 8 \(twin\) differ in nothing"):
         study.compare([*REFERENCE, point("twin", 8)], REFERENCE)
     assert study.compare([], []).holds
@@ -93,7 +93,7 @@ def test_an_edited_checkout_begins_each_experiment_anew(
 def test_the_quick_part_of_the_study_agrees_with_the_reference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So that a reference set cannot go stale unseen."""
+    """It fails when the reference set is stale."""
     if not figures.REFERENCE.is_dir():
         pytest.skip("no reference set in this checkout")
     status = study.main([*QUICK, "--results", str(tmp_path)])

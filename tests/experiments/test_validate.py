@@ -89,7 +89,8 @@ def test_a_steady_start_that_was_stopped_is_simulated_step_for_step(
 
 
 def test_what_only_a_real_model_has_is_reset(tmp_path: Path, command: Any) -> None:
-    """On the CPU: random weights, a compiled model's config, and a peer beside it, which is left out of a folder."""
+    """Runs on the CPU with random weights and a compiled model's config; a peer beside them in the folder is left
+    out."""
     pytest.importorskip("torch")
     small = ("runner=cpu", "model=smollm2_135m", "model.weights=random", "model.num_layers=2", "batch_size=3")
     small += ("workload.prompt_tokens=16", "workload.output_tokens=12", "max_seconds=60")

@@ -199,7 +199,7 @@ def test_a_worker_that_was_killed_between_two_jobs_is_noticed() -> None:
 
 
 def test_a_worker_that_does_not_want_to_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Ctrl-C does: the parent is interrupted while it waits; the worker hears neither that nor SIGTERM."""
+    """The parent is interrupted while it waits, as by Ctrl-C; the worker receives neither that signal nor SIGTERM."""
     monkeypatch.setattr(worker_module, "PATIENCE_S", 0.2)
     monkeypatch.setattr(worker_module, "PROGRESS_EVERY_S", 0.0)
     worker = Worker(FakeTask)
@@ -230,7 +230,7 @@ def test_the_watchdog_does_not_make_another_run(tmp_path: Path) -> None:
 
 
 def test_the_worker_ends_with_its_parent() -> None:
-    """Even if the parent is killed while a job runs, and the job never looks at the pipe."""
+    """It ends even if the parent is killed while a job runs that never reads the pipe."""
     code = (
         "from uvm_kv.sweep.worker import Worker\n"
         "from tests.experiments.fake_jobs import Fake, FakeTask\n"

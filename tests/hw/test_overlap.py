@@ -35,7 +35,7 @@ def test_the_link_in_a_layer(work: LayerWork, layer: float, wait: float) -> None
 @pytest.mark.parametrize("lead", [1, 2, 5])
 @pytest.mark.parametrize(("copy", "wait"), [(4.0, 0.0), (5.0, 0.0), (5.5, 0.5), (9.0, 4.0)])
 def test_copies_ahead_hide_exactly_up_to_the_layer(lead: int, copy: float, wait: float) -> None:
-    """In the steady state a layer of 5 carries a copy of 5; what is longer is waited for in every layer."""
+    """In the steady state a layer of 5 hides a copy of 5; every layer waits for the rest of a longer copy."""
     queue = CopyQueue()
     steps = [run(LayerWork(3.0, 2.0, copy_s=copy), lead, queue) for _ in range(12)]
     assert steps[-1] == pytest.approx((L * (5.0 + wait), L * wait))
@@ -95,7 +95,7 @@ def test_both_directions_slow_each_other_while_both_are_busy(
     ],
 )
 def test_ceilings_are_those_of_the_design_page(reach: Reach, gib: int, gain: float) -> None:
-    """On the byte floor t = (W + C) / BW_hbm of LLaMA-7B on a 3090, rounded as printed there."""
+    """The step is the byte floor t = (W + C) / BW_hbm of LLaMA-7B on a 3090; ceilings are rounded as printed there."""
     kv_bytes, hbm = gib * GIB, 936e9
     got = ceiling(
         reach,

@@ -90,7 +90,7 @@ def test_what_is_not_counted_is_refused_by_its_key(config: dict[str, Any], said:
 
 
 def test_embedding_and_head_stay_wide() -> None:
-    """Also with activations of 8 bits; plain weights of any width are all alike."""
+    """This holds also with activations of 8 bits. Without quantization all weights have one width."""
     assert Precision(8, 8, 8).table_bits == 16
     assert Precision(4, 32, 32).table_bits == 32
     assert Precision(16, 16, 4).table_bits == 16

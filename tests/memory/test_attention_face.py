@@ -154,7 +154,7 @@ def test_pieces_of_the_host_tier_are_known_by_their_blocks_or_by_flags(c: Any) -
 
 
 def test_a_staged_copy_has_no_flag(c: Any) -> None:
-    """Its id lies behind the flags: what memory holds there is not read. It lies on the device."""
+    """Its id lies behind the flags, where nothing is read: a staged copy lies on the device."""
     num_blocks = DEVICE_BLOCKS + HOST_BLOCKS
     staged = {"staged": slab_layout(spec_of(), num_blocks=4), "staged_slab": 5 << 40}
     flags = np.ones(num_blocks + 4, np.uint8)

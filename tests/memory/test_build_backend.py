@@ -20,7 +20,7 @@ METADATA = ("prepare_metadata_for_build_wheel", "prepare_metadata_for_build_edit
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """With scikit-build-core, which only a build environment has, played; no nvcc and no GPU on the PATH."""
+    """The backend with a stand-in for scikit-build-core, and with no nvcc and no GPU on the PATH."""
     played = ModuleType("scikit_build_core")
     names = (*HOOKS, *REST, *METADATA)
     hooks = {name: lambda *_: ["cmake"] for name in names}

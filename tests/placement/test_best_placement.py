@@ -30,7 +30,7 @@ def rate(mechanism: str, *overrides: str) -> float:
 
 @pytest.mark.parametrize(("gib", "prompt"), CELLS)
 def test_it_is_the_best_placement_at_every_number_of_clients(gib: float, prompt: int) -> None:
-    """Within 2 %; and a longer queue costs nothing."""
+    """It is within 2 % of the best, and a longer queue costs nothing."""
     best_so_far = 0.0
     for ratio in RATIOS:
         cell = (
@@ -66,7 +66,7 @@ LADDERS = {
 
 @pytest.mark.parametrize("ladder", LADDERS)
 def test_more_of_a_resource_is_never_worse(ladder: str) -> None:
-    """Within 2 %: the prediction takes every block as full."""
+    """Rates may fall by 2 %, because the prediction takes every block as full."""
     rates = [rate("pinned_balanced", *SMALL, rung) for rung in LADDERS[ladder]]
     assert all(after >= 0.98 * max(rates[: i + 1]) for i, after in enumerate(rates[1:])), rates
     assert rates[-1] > 1.2 * rates[0]

@@ -65,8 +65,8 @@ def views(draw: st.DrawFn, num_host: int) -> PlacementView:
 
 @every_policy
 def test_place_promises_what_there_is_and_plan_names_what_exists(name: str, memory: MemoryKind) -> None:
-    """Over random sequences of views: exactly num_blocks within what is available, or None; the view is left alone;
-    and a second instance shown the same gives the same answers."""
+    """For random sequences of views, `place` gives exactly num_blocks within what is available, or None. The view stays
+    unchanged, and a second instance that is shown the same views gives the same answers."""
     context = context_of(memory)
     num_layers, num_host = context.spec.num_layers, context.capacity.num_host_blocks
 

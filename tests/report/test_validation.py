@@ -80,7 +80,7 @@ def row_of(rows: list[Comparison], metric: str) -> Comparison:
     ],
 )
 def test_the_verdict_is_a_test_of_equivalence(error: float, noise: float | None, better: Better, verdict: str) -> None:
-    """Within 5 %, beyond it, or astride of it; noise never makes two sides the same."""
+    """Intervals lie within 5 %, beyond it, or across it. Noise never makes two sides the same."""
     assert judge(error, noise, 0.05, better) == verdict
 
 
@@ -200,7 +200,7 @@ def write(path: Path, *lines: str) -> Path:
 
 
 def test_a_file_of_requests(tmp_path: Path) -> None:
-    """In order of arrival, from the first one on; seconds since 1970 keep their differences."""
+    """Requests are read in order of arrival, with the first at 0; seconds since 1970 keep their differences."""
     file = write(tmp_path / "vllm.csv", HEADER + ",model", "1700000002.5,7,3,0.25,1.25,x", "1700000000,5,2,0.5,0.75,x")
     run = load_file(file)
     assert (run.name, run.origin, run.where, run.steps) == ("vllm", "external", "vllm.csv", None)

@@ -97,7 +97,8 @@ FILLED_TOKENS = 7
 
 
 def filled_requests() -> list[Request]:
-    """Their first step computes the last token of two whole blocks; the next one needs a third block."""
+    """Requests whose first step computes the last token of two whole blocks, and whose next step needs a third
+    block."""
     return [Request(i, 8, 4, prompt_ids=tuple(range(3 + i, 11 + i)), num_filled_tokens=FILLED_TOKENS) for i in range(3)]
 
 

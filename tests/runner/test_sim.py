@@ -47,8 +47,8 @@ CASES = [*((name, memory, "none") for name, memory in SERVED), ("resident", Memo
 def test_bytes_over_time_never_exceed_the_link(
     name: str, memory: MemoryKind, preemption: Preemption, link_gb_per_s: float
 ) -> None:
-    """In each direction, from the start to any step. Copies issued near a step's end for the next one's first layers
-    may be on their way: lead layers of what was copied, the only allowance."""
+    """The bound holds in each direction, from the start to any step. Copies issued near a step's end for the next one's
+    first layers may be on their way: lead layers of what was copied, the only allowance."""
     num_host = 0 if memory is MemoryKind.DEVICE else 40
     context = make_context(24, num_host, memory=memory, block_size=16, link_gb_per_s=link_gb_per_s)
     log = run(context, name, preemption=preemption)

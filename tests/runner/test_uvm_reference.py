@@ -312,7 +312,7 @@ def on_gpu(driver: ReferenceDriver) -> int:
 @settings(max_examples=60)
 @given(drivers, st.lists(plain_operations, max_size=12))
 def test_pages_are_conserved(driver: ReferenceDriver, operations: list[Operation]) -> None:
-    """With one copy of each page, what came minus what went is what is there."""
+    """With one copy of each page, the pages that came minus the pages that left are the resident pages."""
     for operation in operations:
         operation(driver)
         check(driver)

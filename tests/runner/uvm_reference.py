@@ -276,7 +276,7 @@ class ReferenceDriver:
                 self._migrate_to_gpu(index, wanted["device"], prefetched, write)
 
     def _destination_of_gpu_fault(self, block: Block, page: Page) -> str:
-        """Where a page that the GPU faulted on is to be: the rules in their order, without thrashing."""
+        """Location for a page that the GPU faulted on: the rules in their order, without thrashing."""
         if block.read_mostly:  # rules 1 and 2: a copy for a read, the page itself for a write
             return "device"
         if block.preferred == "device":  # rule 3

@@ -130,7 +130,8 @@ def test_recompute_drops_the_latest_sequence_and_computes_it_again() -> None:
 
 
 def test_swap_copies_the_table_out_and_the_whole_of_it_back() -> None:
-    """As above with a host tier: blocks 2 and 3 go out to 4 and 5, and come back once the first has ended."""
+    """The case above with a host tier: blocks 2 and 3 go out to 4 and 5, and come back after the first request has
+    ended."""
     context = make_context(4, 4)
     scheduler = make_scheduler(context, admission="optimistic", preemption="swap")
     requests = make_requests([(8, 6), (7, 6)])

@@ -19,7 +19,8 @@ def point(mechanism: str, batch: int, throughput: float, joules: float) -> dict[
 
 
 def runs(backed: float, *, backed_speed: float = 110.0) -> pd.DataFrame:
-    """On the card alone 4 J at batch 1 and 1 J at batch 16; from CPU memory `backed` J at batch 16 and 20 at 32."""
+    """Runs that take 4 J at batch 1 and 1 J at batch 16 on the card alone, and `backed` J at batch 16 and 20 J at 32
+    with CPU memory."""
     return table(
         point("device_resident", 1, 50.0, 4.0),
         point("device_resident", 16, 100.0, 1.0),

@@ -32,7 +32,7 @@ def read_all(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("mechanism", ["device_recompute", "pinned_swap", "managed_demand", "pinned_balanced"])
 def test_equal_runs_are_byte_identical(tmp_path: Path, mechanism: str) -> None:
-    """Into two folders, on a workload with random lengths and enough clients to preempt or page."""
+    """Two folders get the same bytes, on a workload with random lengths and enough clients to preempt or page."""
     overrides = (f"mechanism={mechanism}", "batch_size=24", "workload=azure_conv", "workload.num_requests=48")
     files = ("summary.json", "steps.parquet", "requests.parquet")
     first, second = (job(tmp_path / name, *overrides) for name in "ab")

@@ -21,6 +21,6 @@ def test_every_seed_repeat_and_purpose_draws_other_numbers() -> None:
 
 @pytest.mark.parametrize("more", [(), (7,)])
 def test_the_first_repeat_is_what_the_seed_alone_draws(more: tuple[int, ...]) -> None:
-    """Its numbers are those of versions that knew no repeat here."""
+    """Its numbers are those of versions that had no repeat here."""
     for purpose in Purpose:
         assert first(entropy(3, 0, purpose, *more)) == first([3, purpose.value, *more])

@@ -81,7 +81,8 @@ def test_what_was_preempted_by_recompute_is_prefilled() -> None:
 
 @pytest.mark.parametrize("mechanism", ["device_recompute", "pinned_swap", "managed_demand_capped"])
 def test_nothing_is_prefilled_but_what_was_preempted(tmp_path: Path, mechanism: str) -> None:
-    """Also of later requests; and the plans are as those of the requests by themselves, through a checking runner."""
+    """This holds also for later requests. The plans equal those of the requests alone, and a checking runner accepts
+    them."""
     overrides = (f"mechanism={mechanism}", "batch_size=12", "workload.prompt_tokens=40", "workload.output_tokens=60")
     one = job(
         tmp_path, *overrides, "workload.start=steady", "record_plans=true", "max_steps=150",
@@ -128,8 +129,8 @@ STEADY = ("workload.prompt_tokens=8", "workload.output_tokens=256", "memory.devi
 def test_a_steady_start_is_as_fast_as_a_long_run(
     tmp_path: Path, mechanism: str, batch_size: int, num_steps: int, tolerance: float
 ) -> None:
-    """Within and beyond the device tier, against the steady window of a run that begins cold. Prefill, which the steady
-    run leaves out, is little of the long one: its prompts are short."""
+    """Checked within and beyond the device tier, against the steady window of a run that begins cold. Prefill, which
+    the steady run leaves out, is little of the long one: its prompts are short."""
     shared = (f"mechanism={mechanism}", f"batch_size={batch_size}", *STEADY)
     cold = run(tmp_path, *shared)
     steady = run(tmp_path, *shared, "workload.start=steady", f"max_steps={num_steps}")
@@ -140,7 +141,7 @@ def test_a_steady_start_is_as_fast_as_a_long_run(
 
 
 def test_more_clients_than_fit_wait_with_new_requests(tmp_path: Path) -> None:
-    """Those under way are spread, so that one ends every few steps and a new one takes its place."""
+    """Requests under way are spread, so that one ends every few steps and a new one takes its place."""
     one = job(tmp_path, "mechanism=device_resident", "batch_size=40", *STEADY, "workload.start=steady", "max_steps=64")
     requests = build_source(one, workload_of(one)).arrivals(0)
     filled = [r.num_filled_tokens for r in requests]

@@ -48,19 +48,20 @@ NOT_ADVISED = (*BASELINES, "custom", "managed_demand_capped")
 """Mechanisms that are never advised: those without CPU-backed KV, `custom`, and the one whose evictions are planned
 instead of the driver's."""
 ON_REQUEST = ("pageable_swap", "vmm_balanced")
-"""To the simulator never better than pinned_swap, and the same as pinned_balanced."""
+"""Mechanisms that are tried only on request: in the simulator the first is never better than pinned_swap, and the
+second equals pinned_balanced."""
 TAKEN = (
     *("hydra", "hardware", "model", "workload", "driver", "scheduler", "allocation", "layout", "block_size", "kv_bits"),
     *("dtype", "max_model_len", "seed", "batch_size"),
     *("memory.device_kv_bytes", "memory.host_kv_bytes", "memory.gpu_memory_utilization"),
 )
-"""Keys, with what is below them, that are part of the question."""
+"""Config keys, with the keys below them, that are part of the question."""
 MAX_OUTPUT_TOKENS = 500_000
-"""Output tokens of one run of a trace: about a second."""
+"""Largest number of output tokens of one run of a trace, about a second of computing."""
 KEPT = 0.99
 """Share of the gain that the least host memory must keep."""
 WORTH = 0.01
-"""A smaller gain is none: below what the operators' fit can tell apart."""
+"""Smallest gain that counts; the fit of the operators cannot resolve less."""
 NUM_SEEDS = 5
 HALF_WIDTH = 2.776 / NUM_SEEDS**0.5
 """Half width of the 95 % interval of the mean over the seeds, in standard deviations (Student's t, 4 degrees of
@@ -68,8 +69,8 @@ freedom)."""
 ASSUMED = 0.10
 """Uncertainty of a quantity that was not measured on the card."""
 BOUND = 0.75
-"""What is busy for this share of the time bounds a run; KV memory, if requests wait for it in so many steps; the link
-also if the GPU waits for it for the rest of the time."""
+"""A resource that is busy for this share of the time bounds a run. KV memory does if requests wait for it in this share
+of the steps, and the link also if the GPU waits for it for the rest of the time."""
 QUANTITIES = {
     "link": ("link.h2d_gb_per_s", "link.d2h_gb_per_s"),
     "HBM": ("gpu.hbm_efficiency",),
@@ -179,7 +180,7 @@ def _composed(overrides: tuple[str, ...], mechanism: str) -> DictConfig:
 
 
 def simulate(resolved: Resolved, repeat: int = 0, profile: HardwareProfile | None = None) -> Point:
-    """Run a job without writing anything; on another `profile`, if one is given, with the tiers as they are."""
+    """Run a job without writing anything; on another `profile`, if one is given, with the same tiers."""
     resolved = dataclasses.replace(resolved, profile=profile or resolved.profile)
     job = build.Job(resolved, repeat, Path())
     workload, roofline, recorder = build.workload_of(job), build.build_roofline(resolved), Recorder()
@@ -312,7 +313,7 @@ def _checked(arguments: list[str]) -> tuple[tuple[str, ...], list[str], int | No
             raise ValueError(f"{text} has several values; only mechanism takes several here, ask once for each")
         most = int(override.value()) if key == "batch_size" else most
         kept.append(text)
-    # Of equals the plainest memory is advised.
+    # Among equals, the plainest memory is advised.
     return tuple(kept), sorted(mechanisms, key=lambda m: (not m.startswith("pinned"), m)), most
 
 
@@ -364,7 +365,7 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
         found = dict(zip(BASELINES, run("baselines", search, [(m, start, limit) for m in BASELINES]), strict=True))
         tops = [max(points, key=rate).batch_size for points in found.values() if not isinstance(points, str)]
         beyond = sorted({*start, *(min(limit, top + more) for top in tops for more in (0, 1))})
-        # The best batch of what preempts lies beyond the largest that runs without, which is a baseline's.
+        # The best batch of a mechanism that preempts lies beyond the largest batch without preemption, a baseline's.
         preempts = {m for m in mechanisms if _composed(overrides, m).scheduler.preemption != "none"}
         calls = [(m, beyond if m in preempts else start, limit) for m in mechanisms]
         found |= zip(mechanisms, run("mechanisms", search, calls), strict=True)
@@ -417,7 +418,7 @@ def advise(arguments: list[str], *, num_workers: int | None = None, progress: Ca
     if random:
         half = HALF_WIDTH * stdev(gains)
         effects.append(Effect("lengths", half, f"95 % interval over {num_seeds} seeds", (-half, half)))
-    # Independent of one another, so that their effects add as squares.
+    # The parts are independent, so their effects add as squares.
     lowest = gain - hypot(*(min(0.0, *effect.gains) for effect in effects))
     highest = gain + hypot(*(max(0.0, *effect.gains) for effect in effects))
     slowest = baseline.tpot_p99_s if baseline is not None else None

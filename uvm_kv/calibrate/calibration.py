@@ -50,11 +50,11 @@ base's value first."""
 class Fit:
     values: dict[str, float]
     held: tuple[str, ...]
-    """Not identified by the points: as they were."""
+    """Constants that the points do not identify; they keep their values."""
     given_held: tuple[str, ...]
-    """Identified only because others are held."""
+    """Constants that are identified only because others are held."""
     errors: dict[str, float]
-    """Relative standard errors of what was fitted."""
+    """Relative standard errors of the fitted constants."""
     residual: float
     """Root mean square of the relative residuals."""
 
@@ -77,14 +77,14 @@ class Quantity:
 
     path: str
     fitted: Any
-    """None where it is the base's."""
+    """The fitted value; None where the base's value is kept."""
     base: Any
     curve: str | None
     error: float | None
     """Relative standard error."""
     note: str = ""
     residual: float | None = None
-    """Its own, where its curve is several fits."""
+    """Residual of its own fit, where the curve needs several fits."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def fit(
         values |= {name: float(x) * scale[name] for name, x in zip(free, solved.x, strict=True)}
         rest = residuals(solved.x)
         rms = float(np.sqrt(np.mean(rest**2)))
-        # Of the first fit, in which all are free: a constant held at a wrong value is no noise.
+        # The noise is that of the first fit, in which all are free: a constant held at a wrong value is not noise.
         noise = noise or max(NOISE_FLOOR, rms * sqrt(len(rest) / max(1, len(rest) - len(free))))
         errors = noise * _deviations(solved.jac)
-        # Of a constant that vanishes, it is enough to know that it is far below the base's.
+        # For a constant that vanishes, it is enough to know that it is far below the base's.
         too_large = errors > MAX_ERROR * np.maximum(solved.x, 1.0)
         unknown = [name for name, is_large in zip(free, too_large, strict=True) if is_large]
         if not unknown:
@@ -177,7 +177,7 @@ class _Calibrator:
     def __init__(self, curves: Curves, base: HardwareProfile, name: str) -> None:
         self.curves = curves
         untold = dict.fromkeys(CARD_OPTIONAL.keys() - curves.nominal.keys())
-        self.base = _with(base, "gpu", untold)  # What the curves do not tell of a card is no other card's.
+        self.base = _with(base, "gpu", untold)  # Figures that the curves do not give are not taken from another card.
         self.profile = dataclasses.replace(self.base, name=name)
         self.quantities: dict[str, Quantity] = {}
         self.reports: list[CurveReport] = []
@@ -321,7 +321,7 @@ class _Calibrator:
             return np.array([prefetch_s(c, 1, n, profile) for c, n in zip(counts, chunks, strict=True)])
 
         most = {"prefetch_share": 1.0, "prefetch_overlap": 1.0}
-        # From little overlap, where the link is what a prefetch waits for: with much, it is the CPU, and no slope.
+        # Start at little overlap, where a prefetch waits for the link. At much overlap it waits for the CPU: no slope.
         found = fit(predict, start, _seconds(points), most, {"prefetch_overlap": MIN_SHARE})
         paths = {name: f"managed.{name}" if name == "prefetch_overlap" else f"link.{name}" for name in start}
         self._take(found, paths, "prefetch")
@@ -440,7 +440,7 @@ class _Passes:
         self._unit = [_with(self._free, "managed", {name: 1.0}) for name in FAULT_CONSTANTS]
         self._studied = cache(self._study)
         for index in range(len(points)):
-            self._row(index, 1)  # So that an impossible study is named at once.
+            self._row(index, 1)  # Checked first, so that an impossible study is named at once.
 
     def linear(self, window: int) -> tuple[Vector, Vector]:
         rows = [self._row(index, window) for index in range(len(self._points))]
@@ -507,7 +507,7 @@ def _seconds(points: Sequence[Point]) -> Vector:
 
 
 def _rounded(value: float) -> float:
-    """To what is worth writing down: six digits, and nothing below a millionth."""
+    """The value as it is written: six digits, and zero below a millionth."""
     return 0.0 if abs(value) < 1e-6 else float(f"{value:.6g}")
 
 

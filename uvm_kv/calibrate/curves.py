@@ -49,7 +49,7 @@ MIN_POINTS = {"link": 2, "copy": 2, "zero_copy": 1, "hbm": 2, "prefetch": 2, "fa
 """Least number of points of each curve; for `operators`, of each operator."""
 CARD = {"memory_bytes": int, "hbm_gb_per_s": float, "tensor_tflop_per_s": float, "tensor_int8_top_per_s": float}
 CARD_OPTIONAL = {"float32_tflop_per_s": float}
-"""Without it the profile serves no float32."""
+"""Optional figures of the card; without them the profile serves no float32."""
 MAX_NUM_CHUNKS = 1 << 20
 MAX_RANDOM_BYTES = GIB
 """Largest working set for a random walk, because the driver model takes such a walk fault by fault."""
@@ -58,7 +58,7 @@ OPERATORS = (
     *("embedding", "input_layernorm", "q_proj", "k_proj", "v_proj", "rope", "attn", "o_proj", "post_layernorm"),
     *("gate_proj", "up_proj", "act_fn", "down_proj", "final_layernorm", "lm_head"),
 )
-"""In the order of a step."""
+"""Operators in the order of a step."""
 
 
 def _studies() -> list[dict[str, Any]]:
@@ -295,7 +295,7 @@ class _Reader:
             raw = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise self.error(f"not JSON ({error})") from None
-        # Before all else, so that a file of another version is not blamed for its fields.
+        # Checked first, so that the error for a file of another version names the version.
         for key, expected in (("format", FORMAT), ("schema_version", SCHEMA_VERSION)):
             given = raw.get(key) if isinstance(raw, dict) else None
             if given != expected or isinstance(given, bool):

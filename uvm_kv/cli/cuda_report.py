@@ -44,7 +44,7 @@ def probe() -> CudaReport:
             found = capabilities()
         else:
             why = "no NVIDIA GPU"
-    except RuntimeError as error:  # CudaError: a driver that answers, and not well.
+    except RuntimeError as error:  # CudaError: the driver answers with an error.
         why = f"{error}; the driver knows CUDA {driver}, the extension is of CUDA {built.cuda_version}"
     return CudaReport(extension, "", found, why, built.architectures, driver)
 
@@ -133,7 +133,7 @@ def nvcc() -> str | None:
 
 
 def num_numa_nodes(root: Path = Path("/sys/devices/system/node")) -> int:
-    """At least one, as a system without NUMA has."""
+    """Number of NUMA nodes; 1 on a system without NUMA."""
     return max(1, len(list(root.glob("node[0-9]*"))))
 
 

@@ -36,7 +36,7 @@ class Engine:
 
     def run(self, *, max_steps: float = inf, max_ns: float = inf, on_step: Callable[[int], None] | None = None) -> str:
         """Serve until the source is dry ("done"), `max_steps` are done ("steps"), or `max_ns` have passed on the
-        runner's clock ("seconds"); which of them. `on_step` gets the steps done."""
+        runner's clock ("seconds"), and return which of them ended it. `on_step` gets the number of steps done."""
         scheduler, runner, source, recorder = self.scheduler, self.runner, self.source, self.recorder
         stop_ns = runner.now_ns() + max_ns
         while recorder.num_steps < max_steps and (now_ns := runner.now_ns()) < stop_ns:

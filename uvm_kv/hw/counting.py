@@ -150,7 +150,8 @@ def head_work(model: ModelGeometry, num_rows: int, precision: Precision) -> dict
 
 
 def _llm_viewer_linear(model: ModelGeometry) -> dict[str, tuple[int, int]]:
-    """In and out of the linear layers as LLM-Viewer has them: heads of hidden_size / num_heads, always a gate."""
+    """Inputs and outputs of the linear layers as LLM-Viewer counts them: heads of hidden_size / num_heads, always a
+    gate."""
     h, i = model.hidden_size, model.intermediate_size
     kv = h * model.num_kv_heads // model.num_heads
     return {

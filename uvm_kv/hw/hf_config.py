@@ -95,7 +95,7 @@ def read_geometry(path: str, given: Mapping[str, Any] | None = None, *, counted:
     hidden, heads = get("hidden_size"), get("num_heads")
     kv_heads = get("num_kv_heads", heads)
     if "multi_query" in raw and not raw.get("new_decoder_architecture") and "num_kv_heads" not in given:
-        # Falcon and GPT-BigCode say one or all by a flag, whatever they say of KV heads.
+        # In Falcon and GPT-BigCode a flag selects one KV head or all, whatever the count says.
         kv_heads = 1 if raw["multi_query"] else heads
     return ModelGeometry(
         name=_name(Path(path)),

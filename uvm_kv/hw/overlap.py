@@ -1,7 +1,7 @@
 """What may overlap with what in a step, in one place: the simulator, the balanced policy and the ceilings use it.
 
-A step is `num_layers` equal layers, each dense work (projections, MLP, norms) and then attention. Why the rules are
-what they are (design, section 1):
+A step is `num_layers` equal layers, each dense work (projections, MLP, norms) and then attention. The rules and their
+reasons (design, section 1):
 
 1. A layer's host KV can be read *in place* only inside that layer's attention: the query it is multiplied with does
    not exist earlier. Attention therefore lasts max(HBM time, link time of the in-place reads).
@@ -15,7 +15,7 @@ what they are (design, section 1):
 4. A swap moves whole sequences before layer 0, because the freed blocks are reused by, and the returned ones read in,
    that very step: nothing overlaps with it.
 5. A page fault stalls the kernel that raised it, and the driver serves fetch and eviction one after the other
-   (Nixie, OSDI'26: they never overlap): fault time is added, and copies go on meanwhile.
+   (Nixie, OSDI'26: they never overlap): fault time is added, and copies continue meanwhile.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CopyQueue:
     copy_s: float = 0.0
     """Link time per layer, of each of the next step's first `lead` layers."""
     done_s: float = 0.0
-    """Link time of them that is already behind us."""
+    """Part of their link time that has already passed."""
 
 
 def duplex(h2d_s: float, d2h_s: float, share_h2d: float, share_d2h: float) -> tuple[float, float]:

@@ -22,7 +22,8 @@ class Gpu:
     context_bytes: int
     """CUDA context and libraries, taken before anything is allocated."""
     float32_tflop_per_s: float | None = None
-    """Peak of the plain cores, which no rate of the tensor cores tells. None: not known, and float32 is refused."""
+    """Peak of the plain cores; the rates of the tensor cores do not determine it. None: not known, and float32 is
+    refused."""
 
     @property
     def hbm_bytes_per_s(self) -> float:

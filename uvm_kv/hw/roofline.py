@@ -42,7 +42,7 @@ def operand_bits(operator: str, precision: Precision) -> int:
         return max(weight_bits, precision.activation_bits)
     if operator == "attn":
         return max(precision.activation_bits, precision.kv_bits)
-    return max(precision.activation_bits, 16)  # Norms, RoPE and activations are no matrix products.
+    return max(precision.activation_bits, 16)  # Norms, RoPE and activations are not matrix products.
 
 
 class Roofline:
@@ -99,7 +99,7 @@ class Roofline:
     def decode_attention_s(self, num_kv_tokens: float) -> float:
         """Attention of one layer for a decode batch that reads `num_kv_tokens` tokens of KV from HBM in all."""
         memory_s = num_kv_tokens * self._kv_layer_token_bytes / self.hbm_bytes_per_s
-        # Many query heads on one narrow KV head: the only case in which the tensor cores are what decoding waits for.
+        # Many query heads on one narrow KV head: the only case in which decoding waits for the tensor cores.
         compute_s = num_kv_tokens * 4 * self.model.q_size / self._attention_ops_per_s
         return self._attention_overhead_s + max(memory_s, compute_s)
 

@@ -70,11 +70,11 @@ class StepAnalysis:
     counting: Counting
     operators: tuple[Operator, ...]
     weight_bytes: int
-    """As counted: LLM-Viewer leaves embedding and head out."""
+    """Weight bytes as counted; LLM-Viewer leaves embedding and head out."""
     kv_bytes: int
     activation_bytes: int
     required_bytes: int
-    """All weights, the KV and the activation peak, whatever the counting: what the card must hold."""
+    """Bytes that the card must hold: all weights, the KV and the activation peak, whatever the counting."""
 
     @property
     def total_s(self) -> float:

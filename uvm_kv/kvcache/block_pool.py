@@ -109,7 +109,7 @@ class BlockPool:
                 start += size
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Make them free: any that are taken; of a buddy allocator, one whole allocation."""
+        """Free any taken blocks. With a buddy allocator, `blocks` must be one whole allocation."""
         for block in blocks:
             assert self._taken[block], f"block {block} is freed twice"
             self._taken[block] = 0

@@ -127,7 +127,8 @@ class KVCacheManager:
         return max(0, self.spec.num_blocks(num_tokens) - table.device_claim - table.host_claim)
 
     def grow(self, request_id: int, num_tokens: int) -> list[int] | None:
-        """Take claimed blocks until `num_tokens` tokens fit; the new blocks. None where no run of blocks is free."""
+        """Take claimed blocks until `num_tokens` tokens fit. Returns the new blocks; None where no run of blocks is
+        free."""
         table = self._tables[request_id]
         whole = table.device_claim + table.host_claim
         target = self.spec.num_blocks(num_tokens) if self.allocation.grows else whole
@@ -181,7 +182,7 @@ class KVCacheManager:
         return old, list(new)
 
     def release(self, request_id: int) -> list[int]:
-        """Free the table of a held or swapped sequence with its claim; the blocks that were its own."""
+        """Free the table of a held or swapped sequence with its claim. Returns the freed blocks."""
         table = self._tables.pop(request_id, None)
         if table is None:
             table = self._swapped.pop(request_id)
@@ -214,8 +215,8 @@ class KVCacheManager:
         return moved
 
     def usage(self, num_tokens: int, num_future_tokens: int) -> KVUsage:
-        """`num_tokens` hold KV, over all sequences that have a table or are swapped out; `num_future_tokens` more will,
-        in slots of theirs."""
+        """The present usage. `num_tokens`: tokens that hold KV, over all held and swapped sequences.
+        `num_future_tokens`: tokens that slots of these sequences will hold later."""
         block_bytes = self.spec.block_bytes
         claimed = (self._claimed[Tier.DEVICE] + self._claimed[Tier.HOST]) * block_bytes
         free = self.pool.num_free(Tier.DEVICE) + self.pool.num_free(Tier.HOST)

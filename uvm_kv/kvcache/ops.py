@@ -24,9 +24,10 @@ class OpKind(StrEnum):
 class MemoryOp(NamedTuple):
     """Move `blocks` for each layer of the half-open range [first_layer, last_layer).
 
-    The part of layer l is issued before layer max(0, l - lead) and layer l needs it. A layer >= num_layers is layer
-    l - num_layers of the next step, which is how a copy ahead crosses the step boundary. A staged copy (COPY_IN with
-    no targets) lives until its layer has run; slots that the step itself writes are written to both copies.
+    The part of layer l is issued before layer max(0, l - lead), and layer l needs it. `lead` is negative for an
+    eviction that is issued after its layer: with -1 it is issued before layer l + 1. A layer l >= num_layers is layer
+    l - num_layers of the next step, so a copy ahead can cross the step boundary. A staged copy (COPY_IN with no
+    targets) lives until its layer has run; slots that the step itself writes are written to both copies.
     """
 
     kind: OpKind

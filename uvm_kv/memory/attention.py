@@ -65,7 +65,8 @@ class PagedKV:
         return cls(raw, spec, dtype, int(near.slab.raw.device))
 
     def set_staged_first(self, place: int) -> None:
-        """Where layer 0 has its place in the ring of staged copies, for launches from here on. ValueError: no place."""
+        """Set the place of layer 0 in the ring of staged copies, for later launches. ValueError where there is no such
+        place."""
         self.raw.staged_first = place
 
 
@@ -109,7 +110,7 @@ def decode_workspace_bytes(spec: KVCacheSpec, *, dtype: str, num_q_heads: int, n
     chunks. The call allocates nothing."""
     shape = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "block_size": spec.block_size}
     none = {"far": None, "far_slab": 0, "staged": None, "staged_slab": 0, "dtype": dtype, "device": 0}
-    # At an address that nobody touches: lengths are counted, and nothing else.
+    # The address is never touched: only lengths are counted.
     raw = extension().KVView(near=slab_layout(spec, num_blocks=1), near_slab=CHUNK_BYTES, **shape, **none)
     kv, one, most = PagedKV(raw, spec, dtype, 0), np.ones(num_seqs, np.int32), np.full(num_seqs, max_tokens, np.int32)
     capacity = plan_capacity(kv, num_q_heads=num_q_heads, query_lens=one, context_lens=most)

@@ -27,21 +27,21 @@ def driver_version() -> str | None:
 
 
 class PcieLink(NamedTuple):
-    """As it runs now: an idle card may show less than under load. None where the system does not say."""
+    """A PCIe link as it runs now: an idle card may show less than under load. None where the system does not say."""
 
     generation: int | None
     width: int | None
 
 
 _GENERATION = {"2.5": 1, "5.0": 2, "8.0": 3, "16.0": 4, "32.0": 5, "64.0": 6}
-"""By GT/s, as the kernel prints it."""
+"""PCIe generation by the rate in GT/s that the kernel prints."""
 
 
 def pcie_link(bus_id: str, *, maximum: bool = False) -> PcieLink:
     """The PCIe link of the device at `bus_id` (0000:65:00.0). `maximum`: the fastest link of card and slot, not the
     present one.
 
-    By NVML, which asks the card; where there is none, by the kernel, which in a virtual machine knows its virtual slot.
+    NVML asks the card. Without NVML the kernel answers; in a virtual machine it knows the virtual slot only.
     """
     with Nvml.opened(bus_id) as meter:
         found = PcieLink(*((None, None) if meter is None else meter.pcie_link(maximum=maximum)))
@@ -49,7 +49,7 @@ def pcie_link(bus_id: str, *, maximum: bool = False) -> PcieLink:
 
 
 def kernel_pcie_link(bus_id: str, *, devices: Path = Path("/sys/bus/pci/devices"), maximum: bool = False) -> PcieLink:
-    """As the kernel says in its file system."""
+    """The PCIe link of a device as the kernel's file system shows it."""
     folder = devices / bus_id.lower()
     which = "max" if maximum else "current"
     speed, width = (_read(folder / f"{which}_link_{what}") for what in ("speed", "width"))

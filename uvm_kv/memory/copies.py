@@ -98,7 +98,7 @@ class TransferCounters:
         return CopyMethod(self._raw.copy(label, **request))
 
     def prefetch(self, label: str, slab: Slab, parts: Parts, to: Place, *, batched: bool, stream: object) -> None:
-        """As `prefetch` or `prefetch_batch`, and counted under `label`: the bytes asked for, moved or already there."""
+        """Call `prefetch` or `prefetch_batch`, and count under `label` the bytes asked for, moved or already there."""
         where = {"slab": slab.raw, "ranges": ranges_of(parts), "to": tuple(to)}
         self._raw.prefetch(label, **where, batched=batched, stream=stream_handle(stream))
 

@@ -110,7 +110,7 @@ class BandwidthBalanced(PlacementPolicy):
 
     def place(self, view: PlacementView, num_blocks: int, *, admitting: bool) -> Share | None:
         asked = (view._replace(num_context_tokens=0, host_blocks=(), tables=None), num_blocks, admitting)
-        if asked != self._asked:  # A request that waits asks anew in each step.
+        if asked != self._asked:  # A waiting request asks again in each step.
             self._asked, self._answer = asked, self._place(*asked)
         return self._answer
 
@@ -127,7 +127,7 @@ class BandwidthBalanced(PlacementPolicy):
         on_device = Share(num_blocks, 0) if num_blocks <= view.available_device - staging else None
         if on_device is not None or num_seqs > 1:
             return on_device
-        # What runs alone, slowly, beats what never runs. If it may grow, there is room for as much again.
+        # Running alone and slowly is better than never running. If it may grow, leave room for as much again.
         sizes = (2 * seq_blocks, seq_blocks) if self.context.grows else (seq_blocks,)
         shares = (self._share(view, num_blocks, self._best(view, 1, 1, size).held_back) for size in sizes)
         return next((share for share in shares if share is not None), None)

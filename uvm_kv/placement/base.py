@@ -150,8 +150,8 @@ class CopyAhead:
         return ceil_div(ceil_div(min(wanted, num_host), size) * staged_layers, num_layers) * size
 
     def split(self, view: PlacementView, num_blocks: int, held_back: int) -> Share | None:
-        """As many as may be on the device, of which `held_back` blocks stay unclaimed; None where the host blocks
-        that there would be could not be staged."""
+        """The share with the most device blocks that leaves `held_back` device blocks unclaimed. None where its host
+        blocks could not be staged."""
         num_layers, staged_layers, size = self._num_layers, self._lead + 1, self._group
         room = ceil_div(self._capacity.num_device_blocks, size) * num_layers
         most = max(0, min(num_blocks, view.available_device - held_back))
@@ -176,7 +176,7 @@ class CopyAhead:
         into = ((late, 0, lead, lead), (blocks, lead, last + 1 + lead, lead))
         ops = tuple(MemoryOp(OpKind.EVICT, *move) for move in out if managed and move[0])
         ops += tuple(MemoryOp(self._into, *move) for move in into if move[0])
-        # The same object while nothing changes, so that a runner need not read it again.
+        # Return the same object while nothing changes, so that a runner need not read it again.
         self._ops = self._ops if ops == self._ops else ops
         self._blocks, self._steady = blocks, given if blocks == before else None
         return self._ops

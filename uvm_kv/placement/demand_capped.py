@@ -1,7 +1,7 @@
 """demand_capped: demand paging on a card that is made to look smaller.
 
-No prefetch. Before each layer the first-in chunks beyond the device tier are evicted by plan, so that a small card can
-be played on a large one. The bytes are counted as planned evictions, never as the driver's.
+There is no prefetch. Before each layer the first-in chunks beyond the device tier are evicted by plan, so that a large
+card behaves like a small one. The bytes are counted as planned evictions, never as the driver's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DemandCapped(PlacementPolicy):
                 stop = min((group + 1) * self._group, num_blocks)
                 victims.setdefault(data_layer, []).extend(range(group * self._group, stop))
                 if data_layer == layer and group in groups:
-                    incoming.append(key)  # It faults back within this very layer.
+                    incoming.append(key)  # It faults back within the same layer.
                 else:
                     excess -= 1
             first_in.update(dict.fromkeys(incoming))

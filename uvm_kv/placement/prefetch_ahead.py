@@ -1,8 +1,8 @@
 """prefetch_ahead: the next k layers' host blocks are brought in before they are needed, and dropped after.
 
 It does not choose: every request is admitted whose host blocks can be staged, whether or not the link keeps up. So
-where staging is what limits the batch, more device memory admits more requests, the link carries more on every step,
-and throughput may fall: SmolLM2-135M with ShareGPT's lengths and 64 clients on a simulated RTX 2080 Ti serves 94, 91
+where staging limits the batch, more device memory admits more requests, the link carries more on every step, and
+throughput may fall: SmolLM2-135M with ShareGPT's lengths and 64 clients on a simulated RTX 2080 Ti serves 94, 91
 and 82 tok/s from managed memory with 128, 192 and 256 MiB of device KV, since 14, 24 and 25 requests run in the mean.
 `bandwidth_balanced` is the placement that predicts this.
 """

@@ -68,7 +68,8 @@ class Scheduler:
         """Tokens that the last step put out, and took in."""
         self._dropped: list[int] = []
         self._owed = 0
-        """Requests of a batch that is being formed whose admission waits only for the token budget of the next step."""
+        """Requests of a static batch that is being formed whose admission waits only for the token budget of the next
+        step. Example: a batch of four prompts of 8 tokens, at 8 tokens per step, is admitted over four steps."""
         self._in_flight: list[Request] = []
         self._watermark = int(config.watermark * kv.capacity.num_device_blocks)
 
@@ -95,10 +96,11 @@ class Scheduler:
         self.waiting.append(request)
 
     def cancel(self, request_id: int) -> Request | None:
-        """Take a request out, be it waiting, running (in the middle of its prefill, too) or swapped out; the request.
+        """Take out a request that is waiting, running (also in the middle of its prefill) or swapped out, and return
+        it.
 
-        None where the id is unknown or its request has ended. A cancellation may come too late through no mistake of
-        the one who sends it, so that is no error (vLLM's rule for aborted requests).
+        Returns None where the id is unknown or its request has ended. A cancellation may come too late without a
+        mistake of the sender, so this is not an error (vLLM's rule for aborted requests).
 
         The blocks and the claim of the request are free at once. Its status is CANCELLED, it has no `finish_ns`, and
         `num_cancelled` counts it; preemptions that it suffered stay counted. No later plan names it, so the runner may
@@ -116,13 +118,13 @@ class Scheduler:
             self._forget(request)
         self._dropped = [dropped for dropped in self._dropped if dropped != request_id]
         if not self.waiting:
-            self._owed = 0  # Nobody is left of the batch that is being formed; later arrivals are not part of it.
+            self._owed = 0  # The batch that is being formed is empty; later arrivals are not part of it.
         request.status = Status.CANCELLED
         self.num_cancelled += 1
         return request
 
     def _claim_tokens(self, request: Request) -> int:
-        """Under worst-case admission."""
+        """Tokens that worst-case admission claims for the request."""
         return self.kv.allocation.claim_tokens(request.prompt_tokens, request.output_tokens, self.config.max_model_len)
 
     def has_work(self) -> bool:
@@ -197,7 +199,8 @@ class Scheduler:
         return self.kv.available(Tier.DEVICE) - num_device >= self._watermark
 
     def _grow(self, request: Request, num_tokens: int, ops: list[MemoryOp]) -> tuple[int, ...] | None:
-        """Blocks for `num_tokens` tokens, preempting later sequences for them; None if it had to preempt itself."""
+        """Get blocks for `num_tokens` tokens, and preempt later sequences for them; None if it had to preempt
+        itself."""
         kv = self.kv
         while True:
             missing = kv.num_unclaimed(request.id, num_tokens)
@@ -259,7 +262,7 @@ class Scheduler:
         request.num_computed = request.num_slots = 0
 
     def _resume(self, budget: int, scheduled: list[ScheduledSequence], ops: list[MemoryOp]) -> int:
-        """Bring swapped sequences back, oldest first; the token budget that is left."""
+        """Bring swapped sequences back, oldest first. Returns the token budget that is left."""
         kv = self.kv
         while self.swapped and budget:
             request = self.swapped[0]
@@ -301,7 +304,7 @@ class Scheduler:
             share = self._policy.place(self._view(), claim, admitting=True)
             if share is None or not self._leaves_watermark(share.device):
                 return
-            context = request.num_computed  # 0, or what is filled directly.
+            context = request.num_computed  # 0, or the number of tokens that are filled directly.
             remaining = request.num_tokens - context
             num_new = min(remaining, budget)
             if num_new < remaining and not config.chunked_prefill:
@@ -336,7 +339,7 @@ class Scheduler:
         self._in_flight.append(request)
 
     def update(self, plan: StepPlan, output: StepOutput) -> list[Request]:
-        """Book the step's tokens; the requests that it finished."""
+        """Book the step's tokens. Returns the requests that it finished."""
         now_ns, token_ids = output.timing.end_ns, output.token_ids
         finished: list[Request] = []
         num_sampled = num_scheduled = 0

@@ -32,7 +32,7 @@ def visible(text: object) -> str:
     """Text for a terminal or a file that people read: what steers a terminal is written as an escape, `\\x1b`; ends of
     lines and tabs stay."""
     text = str(text)
-    if text.isascii() and text.isprintable():  # Nearly all, and much quicker.
+    if text.isascii() and text.isprintable():  # The usual case, and much faster.
         return text
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in HIDDEN else _escape(c) for c in text)
 
@@ -120,7 +120,7 @@ def _is_int(x: Any) -> bool:
 
 
 def _is_number(x: Any) -> bool:
-    return _is_int(x) or (isinstance(x, float) and abs(x) <= MAX_FLOAT)  # Not NaN, of which no comparison holds.
+    return _is_int(x) or (isinstance(x, float) and abs(x) <= MAX_FLOAT)  # NaN fails every comparison.
 
 
 def _is_time(x: Any) -> bool:

@@ -43,7 +43,8 @@ from uvm_kv.store.whole import TEMPORARY, is_complete, set_aside
 from uvm_kv.telemetry.recorder import REQUEST_COLUMNS, STEP_COLUMNS, Table
 
 REPORT_RUNS = "runs.json"
-"""In the folder of a sweep's report: {"argv": what was typed, "runs": run ids, "failed": ids of those that failed}."""
+"""File in the folder of a sweep's report: {"argv": what was typed, "runs": run ids, "failed": ids of those that
+failed}."""
 
 
 def run_id(determining: dict[str, Any], repeat: int) -> str:

@@ -20,9 +20,9 @@ PREFIX = "UVM_KV_FAMILY_"
 MARK = re.compile(PREFIX + r"\d+_\d+")
 PROC = Path("/proc")
 TRACKER = b"resource_tracker"
-"""In the command of Python's process that unlinks the semaphores of dead processes, and ends when it has done so."""
+"""Part of the command of Python's process that unlinks the semaphores of dead processes and then ends."""
 TRACKER_S = 5.0
-"""How long it may take for that."""
+"""Seconds that this process may take."""
 FORKING_S = 0.3
 """A process that was being started when its parent was killed shows its mark within this time."""
 LOOK_S = 0.02
@@ -36,7 +36,7 @@ def end_children_with_me() -> None:
     if os.getpid() in _marks or not (PROC / "self" / "environ").is_file():
         return
     mark = f"{PREFIX}{os.getpid()}_{time.monotonic_ns()}"
-    reads, _ = os.pipe()  # Nobody inherits the end to write, which the system closes when this process ends.
+    reads, _ = os.pipe()  # No child inherits the write end, which the system closes when this process ends.
     try:
         os.posix_spawn(
             sys.executable,
@@ -44,7 +44,7 @@ def end_children_with_me() -> None:
             {"PATH": os.environ.get("PATH", "")},
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, reads, 0),
-                # Who reads our output waits until all who can write it have ended.
+                # A reader of our output waits until all its writers have ended.
                 (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
                 (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
             ],
@@ -91,7 +91,7 @@ def _end_family(mark: str) -> None:
 def _watch(mark: str) -> None:
     """Wait until the other end of the pipe on standard input is closed, which the end of its process does."""
     os.chdir("/")
-    for entry in [*(PROC / "self" / "fd").iterdir()]:  # What its parent had open for its own children.
+    for entry in [*(PROC / "self" / "fd").iterdir()]:  # Descriptors that its parent had open for its own children.
         if int(entry.name) > 2:
             with contextlib.suppress(OSError):
                 os.close(int(entry.name))

@@ -84,7 +84,7 @@ def manifest(
     """`code_sha256`: of the code that ran (`uvm_kv.store.code`). `memory_emulated`: both tiers were CPU memory,
     whatever the memory kind. `weights` of a real model: file or random. `argv`: the command that was typed. `seed` and
     `repeat`: what the run drew from. `started`: local time in ISO 8601. `duration_s`: wall clock of the run.
-    `eviction`: planned, where a policy plays a small card on a large one: never the driver's.
+    `eviction`: planned, where a policy makes a large card behave like a small one; never the driver's.
     """
     return {
         "code_sha256": code_sha256,

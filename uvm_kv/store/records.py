@@ -181,7 +181,8 @@ SWEEP = {"argv": list_of(ANY_TEXT), "runs": list_of(ID_OF_RUN), "failed": list_o
 
 
 def codes(records: Iterable[Record]) -> list[str]:
-    """A line for every runner whose runs several versions of the code made: how many by which."""
+    """One line for each runner whose runs were made by several versions of the code: the number of runs of each
+    version."""
     found: dict[str, Counter[str]] = {}
     for record in records:
         if record.code is not None:
@@ -196,8 +197,8 @@ def codes(records: Iterable[Record]) -> list[str]:
 
 
 def pack(records: Iterable[Record], failures: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Write them as a packed set into `folder`. The manifests go without what is about the machine's owner and not
-    about the result: host name and folders in the command."""
+    """Write the records as a packed set into `folder`. Host names and folders in commands are left out of the
+    manifests, because they concern the owner of the machine and not the result."""
     folder.mkdir(parents=True, exist_ok=True)
     ordered = sorted(records, key=lambda record: record.id)
     lines = [{"id": r.id, "summary": r.summary, "manifest": _public(r.manifest)} for r in ordered]
@@ -206,13 +207,13 @@ def pack(records: Iterable[Record], failures: dict[str, dict[str, Any]], folder:
         told = [{"id": name, "record": _public(record)} for name, record in sorted(failures.items())]
         write_gzip(folder / PACKED_FAILURES, (_compact(line) for line in told))
     else:
-        (folder / PACKED_FAILURES).unlink(missing_ok=True)  # Of a set that was there before.
+        (folder / PACKED_FAILURES).unlink(missing_ok=True)  # A file of an earlier set.
 
 
 def _public(manifest: dict[str, Any]) -> dict[str, Any]:
     argv = [word for word in manifest["argv"] if not word.startswith("results_dir=")]
     public = manifest | {"argv": argv}
-    public.pop("files_sha256", None)  # Of files that are not in the set.
+    public.pop("files_sha256", None)  # Hashes of files that are not in the set.
     if "machine" in public:
         public["machine"] = {key: value for key, value in public["machine"].items() if key != "host"}
     return public
@@ -223,7 +224,7 @@ def _compact(value: dict[str, Any]) -> str:
 
 
 def _run_directories(folder: Path) -> list[Path]:
-    """What is, or looks like, a run directory: with a summary.json, or named as a run is."""
+    """Directories that are, or look like, run directories: they have a summary.json or the name of a run."""
     found = {path.parent for path in folder.rglob("summary.json")}
     if RUN_ID.fullmatch(folder.name):
         found.add(folder)

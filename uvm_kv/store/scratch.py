@@ -17,7 +17,7 @@ from uvm_kv.store.directories import is_alive, machine
 
 PREFIX = "uvm-kv-"
 SEMAPHORES = Path("/dev/shm")
-"""Where Linux keeps named semaphores, as files."""
+"""Folder in which Linux keeps named semaphores as files."""
 
 
 @contextlib.contextmanager

@@ -15,10 +15,10 @@ from uvm_kv.store.checks import ANALYTIC, check_manifest, check_summary, parse_j
 from uvm_kv.telemetry.summary import SCHEMA_VERSION
 
 TEMPORARY = ".tmp-"
-"""How names of what is being written begin; they end with who writes it: -<pid>@<machine>."""
+"""Beginning of the names of files that are being written. The names end with their writer: -<pid>@<machine>."""
 RUN_ID = re.compile(r"[0-9a-f]{12}-r\d+")
 SET_ASIDE = re.compile(rf"{RUN_ID.pattern}\.damaged(-\d+)?")
-"""Names of what was set aside, with a number where there are several: nothing reads them."""
+"""Names of directories that were set aside, numbered where there are several. Nothing reads them."""
 NO_HASH = "damaged: its manifest.json lacks the run's id or hashes"
 BESIDE = {"config": ("yaml",), "steps": ("parquet", "jsonl.gz"), "requests": ("parquet", "jsonl.gz")}
 """Files of a run directory beside summary and manifest, each with its endings."""

@@ -20,7 +20,7 @@ from uvm_kv.store.whole import read_run
 from uvm_kv.types import MemoryKind
 from uvm_kv.workload.lengths import mean_lengths
 
-# Rough, of one core of a small server: what `make bench` measures, and the paging of an oversubscribed step.
+# Rough times on one core of a small server: those of `make bench`, and the paging of an oversubscribed step.
 JOB_S = 0.4
 STEP_S = 20e-6
 SEQUENCE_S = 0.6e-6

@@ -28,7 +28,7 @@ from uvm_kv.store.scratch import scratch_folder
 
 SWEEP_END = "sweep.json"
 ENVIRONMENT = "UVM_KV_SWEEP"
-"""Names the folder to whoever works for the sweep. Hydra sets it in workers on other machines (hydra.job.env_set)."""
+"""Variable that tells the folder to the sweep's workers. Hydra sets it on other machines (hydra.job.env_set)."""
 POLL_S = 0.2
 PLAIN_EVERY_S = 10.0
 
@@ -56,7 +56,7 @@ class Event:
 
 
 def report_event(event: Event) -> None:
-    """Called in a job, and by the parent of a job that can say no more: one line, appended in one write."""
+    """Append an event as one line, in one write. A job calls it, or the parent of a job that died."""
     folder = os.environ.get(ENVIRONMENT)
     if folder is not None:
         with (Path(folder) / f"{os.getpid()}@{machine()}.jsonl").open("a") as log:
@@ -92,13 +92,13 @@ class SweepEnd:
     """Runs that were asked for, each repeat of a job being one."""
     complete: int
     failed: int
-    """Refused ones too."""
+    """Failed runs, refused ones included."""
     unrecorded: int
     """Failed runs that left no record, because they had not started as a run."""
 
     @classmethod
     def of(cls, num_runs: int, events: Sequence[Event]) -> SweepEnd:
-        """From the events by which runs ended; `num_runs` were asked for."""
+        """Count the events by which runs ended; `num_runs` were asked for."""
         failed = [e for e in events if e.status == "failed"]
         num_failed, num_complete = sum(e.num_runs for e in failed), len(events) - len(failed)
         unrecorded = sum(e.num_runs for e in failed if e.directory is None)
@@ -140,7 +140,7 @@ class SweepLog:
 
     def poll(self) -> None:
         with self._lock:
-            # An NFS client looks anew at a folder that it has changed itself.
+            # An NFS client reads a folder again after it has changed it itself.
             (self.folder / "read").touch()
             for file in sorted(self.folder.glob("*.jsonl")):
                 with file.open("rb") as log:
@@ -239,7 +239,7 @@ def _show(log: SweepLog, num_runs: int, name: str, stop: threading.Event) -> Non
 def progress_line(log: SweepLog, num_runs: int, since_first_s: float) -> str:
     """`2 done, 1 running of 9 runs, about 12 s left`. `since_first_s`: seconds since the first run ended."""
     ended = log.num_ended()
-    total = max(num_runs, ended)  # What a launcher loses may be counted twice.
+    total = max(num_runs, ended)  # A job that a launcher loses may be counted twice.
     if ended < 2 or ended == total:
         return f"{_counts(log)} of {total} runs"
     return f"{_counts(log)} of {total} runs, about {since_first_s / (ended - 1) * (total - ended):.0f} s left"

@@ -49,7 +49,7 @@ class Line:
     comparison: str
     mechanism: str
     overrides: tuple[str, ...]
-    """Those of one of its jobs, without what says the batch size."""
+    """Overrides of one of its jobs, without those of the batch size."""
     experiment: str
     tracking: dict[str, str] | None
     summaries: tuple[dict[str, Any], ...]
@@ -58,7 +58,7 @@ class Line:
     """Run directories that this sweep or its search has run already: rerun=true does not run them again, and they are
     reported once."""
     hints: tuple[int, ...] = ()
-    """Batches to begin with beside its own."""
+    """Batch sizes to begin with, in addition to its own."""
     search_path: tuple[str, ...] = ()
     """The override that adds folders of the user's own."""
 
@@ -146,7 +146,8 @@ def _lines(events: Iterable[Event], experiment: str) -> list[Line]:
 
 
 def _with_hints(line: Line, alone: Iterable[Line]) -> Line:
-    """Where it preempts: the best batches of the baselines in its comparison, and the next ones."""
+    """The line with hints, where it preempts: the best batches of the baselines in its comparison, and the next larger
+    ones."""
     if line.summaries[0]["preemption"] == "none":
         return line
     best = [it.best() for it in alone if it.comparison == line.comparison]
@@ -169,7 +170,7 @@ def _jobs(line: Line, composed: DictConfig, batch_size: int, num_repeats: int = 
 
 
 def _search(line: Line) -> Line:
-    """With the summaries of what the search ran. In a worker process."""
+    """The line with the summaries of the runs that the search made. It runs in a worker process."""
     composed = _compose(line)
     known = {s["offered_batch"]: s for s in line.summaries}
     ran: set[str] = set()
@@ -178,7 +179,7 @@ def _search(line: Line) -> Line:
         if batch_size not in known:
             try:
                 job = _jobs(line, composed, batch_size)[0]
-            except ValueError:  # The activations of so large a batch leave too little of the card.
+            except ValueError:  # The activations of such a large batch leave too little of the card.
                 return None
             summary = _run(line, job)
             if summary is None:
@@ -240,7 +241,7 @@ def _run(line: Line, job: Job) -> dict[str, Any] | None:
         return None if is_of_other_code(manifest, summary["runner"]) else summary
     try:
         check_fits(job)
-    except ValueError:  # No finding: the batches of the sweep are those that were asked for.
+    except ValueError:  # This is not a finding, because only the batches of the sweep were asked for.
         return None
     argv = read_command().argv
     told = identity(job)

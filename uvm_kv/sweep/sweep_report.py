@@ -23,7 +23,7 @@ from uvm_kv.store.directories import REPORT_RUNS, temporary_path, written_whole
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 LATEST = "latest"
 MAX_DEFAULT = 60
-"""Characters in what a name that is not given says of the overrides."""
+"""Longest text about the overrides in a default name, in characters."""
 NOT_OF_THE_SWEEP = ("experiment", "results_dir", "rerun", "tracking")
 """Overrides with which a published experiment is still as it is published."""
 
@@ -55,7 +55,7 @@ class SweepReport:
         if self.is_named:
             link = self.folder.parent / LATEST
             temporary = temporary_path(link)
-            with suppress(OSError):  # A file system without links: names begin with the time, and sort by it.
+            with suppress(OSError):  # The file system has no links; names begin with the time, so they sort by it.
                 temporary.unlink(missing_ok=True)
                 temporary.symlink_to(self.folder.name, target_is_directory=True)
                 temporary.replace(link)
@@ -86,14 +86,14 @@ def place_of(experiment: Path, name: str | None, overrides: Sequence[Any], *, pu
 
 
 def _default_name(overrides: Sequence[Any]) -> str:
-    """The time, then what is swept, or else what is given."""
+    """Default name: the time, then the swept keys, or else the given keys."""
     told = [o for o in overrides if o.is_sweep_override()] or overrides
     words = re.sub(r"[^A-Za-z0-9_.]+", "-", "-".join(o.key_or_group for o in told))[:MAX_DEFAULT].strip("-.")
     return "-".join(word for word in (datetime.now().strftime("%Y%m%d-%H%M%S"), words) if word)
 
 
 def _unused(reports: Path, name: str) -> str:
-    """Make its folder: another sweep may begin in the same second."""
+    """A name whose folder is new. The folder is made at once, because another sweep may begin in the same second."""
     reports.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(2):
         try:

@@ -35,7 +35,7 @@ PROGRESS_EVERY_S = 0.2
 PATIENCE_S = 5.0
 """Seconds that a worker may take to end before it is killed."""
 WATCHDOG = "watchdog"
-"""How the error of a job begins that was stopped at its time."""
+"""Beginning of the error of a job that was stopped at its time limit."""
 LOWER = "lower"
 """An error of too little memory with this word names the setting itself."""
 _PR_SET_PDEATHSIG = 1
@@ -51,7 +51,7 @@ class Reach(Enum):
     WORKER = "worker"
     """The job, and the process that it ran in."""
     MECHANISM = "mechanism"
-    """The process, and the jobs of the mechanism that are left."""
+    """The process, and the remaining jobs of the mechanism."""
 
 
 class Progress(NamedTuple):
@@ -93,7 +93,8 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """By name: torch's and the extension's are there only where their packages are."""
+    """Whether an error is one of too little memory. Compared by name, because the packages of torch and of the
+    extension may be missing."""
     return isinstance(error, MemoryError) or "OutOfMemoryError" in {kind.__name__ for kind in type(error).__mro__}
 
 
@@ -108,7 +109,7 @@ def _is_cuda_error(error: BaseException) -> bool:
 def reach_of(error: BaseException) -> Reach:
     for cause in _chain(error):
         if _is_out_of_memory(cause):
-            return Reach.WORKER  # What it had taken when it ran out should not be missing to the next job.
+            return Reach.WORKER  # The memory that it had taken must be free for the next job.
         if _is_cuda_error(cause):
             return Reach.MECHANISM
     return Reach.JOB
@@ -198,7 +199,7 @@ def end_with_parent() -> None:
 
 def _serve(pipe: connection.Connection, parent_pid: int, make_task: Callable[[], Task]) -> None:
     """Run what comes over the pipe until it is closed. Whatever happens to the parent, this process ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent hears Ctrl-C and ends its worker.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent receives Ctrl-C and ends its worker.
     end_with_parent()
     if os.getppid() != parent_pid:
         return
@@ -235,10 +236,10 @@ class Worker:
     def __init__(self, make_task: Callable[[], Task]) -> None:
         end_children_with_me()
         context = get_context("spawn")
-        resource_tracker.ensure_running()  # It would unblock what is blocked below.
+        resource_tracker.ensure_running()  # It would unblock the signals that are blocked below.
         self._pipe, its_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(its_end, os.getpid(), make_task))
-        # A Ctrl-C while the worker starts is the parent's alone: a process inherits what is blocked.
+        # Only the parent receives a Ctrl-C while the worker starts: a process inherits the blocked signals.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()

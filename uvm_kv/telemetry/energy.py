@@ -15,11 +15,12 @@ READ_EVERY_NS = 50_000_000
 READING_SHARE = 0.005
 """Largest share of the time that readings may take, however long one takes."""
 REST_S = 0.5
-"""The card rests so long before its idle power is taken, over as long again."""
+"""Seconds that the card rests before its idle power is measured, over the same time again."""
 MIN_WINDOW_NS = NS_PER_S // 2
 """A shorter window has no energy: the counter itself moves every 20 to 100 ms."""
 STOOD_STILL_NS = 5_000_000
-"""By so much the run's clock is behind the wall clock where it stood still, rather than was read a little later."""
+"""Smallest lag of the run's clock behind the wall clock that counts as standing still; a smaller one is a late
+reading."""
 
 
 @dataclass(frozen=True)

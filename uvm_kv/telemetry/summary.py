@@ -14,7 +14,8 @@ from uvm_kv.telemetry.recorder import Table
 from uvm_kv.types import NS_PER_S
 
 SCHEMA_VERSION = 3
-"""Raised when the columns or the simulated numbers change their meaning: older runs are then not taken for new."""
+"""Version of the schema, raised when columns, run ids or simulated numbers change their meaning, so that older runs are
+recognized."""
 PERCENTILES = (50, 90, 99)
 MIN_FINISHES = 8
 """Requests that must end within the steady window of an open loop."""
@@ -42,7 +43,7 @@ def summarize(
     are those of measured requests only: TTFT from arrival to first token, TPOT the mean gap between an output's tokens,
     end to end from arrival to last token, and normalized that over the output's length (Orca's and vLLM's).
 
-    `num_warm_up`: requests that are not measured, whether or not they finished before the run was stopped.
+    `num_warm_up`: number of requests that are not measured, whether or not they finished before the run was stopped.
 
     A run that starts in its steady state (until `steady_until_ns`) is steady from its first step on, may be stopped at
     any time, and has neither TTFT nor end-to-end latency, since nothing is prefilled.

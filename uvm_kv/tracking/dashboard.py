@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name, url in save(options.entity, options.project).items():
             print(f"{name}: {url}")
-    except Exception as error:  # Whatever the server, or the package, makes of its answer.
+    except Exception as error:  # The server or the package may raise anything.
         print(f"error: it could not be saved: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     return 0

@@ -92,7 +92,7 @@ def send_runs(records: Sequence[Record], project: str, mode: str) -> Outcome:
                 failure = _send_run(record, address, mode, folder)
             if failure is not None:
                 outcome.problems.append(failure)
-                mode, gone = usable_mode(mode)  # A server that is gone is not waited for again.
+                mode, gone = usable_mode(mode)  # Do not wait again for a server that is gone.
                 outcome.problems += [] if gone is None else [gone]
                 problem = problem or gone
             elif problem is None:
@@ -109,7 +109,7 @@ def _send_run(record: Record, address: Address, mode: str, folder: Path) -> str 
 
 
 def _content(record: Record, folder: Path) -> Content:
-    """With the run's figure, drawn into `folder`."""
+    """Content of the wandb run, with the run's figure drawn into `folder`."""
     if not record.place.is_dir():
         return content_of(record, None, None)
     from uvm_kv.report.figures import run_figure

@@ -33,7 +33,7 @@ from uvm_kv.telemetry.recorder import Table
 from uvm_kv.types import OUR_ENGINE
 
 LAYOUT_VERSION = 1
-"""In every run's config, raised when names or meanings of the layout change."""
+"""Version of the layout in every run's config, raised when names or meanings of the layout change."""
 MAX_POINTS = 500
 """Points of a step series: longer ones are averaged over equal spans of steps."""
 SERIES = "steps/"
@@ -81,14 +81,14 @@ METRICS = (
     Metric("num_output_tokens", "tokens", None, "tokens of the whole run"),
     Metric("duration_s", "s", None, "simulated or measured time of the whole run"),
 )
-"""What dashboards show first, the one to look at first being the first."""
+"""Metrics that dashboards show first, the most important one first."""
 
 FACETS = (
     *("origin", "runner", "engine", "hardware", "model", "weights", "mechanism", "memory", "placement", "reach"),
     *("scheduler", "admission", "preemption", "workload", "arrival", "start", "prompt_tokens", "output_tokens"),
     *("layout", "block_size", "allocation", "dtype", "offered_batch", "seed", "repeat"),
 )
-"""Fields of a summary that say what the run is of: they go to the config, where runs are filtered and grouped by."""
+"""Fields of a summary that identify the run. They go to the config, by which runs are filtered and grouped."""
 NOT_METRICS = {"schema_version", "setting", "variant", "hints", *FACETS}
 GROUPED = ("hardware", "model", "memory", "placement", "scheduler", "workload")
 """Facets that are also groups of the config, and are `<facet>_name` there."""
@@ -97,7 +97,7 @@ PROVENANCE = ("git_sha", "git_dirty", "started", "duration_s", "versions", "gpu"
 
 @dataclass(frozen=True)
 class Address:
-    """Where a wandb run belongs, and what it must hold for it to be sent already."""
+    """The place of a wandb run, and the content that it must have to count as sent."""
 
     id: str
     home: Path
@@ -231,7 +231,7 @@ def check_settings() -> None:
         _quiet_wandb()
     except ImportError:
         raise
-    except Exception as error:  # Of pydantic, of wandb, or of what they call.
+    except Exception as error:  # Errors of pydantic, of wandb, or of what they call.
         raise ValueError(
             f"wandb refuses its settings ({_told_by_pydantic(error) or one_line(error)}); mend them, and python -m "
             f"experiments.publish sends the runs"
@@ -279,7 +279,7 @@ def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in folder.glob(f"{WRITING}*"):  # By a process that was killed: the lock is ours.
+        for left in folder.glob(f"{WRITING}*"):  # Left by a process that was killed: the lock is ours.
             shutil.rmtree(left, ignore_errors=True)
         yield
 

@@ -106,7 +106,7 @@ def observe(run: Recording) -> dict[str, Observed]:
     arrival, first, finish = table.values()
     gaps = (finish - first)[measured & (tokens > 1)] / (tokens[measured & (tokens > 1)] - 1)
     found |= _distribution("tpot_s", gaps)
-    if run.steady_until_ns is None:  # Else nothing is counted from an arrival, and the end is no request's.
+    if run.steady_until_ns is None:  # In a steady start nothing counts from an arrival.
         for name, values in {"ttft_s": (first - arrival)[measured], "e2e_s": (finish - arrival)[measured]}.items():
             found |= _distribution(name, values)
         seconds = float(finish.max() - arrival.min()) / NS_PER_S

@@ -91,7 +91,7 @@ def _error_panel(axis: Any, rows: Sequence[Comparison], tolerance: float) -> Non
 
 
 def _latency_s(run: Recording, column: str) -> Any:
-    """From arrival, per measured request in order of ids; NaN where it was not observed."""
+    """Latency from arrival of each measured request, in order of ids; NaN where it was not observed."""
     ids, ends, arrivals = (np.array(run.requests[name], float) for name in ("request_id", column, "arrival_ns"))
     measured = np.array(run.requests["measured"], bool)
     return (ends - arrivals)[measured][np.argsort(ids[measured])] * 1e-9

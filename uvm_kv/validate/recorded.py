@@ -36,7 +36,7 @@ class Recording:
     """The hardware that it ran on, or the file."""
     requests: Table
     steps: Table | None
-    """None: steps were not observed."""
+    """Table of steps; None: steps were not observed."""
     provenance: dict[str, Any]
     steady_until_ns: int | None = None
     """End of a run that began in its steady state; None: the run began cold."""

@@ -95,7 +95,7 @@ def read_points(folder: Path) -> tuple[list[Point], list[LeftOut]]:
     for record in records:
         summary = record.summary
         if summary.get("engine", OUR_ENGINE) != OUR_ENGINE or not record.place.is_dir():
-            continue  # A peer has no prediction, and a packed set no steps.
+            continue  # A peer has no prediction, and a packed set has no steps.
         try:
             step_s = _step_s(record.place)
         except ValueError as error:

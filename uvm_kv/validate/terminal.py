@@ -42,7 +42,7 @@ def _share(value: float | None, sign: str) -> str:
 
 
 def _quantity(value: float | None, unit: str, largest: float) -> str:
-    """With about four digits, in the unit that suits the largest of the row."""
+    """A quantity with about four digits, in the unit that suits the largest value of the row."""
     if value is None:
         return "-"
     if unit == "s":

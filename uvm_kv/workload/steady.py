@@ -27,10 +27,10 @@ def steady_start(
     """The first requests of a closed loop that has run for long: `num_running` of them somewhere in their outputs, and
     the rest of the clients waiting with requests that are new.
 
-    A request is met in proportion to its output, and equally likely anywhere in it. Both are stratified, so that a few
-    clients cover the range; multiples of the golden ratio, so that any of them that follow one another do, too: those
-    that find room on the device are then no older than those on the host.
-    """
+    The chance to meet a request is proportional to its output, and each position in the output is equally likely. Both
+    draws are stratified, so that a few clients cover the range. Positions are multiples of the golden ratio, so that
+    any consecutive clients cover it too: requests that find room on the device are then no older than those on the
+    host."""
     num_clients = min(num_clients, len(lengths))
     n = min(num_running, num_clients)
     ends = np.cumsum([output for _, output in lengths])

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from uvm_kv.types import NS_PER_S
 
 MAX_ARRIVAL_S = 10**10
-"""Beyond the year 2286: a time in milliseconds that is read as seconds."""
+"""Latest arrival, in the year 2286; a later one is a time in milliseconds that was read as seconds."""
 MAX_SHOWN = 40
-"""Characters of the file that an error repeats of one value."""
+"""Longest part of a value that an error repeats, in characters."""
 MAX_COLUMNS = 8
-"""Names of columns that an error repeats."""
+"""Largest number of column names that an error repeats."""
 
 
 class TraceFormat(NamedTuple):

@@ -45,7 +45,7 @@ def counted_right(model: Any, geometry: ModelGeometry) -> bool:
 
 
 def test_the_table_is_what_transformers_builds() -> None:
-    """After a change: python -m tests.runner.torch_cpu.decoder_types"""
+    """The table must match; after a change run python -m tests.runner.torch_cpu.decoder_types"""
     assert {kind: describe(kind) for kind in HERE} == {kind: decoders()[kind] for kind in HERE}
     assert len(HERE) > 40 and {"llama", "qwen2", "starcoder2", "nemotron", "gemma3_text", "opt"} <= set(HERE)
 
@@ -60,7 +60,7 @@ def test_every_other_type_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", HERE)
 def test_a_type_is_counted_right_however_its_config_is_written(kind: str, tmp_path: Path) -> None:
-    """With every count given, with one given and the rest left out, and with each flag turned over."""
+    """Configs with every count given, with one given and the rest left out, and with each flag inverted."""
     small, sparse = written(kind, SMALL), written(kind, {"num_layers": 1})
     flags = {key: not value for key, value in default_config(kind).to_dict().items() if isinstance(value, bool)}
     num_counted, refusals = 0, []

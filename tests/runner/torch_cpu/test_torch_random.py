@@ -40,7 +40,8 @@ def weights_of(model: Any) -> list[Any]:
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_geometry_becomes_a_model(dtype: str, tied: bool) -> None:
-    """As many weights as the geometry counts, in the dtype, spread as transformers would; norms are ones."""
+    """The model has as many weights as the geometry counts, in the dtype, distributed as in transformers; norms are
+    ones."""
     geometry = dataclasses.replace(SHAPES, tied_embeddings=tied, head_dim=32)
     model = random_model(geometry, dtype, 7)
     parameters = list(model.parameters())
@@ -61,7 +62,7 @@ def test_nothing_is_made_anywhere_but_on_the_device(monkeypatch: pytest.MonkeyPa
 
 
 def test_rotary_embeddings_are_those_of_transformers(tmp_path: Path) -> None:
-    """They are buffers, which leaving out the initialisation must not leave out."""
+    """They are buffers, which must exist although the initialisation is skipped."""
     folder = save_model(tmp_path / "llama")
     loaded, model = load_model(folder, "float32"), random_model(read_geometry(str(folder)), "float32", 0)
     for (name, expected), (same, buffer) in zip(loaded.named_buffers(), model.named_buffers(), strict=True):

@@ -346,7 +346,7 @@ def serve_tampered(folder: Path, mechanism: str, change: Callable[[StepPlan], St
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_plan_shows(wrong: str, folder: Path, reference: Reference) -> None:
-    """As NaN in the logits, which ends the run, or as other tokens."""
+    """It shows as NaN in the logits, which ends the run, or as other tokens."""
     mechanism, change = WRONG[wrong]
     runners: list[Tampered] = []
 
@@ -411,7 +411,8 @@ def test_what_is_staged_is_what_is_read(folder: Path, reference: Reference, monk
 def test_a_store_that_forgets_a_step_shows(
     step: str, folder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the way back of evicted blocks, without the zeros of new ones: NaN. Without the poison: nothing."""
+    """A store that does not bring evicted blocks back, or does not zero new ones, gives NaN. Without the poison,
+    nothing shows."""
     monkeypatch.setattr("uvm_kv.kvcache.spec.CHUNK_BYTES", 8 << 10)
     monkeypatch.setattr(KVStore, step, lambda *_: None)
     if step == "poison":

@@ -89,7 +89,7 @@ class ManagedKV:
         self._layer_stride = num_groups * spec.chunks_per_piece if spec.layout is Layout.LAYER_MAJOR else 0
         """Chunks from one layer to the next; 0 where a block holds all layers."""
         self.first_remote = num_blocks
-        """From this block on, blocks are read over the link because the hints say so."""
+        """First of the blocks that the hints make the GPU read over the link."""
         # Read-mostly goes before the preferred location: what is read is duplicated, not read in place.
         if hints.preferred_location in ("host", "by_tier") and not hints.read_mostly:
             self.first_remote = 0 if hints.preferred_location == "host" else num_device
@@ -102,10 +102,10 @@ class ManagedKV:
         self._moves: Sequence[MemoryOp] = ()
         self._calls: list[list[Calls]] = [[] for _ in range(spec.num_layers)]
         self._by_page = False
-        """What is read over the link is counted by page, and not told by the block: some of it is prefetched."""
+        """Whether reads over the link are counted by page, because some of the blocks are prefetched."""
         self._accesses: list[Accesses] = []
         self._settled: Paged | None = None
-        """What every further step over the same blocks does, once one has moved nothing."""
+        """The effects of each further step over the same blocks, after a step that moved nothing."""
 
     def _advise(self) -> None:
         boundary = self._first_host_group * self._spec.chunks_per_piece
@@ -168,7 +168,7 @@ class ManagedKV:
         return Paged(faults, NOTHING, fault_s(faults, self._profile))
 
     def _touch(self) -> Paged:
-        """Before each layer what is issued there, in the plan's order."""
+        """Carry out, before each layer, the calls that are issued there, in the plan's order."""
         faults = NOTHING
         moved = dict.fromkeys((True, False), (NOTHING, 0, 0))
         for (chunks, actions), issued in zip(self._accesses, self._calls, strict=True):
@@ -184,8 +184,8 @@ class ManagedKV:
         return Paged(faults, add(late, ahead), stall_s, ahead_s, num_pages * PAGE_BYTES)
 
     def _read(self, moves: Sequence[MemoryOp]) -> list[list[Calls]]:
-        """What is issued before each layer. A prefetch that could not be issued ahead is waited for. Evictions have
-        the time of the prefetches that they go beside; without any, they make room for the very layer."""
+        """The calls that are issued before each layer. A prefetch that could not be issued ahead is waited for.
+        Evictions overlap with the prefetches beside them; without prefetches they make room for the layer itself."""
         num_layers = self._spec.num_layers
         issued: list[list[Calls]] = [[] for _ in range(num_layers)]
         ahead = any(_runs_ahead(op) for op in moves)
@@ -208,7 +208,7 @@ class ManagedKV:
         for block in self._freed:
             group, bit = self.group_of(block)
             for layer in layers:
-                # A page that a live block shares is left alone.
+                # A page that a live block shares is not discarded.
                 for offset, mask in self._pages(None, bit, inward=True).items():
                     chunk = layer * self._layer_stride + group * self._spec.chunks_per_piece + offset
                     masks[chunk] = masks.get(chunk, 0) | mask

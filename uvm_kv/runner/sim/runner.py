@@ -149,7 +149,7 @@ class SimRunner(ModelRunner):
         num_rows += num_decodes
         paged = self._page(plan, traffic) if self._managed is not None else Paged()
         if paged.faults.remote_read_pages:
-            # Whole pages of whole blocks, so perhaps a little more than was to be read.
+            # Counted in whole pages of whole blocks, so possibly a little more than is read.
             here = min(read_tokens, paged.faults.remote_read_pages * PAGE_BYTES // spec.token_bytes)
             remote_tokens += here
             read_tokens -= here
@@ -158,7 +158,7 @@ class SimRunner(ModelRunner):
         dense_s = roofline.dense_s(num_tokens)
         attention_s = prefill_s
         if num_decodes:
-            # What prefill chunks read of copies is in prefill_s.
+            # prefill_s includes what prefill chunks read from copies.
             attention_s += roofline.decode_attention_s(read_tokens + min(copied_tokens, decode_remote_tokens))
         elapsed_s = roofline.head_s(num_tokens, num_rows)
         if (
@@ -182,7 +182,7 @@ class SimRunner(ModelRunner):
             layer_bytes = traffic.copied_blocks * spec.layer_block_bytes
             work.copy_s = layer_bytes / link.h2d_bytes_per_s + link.copy_call_us * 1e-6
             work.copy_write_s = layer_bytes / roofline.hbm_bytes_per_s
-        elif paged.ahead_s:  # What is evicted by plan is read from HBM, as what is prefetched is written there.
+        elif paged.ahead_s:  # A planned eviction reads HBM, as a prefetch writes it.
             work.copy_s = paged.ahead_s / spec.num_layers
             work.copy_write_s = paged.ahead_bytes / (spec.num_layers * roofline.hbm_bytes_per_s)
         if work.write_s:
@@ -298,7 +298,7 @@ class SimRunner(ModelRunner):
         if self._managed.sees_writes:
             for request_id, _, num_new, context, _ in plan.scheduled:
                 written += self._sequences[request_id].blocks[context // size : ceil_div(context + num_new, size)]
-        if plan.step == 0:  # What holds KV before the first step was filled directly.
+        if plan.step == 0:  # Tokens that hold KV before the first step were filled directly.
             self._managed.populate(self._sequences[s.request_id].groups for s in plan.scheduled if s.context_len)
         scheduled = [s.request_id for s in plan.scheduled]
         groups = (self._sequences[request_id].groups for request_id in scheduled)

@@ -51,7 +51,7 @@ from uvm_kv.runner.torch.ranges import mark
 from uvm_kv.types import Hints, Layout, MemoryKind, ceil_div
 
 NO_BLOCK = -1
-"""In a block table: no block. Nothing reads it."""
+"""Entry of a block table that stands for no block. Nothing reads it."""
 
 
 class CudaKV(KVBackend):
@@ -206,7 +206,7 @@ class CudaKV(KVBackend):
         with mark("attention"):
             out = self._attend(layer, query, key, value, scaling)
         if self.device.type == "cpu":
-            self._compute.synchronize()  # torch's tensors there know no stream: they go when they are forgotten.
+            self._compute.synchronize()  # torch's CPU tensors have no stream: they are freed when they are forgotten.
         return out
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -227,7 +227,7 @@ class CudaKV(KVBackend):
         step = self._step
         step.attention.run(layer, query, out, block_table=step.table, scale=scaling, stream=self._compute)
         if self.device.type == "cpu":
-            self._compute.synchronize()  # The next operator does not wait for it by itself.
+            self._compute.synchronize()  # The next operator would not wait for it.
 
     # ---- decode over a padded batch, for graphs
 
@@ -254,7 +254,8 @@ class CudaKV(KVBackend):
         return quiet and all(sequence.is_decode and sequence.num_new == 1 for sequence in batch)
 
     def begin_padded(self, padded: PaddedBatch, batch: Sequence[SequenceRows]) -> None:
-        """As begin_step. Rows behind the batch's are nobody's: nothing is written for them, and nothing attended."""
+        """Begin a padded step, like begin_step. Nothing is written or attended for the rows behind those of the
+        batch."""
         self._issued = {}
         tables = padded.lay_out(batch, self._spec.block_size)
         self._tables.send(tables.homes, tables.seqs, tables.positions, into=padded.integers)
@@ -272,7 +273,7 @@ class CudaKV(KVBackend):
         return bool(((table >= self._first_host) & (table < self._num_blocks)).any())
 
     def end_step(self) -> MemoryCounters:
-        """Called when the step's tokens have been read, so that its events are over."""
+        """Counters of the step. Called after its tokens have been read, so that its events have completed."""
         stall_ns = 0
         for begin, end in self._waits:
             end.synchronize()
@@ -434,7 +435,7 @@ class _Staging:
 
     def __init__(self, spec: KVCacheSpec, capacity: KVCapacity, num_layers: int, device: int) -> None:
         self.num_layers = num_layers
-        # Staged copies and claimed device blocks fit the device tier together: the policy holds that back.
+        # Staged copies and claimed device blocks fit the device tier together, because the policy holds room back.
         most = capacity.num_device_blocks * spec.num_layers // num_layers
         self._num_slots = min(capacity.num_host_blocks, most)
         ring = replace(spec, num_layers=num_layers, layout=Layout.LAYER_MAJOR)
@@ -444,11 +445,11 @@ class _Staging:
         self._free = list(range(self._num_slots))
         self.slots: dict[int, int] = {}
         self._ahead: dict[int, set[int]] = {}
-        """Layer of the coming step -> what the step before has staged for it."""
+        """Layer of the coming step -> blocks that the step before has staged for it."""
 
     def begin_step(self, issued: Issued, num_layers: int) -> frozenset[int]:
         """Blocks that every layer of this step will find staged."""
-        self._first_place = self.place(num_layers)  # Where the last step has put what it brought for this one.
+        self._first_place = self.place(num_layers)  # The last step put its copies for this step here.
         staged, ahead = self._ahead, dict[int, set[int]]()
         for ops in issued.values():
             for op, layer in ops:
@@ -460,14 +461,14 @@ class _Staging:
         for block in [b for b in self.slots if b not in wanted]:
             self._free.append(self.slots.pop(block))
         for block in sorted(wanted - self.slots.keys()):
-            if self._free:  # What finds no slot is read in place.
+            if self._free:  # A block without a slot is read in place.
                 self.slots[block] = self._free.pop()
-        # What has no slot now is not copied, and must not be taken for staged when it gets one.
+        # A block without a slot is not copied now, and must not count as staged when it gets a slot later.
         self._ahead = {layer: blocks & self.slots.keys() for layer, blocks in ahead.items()}
         return frozenset(everywhere & self.slots.keys())
 
     def place(self, data_layer: int) -> int:
-        """In the ring, of a layer of this step, or from `num_layers` on of the next."""
+        """Place in the ring of a layer of this step; layers from `num_layers` on are those of the next step."""
         return (self._first_place + data_layer) % self.num_layers
 
     @property
@@ -542,7 +543,7 @@ class _Tables:
         """Each on the device, in its shape; `into`: a tensor that takes them one after the other."""
         total = sum(a.size for a in arrays)
         if self._sent is not None:
-            self._sent.synchronize()  # Out of this buffer the last step's tables went.
+            self._sent.synchronize()  # The last step's tables were sent from this buffer.
         if len(self._host) < total:
             on_gpu = self._device.type == "cuda"
             self._host = torch.empty(2 * total, dtype=self._host.dtype, pin_memory=on_gpu)

@@ -21,7 +21,7 @@ class SequenceRows(NamedTuple):
     num_new: int
     context_len: int
     blocks: list[int]
-    """Its block table, which may hold more blocks than its tokens need."""
+    """Block table of the sequence, which may hold more blocks than its tokens need."""
     is_decode: bool
 
     @property
@@ -30,7 +30,7 @@ class SequenceRows(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Tokens whose KV is there once the step has written its own."""
+        """Tokens that hold KV after the step has written its own."""
         return self.context_len + self.num_new
 
 
@@ -42,7 +42,7 @@ class LayerOp(NamedTuple):
 
 
 Issued = Mapping[int, Sequence[LayerOp]]
-"""Layer -> what is issued before it runs."""
+"""Layer -> the ops that are issued before it runs."""
 
 
 def random_kv(spec: KVCacheSpec, num_tokens: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -59,7 +59,7 @@ class KVBackend(ABC):
     """
 
     device: torch.device
-    """Where the model's tensors live."""
+    """Device of the model's tensors."""
 
     @abstractmethod
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:

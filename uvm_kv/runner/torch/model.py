@@ -54,7 +54,7 @@ def content_digest(path: Path) -> str:
     if key not in known:
         with path.open("rb") as file:
             known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        with contextlib.suppress(OSError):  # A cache that cannot be written is slow, no more.
+        with contextlib.suppress(OSError):  # A cache that cannot be written only costs time.
             known_file.parent.mkdir(parents=True, exist_ok=True)
             temporary = known_file.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps(known))
@@ -132,7 +132,7 @@ def load_model(folder: Path, dtype: str, device: str = "cpu") -> Any:
 def check_expressible(geometry: ModelGeometry) -> None:
     """ValueError for a geometry that `random_model` cannot build."""
     lacks = {"a gated MLP": geometry.gated_mlp, "rotary embeddings": geometry.rope}
-    lacks["an even head_dim"] = geometry.head_dim % 2 == 0  # Rotary embeddings turn pairs.
+    lacks["an even head_dim"] = geometry.head_dim % 2 == 0  # Rotary embeddings rotate pairs.
     for what, has in lacks.items():
         if not has:
             raise ValueError(
@@ -158,7 +158,7 @@ def random_model(geometry: ModelGeometry, dtype: str, seed: int, device: str = "
             tie_word_embeddings=geometry.tied_embeddings,
         )
         model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype), attn_implementation=NAME)
-    model.tie_weights()  # Initialising does it, which is left out.
+    model.tie_weights()  # Initialisation would do this, but it is skipped.
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

@@ -101,7 +101,7 @@ def _time(calls: Sequence[Callable[[], Any]], repeats: int, device: str) -> list
         return [_wall(run) for _ in range(WARM_UPS + repeats)][WARM_UPS:]
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):  # Kernels are loaded and libraries make their handles, which a capture must not.
+        for _ in range(WARM_UPS):  # This loads kernels and creates library handles, which must not happen in a capture.
             run()
     side.synchronize()
     graph = torch.cuda.CUDAGraph()

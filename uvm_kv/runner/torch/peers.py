@@ -127,7 +127,7 @@ class Generate:
             out = self._model.generate(
                 ids,
                 attention_mask=mask,
-                # Not the limits: a warm-up takes the cache of the batch that follows.
+                # Not the cut limits of a warm-up, which must use the cache of the batch that follows.
                 max_new_tokens=max(r.output_tokens for r in requests),
                 eos_token_id=sorted(self._stop_tokens) or None,
                 cache_implementation=self._cache,
@@ -253,7 +253,7 @@ class Continuous:
     def _fail(self, error: str) -> None:
         status, until = self._manager.background_thread_status, time.monotonic() + 5 * _WAIT_S
         while status.fatal_error is None and self._manager.is_running() and time.monotonic() < until:
-            time.sleep(0.01)  # What it died of is noted after its requests were told.
+            time.sleep(0.01)  # The cause of its death is noted after its requests were answered.
         raise RuntimeError(f"transformers' continuous batching failed: {error}") from status.fatal_error
 
     def interrupt(self) -> list[tuple[Request, list[int]]]:

@@ -57,7 +57,8 @@ def mark(name: str) -> AbstractContextManager[object]:
 
 
 def to_nvtx() -> None:
-    """From now on, unless something records them already. Without a profiler a range costs about a microsecond."""
+    """Send ranges to NVTX from now on, unless something records them already. Without a profiler a range costs about 1
+    us."""
     global _sink
     if _sink is OFF:
         _sink = Sink(torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop)
@@ -65,7 +66,7 @@ def to_nvtx() -> None:
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Ranges are events of torch's profiler, whichever runner makes them."""
+    """Record ranges as events of torch's profiler, whichever runner makes them."""
     global _sink
     before, opened = _sink, list[Any]()
 

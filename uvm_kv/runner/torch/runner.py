@@ -42,7 +42,7 @@ class _Sequence:
         """Tokens whose KV is filled directly as the first blocks come."""
         self.blocks: list[int] = []
         self.swapped_blocks: list[int] = []
-        """Where its KV lies while it is swapped out."""
+        """Blocks that hold its KV while it is swapped out."""
         self.generator = generator
 
 
@@ -259,7 +259,7 @@ class TorchRunner(ModelRunner):
                 self._on_logits(request_id, row)
         best = logits.argmax(-1)  # NaN counts as the largest.
         is_bad = logits.gather(1, best[:, None]).isnan().flatten()
-        tokens, bad = torch.stack((best, is_bad.long())).tolist()  # The one time that the host waits for the device.
+        tokens, bad = torch.stack((best, is_bad.long())).tolist()  # The only place where the host waits for the device.
         if any(bad):
             narrow = self._model.dtype is torch.float16
             raise ValueError(
@@ -271,6 +271,6 @@ class TorchRunner(ModelRunner):
             return list(tokens)
         weights = torch.softmax(
             logits / self._sampling.temperature, -1
-        ).cpu()  # Generators there draw alike everywhere.
+        ).cpu()  # CPU generators draw the same numbers on every machine.
         generators = [self._sequences[request_id].generator for request_id in request_ids]
         return [int(torch.multinomial(w, 1, generator=g)) for w, g in zip(weights, generators, strict=True)]

@@ -104,7 +104,7 @@ class Outliving(Launcher):  # type: ignore[misc]
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         try:
             returns = self.run_all(job_overrides, initial_job_idx)
-        except Exception as error:  # The launcher's own: no cluster there, a setting it refuses.
+        except Exception as error:  # An error of the launcher itself: no cluster, or a setting that it refuses.
             problems.append(_line(error))
             return []
         whole = []

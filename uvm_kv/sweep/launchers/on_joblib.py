@@ -32,7 +32,7 @@ class Joblib(Outliving, JoblibLauncher):  # type: ignore[misc]
         errors: list[Exception] = []
 
         def serve() -> None:
-            # The parent alone hears Ctrl-C: a process inherits what is blocked in the thread that starts it.
+            # Only the parent receives Ctrl-C: a process inherits the blocked signals of the thread that starts it.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             while not pools.stopped and not errors:
                 with turn:
@@ -50,7 +50,7 @@ class Joblib(Outliving, JoblibLauncher):  # type: ignore[misc]
                 except Exception as error:
                     errors.append(error)
 
-        ensure_running()  # Started later it would unblock what is blocked.
+        ensure_running()  # Started later, it would unblock the blocked signals.
         threads = [threading.Thread(target=serve, daemon=True) for _ in range(pools.num_workers)]
         try:
             for thread in threads:
@@ -74,7 +74,7 @@ class _Pools:
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers, self.stopped = num_workers, False
-        threads = str(max(1, cpu_count() // num_workers))  # As joblib does: together they use the cores once.
+        threads = str(max(1, cpu_count() // num_workers))  # As in joblib: together the processes use each core once.
         self._env = {name: os.environ.get(name, threads) for name in THREADS}
         self._pools: dict[int, ProcessPoolExecutor] = {}
 

@@ -42,7 +42,7 @@ def _answering(job_overrides: Sequence[Sequence[str]]) -> Iterator[list[_Answeri
 
     class Executor(submitit.AutoExecutor):  # type: ignore[misc]
         def map_array(self, function: Any, *arguments: Any) -> list[_Answering]:
-            # The parent alone hears Ctrl-C: a process inherits what is blocked.
+            # Only the parent receives Ctrl-C: a process inherits the blocked signals.
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 jobs = super().map_array(function, *arguments)
@@ -72,7 +72,7 @@ class Slurm(Outliving, SlurmLauncher):  # type: ignore[misc]
 
 class Local(Outliving, LocalLauncher):  # type: ignore[misc]
     def run_all(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn | None]:
-        """As many at once as there are cores; submitit would start them all."""
+        """Run as many jobs at once as there are cores; submitit would start them all."""
         at_once = max(1, len(os.sched_getaffinity(0)) // (self.params["cpus_per_task"] or 1))
         returns: list[JobReturn | None] = []
         for first in range(0, len(job_overrides), at_once):

@@ -44,12 +44,12 @@ from uvm_kv.runner.sim.uvm.thrashing import Processor, ThrashingDetector
 from uvm_kv.types import CHUNK_BYTES
 
 NO_CHUNK, UNUSED, DISCARDED, USED = range(4)
-"""Where the chunk of a block is: nowhere, or on which list."""
+"""State of a block's chunk: none, or the list that it is on."""
 DONE, UNKNOWN, WATCHED = range(3)
 EVICT, ONCE = range(2)
-"""Numbers of actions: the driver's own, and one that is done once and not remembered."""
+"""Numbers of actions: the driver's own eviction, and an action that is done once and not remembered."""
 FAULT_BATCH = 256
-"""Most faults that are fetched at once (uvm_perf_fault_batch_count)."""
+"""Largest number of faults that are fetched at once (uvm_perf_fault_batch_count)."""
 MAX_KNOWN_STATES = 1 << 16
 """Beyond so many, or twice the number of blocks, the tables are rebuilt from the states that blocks are in."""
 FAULT_BATCHES, FLUSHED_FAULTS, REMOTE_READ, REMOTE_WRITE, THROTTLES = map(
@@ -312,7 +312,7 @@ class UvmDriver:
         used, self._state[:] = np.unique(self._state, return_inverse=True)
         self._states = [self._states[i] for i in used]
         self._numbers = {state: i for i, state in enumerate(self._states)}
-        self._num_known = 1  # Slot 0 is for what is done once.
+        self._num_known = 1  # Slot 0 is for actions that are done once.
         self._keys = np.full(1 << 10, -1, np.int64)
         self._slots = np.zeros(1 << 10, np.int32)
         size = 1 << 9
@@ -336,7 +336,7 @@ class UvmDriver:
             return
         if self._is_full():
             self._forget()
-            return  # The numbers of states have changed; the loop asks again.
+            return  # The numbers of the states have changed, so the loop asks again.
         if 2 * self._num_known >= len(self._keys):
             self._grow()
         self._fill(self._num_known, self._states[state], self._action_list[action])
@@ -365,7 +365,7 @@ class UvmDriver:
         """Like `do`, for an action that will hardly come again."""
         if self._is_full():
             self._forget()
-        # In this order: what is learned must not displace what was put into slot 0.
+        # This order matters: learning must not displace the action in slot 0.
         self._learn_eviction()
         self._fill(0, self.state(block), action)
         self._action_list[ONCE] = action

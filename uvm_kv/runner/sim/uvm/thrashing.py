@@ -102,8 +102,8 @@ class ThrashingDetector:
         return sum(found)
 
     def pinned(self, block: int, faulted: int, preferred: Location | None, now_us: float) -> int:
-        """Those of `faulted` that stay on the CPU now. Not where the device is preferred, which the CPU cannot reach:
-        such a page keeps moving."""
+        """The pages of `faulted` that stay on the CPU now. There are none where the device is preferred, because the
+        CPU cannot reach it and such a page keeps moving."""
         return 0 if preferred is Location.DEVICE else faulted & self._pinned_pages(block, now_us)
 
     def unpinned(self, block: int, now_us: float) -> int:

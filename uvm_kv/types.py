@@ -8,12 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import NewType
-
-BlockId = NewType("BlockId", int)
-"""Index of a KV block. Device blocks are [0, D), host blocks [D, D + H)."""
-
-RequestId = NewType("RequestId", int)
 
 KIB = 1 << 10
 MIB = 1 << 20

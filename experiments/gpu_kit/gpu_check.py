@@ -60,7 +60,7 @@ Status = Literal["ok", "failed", "not run"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class PartOutcome:
     status: Status
     seconds: float
     reason: str
@@ -68,13 +68,13 @@ class Outcome:
     """Digest of what was built and run."""
 
 
-def run_part(part: Part, output: Path, limit_s: float, sources: str) -> Outcome:
+def run_part(part: Part, output: Path, limit_s: float, sources: str) -> PartOutcome:
     """Its log is output/<part>/log.txt."""
     folder = output / part.name
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     status, reason = _run_commands(part, folder / "log.txt", begun + limit_s)
-    return Outcome(status, round(time.monotonic() - begun, 1), reason, sources)
+    return PartOutcome(status, round(time.monotonic() - begun, 1), reason, sources)
 
 
 def _run_commands(part: Part, log: Path, deadline: float) -> tuple[Status, str]:
@@ -135,10 +135,10 @@ class Report:
         self.path = output / SUMMARY
         self.outcomes = self._earlier()
 
-    def _earlier(self) -> dict[str, Outcome]:
+    def _earlier(self) -> dict[str, PartOutcome]:
         try:
             raw = json.loads(self.path.read_text())["parts"]
-            return {name: Outcome(**fields) for name, fields in raw.items()}
+            return {name: PartOutcome(**fields) for name, fields in raw.items()}
         except FileNotFoundError:
             return {}
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -151,7 +151,7 @@ class Report:
             return False
         return part.name != "build" or _is_built()
 
-    def add(self, part: Part, outcome: Outcome) -> None:
+    def add(self, part: Part, outcome: PartOutcome) -> None:
         self.outcomes[part.name] = outcome
         about: dict[str, Any] = {
             "gpu": gpu(),
@@ -189,7 +189,7 @@ def check(parts: Sequence[Part], report: Report, *, seconds: float, force: bool)
             print(f"{part.name}: kept, taken with these sources", flush=True)
             continue
         if left < LEAST_SECONDS:
-            outcome = Outcome("not run", 0.0, f"no time left of {seconds:g} s", report.sources)
+            outcome = PartOutcome("not run", 0.0, f"no time left of {seconds:g} s", report.sources)
         else:
             print(f"{part.name}: {part.about} ...", flush=True)
             outcome = run_part(part, report.output, min(part.limit_s, left), report.sources)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cuda.slabs import POISON, SLAB_BYTES, get, put, random_bytes
 from uvm_kv.memory import (
-    Advice,
+    MemAdvice,
     Place,
     Slab,
     TransferCounters,
@@ -58,17 +58,17 @@ def test_a_fresh_slab_has_no_hints(slab: Slab) -> None:
 def test_preferred_location_is_set_and_taken_back(c: Any, slab: Slab, stream: Any, place: Place) -> None:
     if place == numa_place(0) and c.host_numa_node(0) < 0:
         pytest.skip("this system has no NUMA nodes")
-    advise(slab, ALL, Advice.SET_PREFERRED_LOCATION, place, stream=stream)
+    advise(slab, ALL, MemAdvice.SET_PREFERRED_LOCATION, place, stream=stream)
     found = query(slab).preferred
     if place == numa_place(0) and c.num_numa_nodes() == 1 and found == HOST:
         pytest.skip("with one node the driver says host")
     assert found == place
-    advise(slab, ALL, Advice.UNSET_PREFERRED_LOCATION, place, stream=stream)
+    advise(slab, ALL, MemAdvice.UNSET_PREFERRED_LOCATION, place, stream=stream)
     assert query(slab).preferred == NONE
 
 
 def test_advice_holds_for_its_range_only(slab: Slab, stream: Any) -> None:
-    advise(slab, HALVES[:1], Advice.SET_PREFERRED_LOCATION, DEVICE, stream=stream)
+    advise(slab, HALVES[:1], MemAdvice.SET_PREFERRED_LOCATION, DEVICE, stream=stream)
     half = SLAB_BYTES // 2
     assert query(slab, offset=0, num_bytes=half).preferred == DEVICE
     assert query(slab, offset=half, num_bytes=half).preferred == NONE
@@ -76,15 +76,15 @@ def test_advice_holds_for_its_range_only(slab: Slab, stream: Any) -> None:
 
 
 def test_accessed_by_and_read_mostly(slab: Slab, stream: Any) -> None:
-    advise(slab, ALL, Advice.SET_ACCESSED_BY, DEVICE, stream=stream)
+    advise(slab, ALL, MemAdvice.SET_ACCESSED_BY, DEVICE, stream=stream)
     assert query(slab).accessed_by == (0,)
-    advise(slab, ALL, Advice.SET_ACCESSED_BY, HOST, stream=stream)
+    advise(slab, ALL, MemAdvice.SET_ACCESSED_BY, HOST, stream=stream)
     assert sorted(query(slab).accessed_by) == [-1, 0]
-    advise(slab, ALL, Advice.UNSET_ACCESSED_BY, HOST, stream=stream)
-    advise(slab, ALL, Advice.SET_READ_MOSTLY, DEVICE, stream=stream)
+    advise(slab, ALL, MemAdvice.UNSET_ACCESSED_BY, HOST, stream=stream)
+    advise(slab, ALL, MemAdvice.SET_READ_MOSTLY, DEVICE, stream=stream)
     assert query(slab).read_mostly
-    advise(slab, ALL, Advice.UNSET_READ_MOSTLY, DEVICE, stream=stream)
-    advise(slab, ALL, Advice.UNSET_ACCESSED_BY, DEVICE, stream=stream)
+    advise(slab, ALL, MemAdvice.UNSET_READ_MOSTLY, DEVICE, stream=stream)
+    advise(slab, ALL, MemAdvice.UNSET_ACCESSED_BY, DEVICE, stream=stream)
     assert query(slab)[0] is False
     assert query(slab).accessed_by == ()
 
@@ -134,7 +134,7 @@ def test_a_bad_element_leaves_nothing_half_done(slab: Slab, stream: Any) -> None
     """The first range is good; the second is not; the driver has heard of neither."""
     for bad in ((SLAB_BYTES, 1), (SLAB_BYTES - 1, 2), (0, 0)):
         with pytest.raises(ValueError, match="range of"):
-            advise(slab, [(0, CHUNK_BYTES), bad], Advice.SET_READ_MOSTLY, DEVICE, stream=stream)
+            advise(slab, [(0, CHUNK_BYTES), bad], MemAdvice.SET_READ_MOSTLY, DEVICE, stream=stream)
         with pytest.raises(ValueError, match="range of"):
             prefetch(slab, [(0, CHUNK_BYTES), bad], DEVICE, stream=stream)
     with pytest.raises(ValueError, match="no ranges"):
@@ -149,7 +149,7 @@ def test_what_is_refused(slab: Slab, stream: Any, c: Any) -> None:
     with pytest.raises(ValueError, match="there are"):
         prefetch(slab, ALL, device_place(99), stream=stream)
     with pytest.raises(ValueError, match="not a NUMA node"):
-        advise(slab, ALL, Advice.SET_ACCESSED_BY, numa_place(0), stream=stream)
+        advise(slab, ALL, MemAdvice.SET_ACCESSED_BY, numa_place(0), stream=stream)
     with pytest.raises(ValueError, match="legacy default stream"):
         prefetch(slab, ALL, DEVICE, stream=0)
     with pytest.raises(ValueError, match="cuts a page"):
@@ -161,7 +161,7 @@ def test_what_is_refused(slab: Slab, stream: Any, c: Any) -> None:
 @pytest.mark.parametrize("what", ["advise", "prefetch", "prefetch_batch", "discard", "discard_and_prefetch"])
 def test_a_capturing_stream_is_refused(c: Any, slab: Slab, stream: Any, what: str) -> None:
     calls = {
-        "advise": lambda: advise(slab, ALL, Advice.SET_READ_MOSTLY, DEVICE, stream=stream),
+        "advise": lambda: advise(slab, ALL, MemAdvice.SET_READ_MOSTLY, DEVICE, stream=stream),
         "prefetch": lambda: prefetch(slab, ALL, DEVICE, stream=stream),
         "prefetch_batch": lambda: prefetch_batch(slab, ALL, DEVICE, stream=stream),
         "discard": lambda: discard(slab, ALL, stream=stream),

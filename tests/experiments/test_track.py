@@ -29,7 +29,7 @@ def finished(folder: Path) -> list[Event]:
 def test_whatever_tracking_raises_is_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException
 ) -> None:
-    def broken(*_: Any) -> track.Outcome:
+    def broken(*_: Any) -> track.Sent:
         raise error
 
     monkeypatch.setattr(track, "send_runs", broken)

@@ -26,7 +26,7 @@ from uvm_kv.store.directories import read_json
 from uvm_kv.store.records import read_failures
 from uvm_kv.store.whole import completed_runs
 from uvm_kv.sweep import worker as worker_module
-from uvm_kv.sweep.worker import OneWorker, Outcome, Reach, Worker, explain, in_order, mechanism, process, reach_of
+from uvm_kv.sweep.worker import JobOutcome, OneWorker, Scope, Worker, explain, in_order, mechanism, process, scope_of
 
 SMALL = ("workload.prompt_tokens=32", "workload.output_tokens=16")
 
@@ -46,9 +46,9 @@ def ends(pid: int, within_s: float = 20) -> bool:
     return not alive(pid)
 
 
-def outcomes(jobs_: list[Fake]) -> list[Outcome | tuple[str, str]]:
+def outcomes(jobs_: list[Fake]) -> list[JobOutcome | tuple[str, str]]:
     """For each job its outcome, or (the job that ended its mechanism, its error)."""
-    found: list[Outcome | tuple[str, str]] = []
+    found: list[JobOutcome | tuple[str, str]] = []
     with OneWorker(FakeTask, lambda job: job.mechanism) as worker:
         for job in jobs_:
             before = worker.given_up(job)
@@ -81,9 +81,9 @@ def test_the_worker_is_replaced_when_the_mechanism_changes(mixed: dict[str, Any]
 
 
 def test_a_job_that_is_refused_or_a_bug_fails_alone(mixed: dict[str, Any]) -> None:
-    assert (mixed["refused"].error, mixed["refused"].reach) == ("batch_size=0", Reach.JOB)
+    assert (mixed["refused"].error, mixed["refused"].scope) == ("batch_size=0", Scope.JOB)
     assert mixed["bug"].error.startswith("this is a bug in uvm-kv:\nTraceback")
-    assert mixed["bug"].reach is Reach.JOB
+    assert mixed["bug"].scope is Scope.JOB
 
 
 def test_out_of_memory_fails_the_job_and_renews_the_worker(mixed: dict[str, Any]) -> None:
@@ -109,66 +109,66 @@ def test_a_cuda_error_ends_its_mechanism(mixed: dict[str, Any]) -> None:
 
 
 def test_no_worker_of_a_sweep_is_left(mixed: dict[str, Any]) -> None:
-    pids = {o.summary["pid"] for o in mixed.values() if isinstance(o, Outcome) and o.summary is not None}
+    pids = {o.summary["pid"] for o in mixed.values() if isinstance(o, JobOutcome) and o.summary is not None}
     assert len(pids) == 4
     assert not any(alive(pid) for pid in pids)
 
 
 @pytest.mark.parametrize(
-    ("does", "error", "reach"),
+    ("does", "error", "scope"),
     [
-        ("killed", "the worker process was killed by SIGKILL; the system does that when host memory", Reach.MECHANISM),
-        ("exit", "the worker process ended by itself, with status 3", Reach.MECHANISM),
-        ("wrapped", "Llama cannot be served (cudaErrorIllegalAddress in attention.cu:12)", Reach.MECHANISM),
-        ("torch", "CUDA error: unspecified launch failure", Reach.MECHANISM),
-        ("full_and_said", "KV needs 2 GB, 1 GB is free; lower memory.device_kv_bytes", Reach.WORKER),
+        ("killed", "the worker process was killed by SIGKILL; the system does that when host memory", Scope.MECHANISM),
+        ("exit", "the worker process ended by itself, with status 3", Scope.MECHANISM),
+        ("wrapped", "Llama cannot be served (cudaErrorIllegalAddress in attention.cu:12)", Scope.MECHANISM),
+        ("torch", "CUDA error: unspecified launch failure", Scope.MECHANISM),
+        ("full_and_said", "KV needs 2 GB, 1 GB is free; lower memory.device_kv_bytes", Scope.WORKER),
         (
             "wrapped_full",
             "Llama cannot be served (cudaMalloc); lower memory.device_kv_bytes or batch_size",
-            Reach.WORKER,
+            Scope.WORKER,
         ),
-        ("cleaned_up", "cudaErrorIllegalAddress in attention.cu:12", Reach.MECHANISM),
-        ("cleaned_up_full", "out of GPU memory (cudaMalloc); lower memory.device_kv_bytes or batch_size", Reach.WORKER),
-        ("host_full", "out of host memory (MemoryError); lower memory.host_kv_bytes or batch_size", Reach.WORKER),
+        ("cleaned_up", "cudaErrorIllegalAddress in attention.cu:12", Scope.MECHANISM),
+        ("cleaned_up_full", "out of GPU memory (cudaMalloc); lower memory.device_kv_bytes or batch_size", Scope.WORKER),
+        ("host_full", "out of host memory (MemoryError); lower memory.host_kv_bytes or batch_size", Scope.WORKER),
     ],
 )
-def test_what_an_error_ends_and_says(does: str, error: str, reach: Reach) -> None:
+def test_what_an_error_ends_and_says(does: str, error: str, scope: Scope) -> None:
     (outcome,) = outcomes([Fake("job", does=does)])
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, JobOutcome)
     assert outcome.error is not None
     assert outcome.error.startswith(error)
     assert len(outcome.error.splitlines()) == 1
-    assert outcome.reach is reach
+    assert outcome.scope is scope
 
 
 def test_torchs_own_errors_are_known() -> None:
     torch = pytest.importorskip("torch")
-    assert reach_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) is Reach.WORKER
+    assert scope_of(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) is Scope.WORKER
     filled = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 MiB free.\nMore lines")
     assert explain(filled) == (
         "out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 MiB free.); lower "
         "memory.device_kv_bytes or batch_size"
     )
-    assert reach_of(torch.AcceleratorError("CUDA error: an illegal memory access")) is Reach.MECHANISM
-    assert reach_of(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling")) is Reach.MECHANISM
-    assert reach_of(ValueError("request 3: its logits are NaN")) is Reach.JOB
+    assert scope_of(torch.AcceleratorError("CUDA error: an illegal memory access")) is Scope.MECHANISM
+    assert scope_of(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling")) is Scope.MECHANISM
+    assert scope_of(ValueError("request 3: its logits are NaN")) is Scope.JOB
 
 
 def test_the_extensions_own_errors_are_known() -> None:
     module = pytest.importorskip("uvm_kv.memory._C", reason="the extension is not built")
-    assert reach_of(module.OutOfMemoryError("cudaMalloc")) is Reach.WORKER
-    assert reach_of(module.CudaError("cudaErrorIllegalAddress")) is Reach.MECHANISM
+    assert scope_of(module.OutOfMemoryError("cudaMalloc")) is Scope.WORKER
+    assert scope_of(module.CudaError("cudaErrorIllegalAddress")) is Scope.MECHANISM
 
 
 def test_a_context_that_no_longer_answers_is_said_with_what_came_before() -> None:
     lost = worker_module.ContextLostError("the GPU no longer answers this process")
     lost.__cause__ = ValueError("batch_size")
-    assert reach_of(lost) is Reach.MECHANISM
+    assert scope_of(lost) is Scope.MECHANISM
     assert explain(lost) == "the GPU no longer answers this process after batch_size"
     lost.__cause__ = CudaError("cudaErrorIllegalAddress\nmore")
     assert explain(lost) == "cudaErrorIllegalAddress"
     lost.__cause__ = OutOfMemoryError("cudaMalloc")
-    assert reach_of(lost) is Reach.MECHANISM
+    assert scope_of(lost) is Scope.MECHANISM
 
 
 def test_a_full_disk_and_a_foreign_file_are_a_line() -> None:
@@ -193,7 +193,7 @@ def test_a_worker_that_was_killed_between_two_jobs_is_noticed() -> None:
         os.kill(first.summary["pid"], signal.SIGKILL)
         assert ends(first.summary["pid"])
         outcome = worker.run(Fake("two"), [])
-    assert outcome.reach is Reach.MECHANISM
+    assert outcome.scope is Scope.MECHANISM
     assert outcome.error is not None
     assert "SIGKILL" in outcome.error
 
@@ -220,7 +220,7 @@ def test_a_job_past_its_time_is_stopped_and_ends_its_mechanism() -> None:
         assert stopped.error is not None
         assert stopped.error.startswith("watchdog: stopped ")
         assert "at its limit of 3 s (watchdog_s); it may have been thrashing" in stopped.error
-        assert stopped.reach is Reach.MECHANISM
+        assert stopped.scope is Scope.MECHANISM
         assert worker.given_up(Fake("next")) is not None
         assert worker.run(Fake("other", mechanism="b"), [], limit_s=60).error is None
 

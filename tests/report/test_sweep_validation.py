@@ -10,23 +10,31 @@ import pytest
 
 from tests import jobs
 from uvm_kv.commands.validate_sweep import main
-from uvm_kv.validate.sweep_validation import IDENTITY, Point, compare, lines, read_points, read_written, write_points
+from uvm_kv.validate.sweep_validation import (
+    IDENTITY,
+    SweepPoint,
+    compare_sweeps,
+    lines,
+    read_points,
+    read_written,
+    write_points,
+)
 
 EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T12:00:00+00:00"
 
 
-def point(step_s: float | None, *, batch: int = 8, repeat: int = 0, started: str = LATE) -> Point:
+def point(step_s: float | None, *, batch: int = 8, repeat: int = 0, started: str = LATE) -> SweepPoint:
     values = dict.fromkeys(IDENTITY, "x") | {"offered_batch": batch, "mechanism": "pinned_balanced"}
     speed = None if step_s is None else batch / step_s
-    return Point(tuple(values[name] for name in IDENTITY), repeat, step_s, speed, 64, "steps", started)
+    return SweepPoint(tuple(values[name] for name in IDENTITY), repeat, step_s, speed, 64, "steps", started)
 
 
-def verdicts(measured: list[Point], predicted: list[Point], written: str = EARLY) -> list[tuple[str, str]]:
-    return [(row.metric, row.verdict) for row in compare(measured, predicted, written)]
+def verdicts(measured: list[SweepPoint], predicted: list[SweepPoint], written: str = EARLY) -> list[tuple[str, str]]:
+    return [(row.metric, row.verdict) for row in compare_sweeps(measured, predicted, written)]
 
 
 def test_one_run_is_judged_by_its_error_and_has_no_interval() -> None:
-    (step, speed) = compare([point(0.010)], [point(0.0105)], EARLY)
+    (step, speed) = compare_sweeps([point(0.010)], [point(0.0105)], EARLY)
     assert (step.verdict, speed.verdict) == ("SAME", "SAME")
     assert step.noise is None
     assert step.error == pytest.approx(0.05)
@@ -37,9 +45,11 @@ def test_one_run_is_judged_by_its_error_and_has_no_interval() -> None:
 
 def test_repeats_are_paired_and_give_an_interval() -> None:
     measured = [point(0.010 * (1 + 0.01 * r), repeat=r) for r in range(5)]
-    (step, _) = compare(measured, [point(0.010 * (1 + 0.01 * r), repeat=r) for r in range(5)], EARLY)
+    (step, _) = compare_sweeps(measured, [point(0.010 * (1 + 0.01 * r), repeat=r) for r in range(5)], EARLY)
     assert (step.num_runs, step.error, step.noise, step.verdict) == (5, 0.0, 0.0, "SAME")
-    (step, _) = compare(measured, [point(0.0112)], EARLY)  # A repeat without a prediction takes that of repeat 0.
+    (step, _) = compare_sweeps(
+        measured, [point(0.0112)], EARLY
+    )  # A repeat without a prediction takes that of repeat 0.
     assert step.noise is not None and step.noise > 0.01
     assert step.verdict == "AMBIGUOUS"
 
@@ -51,11 +61,11 @@ def test_a_point_without_prediction_or_observation_has_no_verdict() -> None:
 
 def test_a_prediction_that_came_later_is_told() -> None:
     measured = [point(0.010)]
-    assert [row.predicted_first for row in compare(measured, measured, EARLY)] == [True, True]
-    after = compare([point(0.010, started=EARLY)], measured, LATE)
+    assert [row.predicted_first for row in compare_sweeps(measured, measured, EARLY)] == [True, True]
+    after = compare_sweeps([point(0.010, started=EARLY)], measured, LATE)
     assert [row.predicted_first for row in after] == [False, False]
     assert "(predicted afterwards)" in lines(after)[1]
-    assert compare(measured, [], EARLY)[0].predicted_first is None
+    assert compare_sweeps(measured, [], EARLY)[0].predicted_first is None
 
 
 def test_points_survive_their_file(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uvm_kv.calibrate.curves import CARD_OPTIONAL, Curves, Point
+from uvm_kv.calibrate.curves import CARD_OPTIONAL, CurvePoint, Curves
 from uvm_kv.hw.counting import Precision
 from uvm_kv.hw.fit import all_work, fit_operators
 from uvm_kv.hw.profile import HardwareProfile
@@ -28,7 +28,7 @@ from uvm_kv.hw.roofline import Roofline, peak_ops_per_s
 from uvm_kv.runner.sim.uvm.block import FULL, Access, Counts, CpuAccess, Location, Prefetcher, Rules
 from uvm_kv.runner.sim.uvm.cost import fault_s, prefetch_s
 from uvm_kv.runner.sim.uvm.driver import UvmDriver
-from uvm_kv.runner.sim.uvm.replay import Study, run_study
+from uvm_kv.runner.sim.uvm.replay import ReplayStudy, run_study
 from uvm_kv.types import DTYPE_BYTES, GIB
 
 Vector = NDArray[np.float64]
@@ -362,7 +362,7 @@ class _Calibrator:
 
     # ---- keeping what was found
 
-    def _points(self, curve: str) -> tuple[Point, ...]:
+    def _points(self, curve: str) -> tuple[CurvePoint, ...]:
         return self.curves.curves.get(curve, ())
 
     def _take(self, found: Fit, paths: Mapping[str, str], curve: str) -> None:
@@ -433,7 +433,7 @@ class _Calibrator:
 class _Passes:
     """The timed passes, as the driver model counts them: seconds = known + columns @ constants."""
 
-    def __init__(self, points: Sequence[Point], profile: HardwareProfile) -> None:
+    def __init__(self, points: Sequence[CurvePoint], profile: HardwareProfile) -> None:
         self._points = points
         self._free = _with(profile, "managed", dict.fromkeys(FAULT_CONSTANTS, 0.0))
         """The profile with faults for nothing but their copies."""
@@ -470,7 +470,7 @@ class _Passes:
         self, prefetcher: str, access: str, capacity: int, ratio: float, passes: tuple[str, ...], window: int
     ) -> list[tuple[float, list[float]]]:
         profile = _with(self._free, "managed", {"stream_fault_pages": window})
-        study = Study(capacity, ratio, passes, access)
+        study = ReplayStudy(capacity, ratio, passes, access)
         results = run_study(study, profile, Rules(Prefetcher(prefetcher)))
         return [
             (r.seconds, [fault_s(r.counts, u) - fault_s(r.counts, self._free) for u in self._unit]) for r in results
@@ -502,7 +502,7 @@ def _with(profile: HardwareProfile, group: str, changes: Mapping[str, float | No
     return dataclasses.replace(profile, **{group: dataclasses.replace(getattr(profile, group), **changes)})
 
 
-def _seconds(points: Sequence[Point]) -> Vector:
+def _seconds(points: Sequence[CurvePoint]) -> Vector:
     return np.array([p.seconds for p in points])
 
 

@@ -132,7 +132,7 @@ def _short(name: str, value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     at: Mapping[str, Any]
     """Coordinates of the point, with the keys of FIELDS."""
     repeats: tuple[float, ...]
@@ -163,7 +163,7 @@ class Curves:
     driver: str | None
     nominal: Mapping[str, float]
     """The card's figures by their names in `gpu` of a profile."""
-    curves: Mapping[str, tuple[Point, ...]]
+    curves: Mapping[str, tuple[CurvePoint, ...]]
     model: ModelGeometry | None
     """Shape of the model whose operators were timed."""
     dtype: str | None
@@ -219,7 +219,7 @@ class _Reader:
             return value
         return self.number(value, where, kind)
 
-    def points(self, node: Any, curve: str) -> tuple[Point, ...]:
+    def points(self, node: Any, curve: str) -> tuple[CurvePoint, ...]:
         if not isinstance(node, list):
             raise self.error(f"curves.{curve} is not a list of points")
         points = []
@@ -235,7 +235,7 @@ class _Reader:
             first = seen.setdefault(json.dumps(at), index)
             if first != index:
                 raise self.error(f"{where} is taken where curves.{curve}[{first}] is; put repeats into its seconds")
-            points.append(Point(at, repeats))
+            points.append(CurvePoint(at, repeats))
         groups = [p.at["layer_name"] for p in points] if curve == "operators" else [curve] * len(points)
         for group in dict.fromkeys(groups or [curve]):
             if groups.count(group) < MIN_POINTS[curve]:

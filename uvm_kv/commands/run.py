@@ -94,7 +94,7 @@ SHOW_EVERY_STEPS = 200
 
 
 @dataclass(frozen=True)
-class Request:
+class SweepRequest:
     """What the command line asks for."""
 
     experiment: str
@@ -139,7 +139,7 @@ _parent: Parent | None = None
 """None in a worker, wherever it is: Hydra's launchers start it anew."""
 
 
-def preflight(arguments: list[str]) -> Request:
+def preflight(arguments: list[str]) -> SweepRequest:
     """Check names, and that results can be written, before Hydra composes anything; ValueError if not."""
     overrides = parse_overrides([a for a in arguments if not a.startswith("-")])
     check_overrides(overrides)
@@ -188,7 +188,7 @@ def preflight(arguments: list[str]) -> Request:
     check_writable(folder, "results_dir=")
     _check_composes(list(by_key.values()), folders)
     refined = _refines(given, file, sweeps=bool(SWEEP_FLAGS & set(arguments)), on_gpu=on_gpu)
-    return Request(
+    return SweepRequest(
         experiment or EXPERIMENT_WITHOUT_FILE,
         folder,
         num_jobs,
@@ -429,7 +429,7 @@ def _bar(job: Job) -> Iterator[OnStep | None]:
 
 
 def _print_outcome(
-    request: Request, log: SweepLog, place: SweepReport | None, argv: list[str], *, as_json: bool
+    request: SweepRequest, log: SweepLog, place: SweepReport | None, argv: list[str], *, as_json: bool
 ) -> int:
     """Tables, verdict, failures; the exit status: 2 where the job, asked for alone, was refused for what it says.
     `place`: of a sweep, where its report goes."""

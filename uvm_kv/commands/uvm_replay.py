@@ -23,7 +23,7 @@ from uvm_kv.config.grammar import take_json
 from uvm_kv.config.schema import UvmReplaySchema
 from uvm_kv.job.resolve import build_profile
 from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
-from uvm_kv.runner.sim.uvm.replay import PassResult, Study, run_study
+from uvm_kv.runner.sim.uvm.replay import PassResult, ReplayStudy, run_study
 
 PUBLISHED_CAPACITY_BYTES = 8589344768
 PUBLISHED_MS = {"tree": (1335.8, 1332.9), "none": (17435.0, 17330.0), "block": (468.4, 465.7)}
@@ -58,7 +58,7 @@ def _is_studied_card(config: UvmReplaySchema) -> bool:
 def run(config: UvmReplaySchema) -> list[PassResult]:
     if config.prefetcher not in tuple(Prefetcher):
         raise ValueError(f"prefetcher={config.prefetcher} is unknown; allowed: {', '.join(Prefetcher)}")
-    study = Study(
+    study = ReplayStudy(
         config.capacity_bytes,
         config.working_set_ratio,
         tuple(config.passes),

@@ -62,7 +62,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Request:
+class ValidationRequest:
     sources: list[Source]
     overrides: list[str]
     tolerance: float
@@ -70,7 +70,7 @@ class Request:
     out: Path
 
 
-def parse(arguments: list[str]) -> Request:
+def parse(arguments: list[str]) -> ValidationRequest:
     """What the command line asks for; ValueError for what it cannot have."""
     own: dict[str, str] = {}
     overrides = []
@@ -99,7 +99,7 @@ def parse(arguments: list[str]) -> Request:
     if not out:
         raise ValueError("out= names no folder; give one, out=DIR, or out=. for this one")
     check_writable(Path(out), "out=")
-    return Request(sources, overrides, tolerance, own.get("name"), Path(out))
+    return ValidationRequest(sources, overrides, tolerance, own.get("name"), Path(out))
 
 
 def _sources(path: Path) -> list[Source]:
@@ -145,7 +145,7 @@ def _tolerance(text: str | None) -> float:
     return value
 
 
-def simulate(source: Source, request: Request, trace: Path) -> Recording:
+def simulate(source: Source, request: ValidationRequest, trace: Path) -> Recording:
     """Serve what was recorded on the simulator; the run is written like any other. A closed loop is served from its
     config, since its arrivals are the system's; all else as a trace of what arrived."""
     parsed, recorded = parse_overrides(request.overrides), source.recording
@@ -184,7 +184,7 @@ def _compose(overrides: list[str]) -> DictConfig:
     return compose_config(overrides)
 
 
-def validate(request: Request, console: Console) -> list[Path]:
+def validate(request: ValidationRequest, console: Console) -> list[Path]:
     """Simulate, compare, print and write every group of repeats; the comparison.json of each."""
     groups: dict[str, list[Source]] = {}
     written = []
@@ -207,7 +207,7 @@ def _show(
     folder: Path,
     rows: list[Comparison],
     pairs: list[tuple[Recording, Recording]],
-    request: Request,
+    request: ValidationRequest,
     console: Console,
 ) -> Path:
     from uvm_kv.report.style import save_figure

@@ -20,8 +20,8 @@ from uvm_kv.config.grammar import parse
 from uvm_kv.store.provenance import git_state, gpu
 from uvm_kv.validate.sweep_validation import (
     TOLERANCE,
-    Point,
-    compare,
+    SweepPoint,
+    compare_sweeps,
     lines,
     read_points,
     read_written,
@@ -30,7 +30,7 @@ from uvm_kv.validate.sweep_validation import (
 )
 
 
-def _points(folder: Path) -> list[Point]:
+def _points(folder: Path) -> list[SweepPoint]:
     points, left_out = read_points(folder)
     for it in left_out:
         print(f"left out: {it}", file=sys.stderr)
@@ -55,7 +55,7 @@ def validate(options: argparse.Namespace) -> int:
     if not measured:
         raise ValueError(f"--runs {options.runs}: no finished run there")
     digest = hashlib.sha256(options.predictions.read_bytes()).hexdigest()
-    rows = compare(measured, predicted, written, options.tolerance)
+    rows = compare_sweeps(measured, predicted, written, options.tolerance)
     about = {"tolerance": options.tolerance, "predictions_written": written, "predictions_sha256": digest, "gpu": gpu()}
     paths = write_rows(options.output, rows, {**git_state(), **about})
     if options.json:

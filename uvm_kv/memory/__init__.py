@@ -22,7 +22,7 @@ from uvm_kv.memory.extension import ExtensionMissingError, build_info, extension
 from uvm_kv.memory.kv_memory import KVMemory
 from uvm_kv.memory.layout import slab_layout
 from uvm_kv.memory.residency import (
-    Advice,
+    MemAdvice,
     Place,
     advise,
     device_place,
@@ -39,7 +39,7 @@ from uvm_kv.memory.slab import DeviceView, Slab, managed_booking, managed_bytes_
 from uvm_kv.memory.streams import new_event, new_stream, stream_handle
 
 __all__ = [
-    "Advice",
+    "MemAdvice",
     "Capabilities",
     "CopyMethod",
     "DeviceView",

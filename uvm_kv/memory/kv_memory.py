@@ -11,7 +11,7 @@ from __future__ import annotations
 from uvm_kv.kvcache.spec import KVCacheSpec
 from uvm_kv.memory.copies import Placed
 from uvm_kv.memory.layout import slab_bytes, slab_layout
-from uvm_kv.memory.residency import Advice, advise, device_place, host_place
+from uvm_kv.memory.residency import MemAdvice, advise, device_place, host_place
 from uvm_kv.memory.slab import Slab
 from uvm_kv.types import Hints, MemoryKind, ceil_div
 
@@ -80,11 +80,11 @@ class KVMemory:
             location = hints.location(host_tier=host_tier)
             if location is not None:
                 place = device if location == "device" else host_place()
-                advise(slab, parts, Advice.SET_PREFERRED_LOCATION, place, stream=stream)
+                advise(slab, parts, MemAdvice.SET_PREFERRED_LOCATION, place, stream=stream)
             if hints.accessed_by:
-                advise(slab, parts, Advice.SET_ACCESSED_BY, device, stream=stream)
+                advise(slab, parts, MemAdvice.SET_ACCESSED_BY, device, stream=stream)
             if hints.read_mostly:
-                advise(slab, parts, Advice.SET_READ_MOSTLY, device, stream=stream)
+                advise(slab, parts, MemAdvice.SET_READ_MOSTLY, device, stream=stream)
 
     def close(self) -> None:
         self.device.slab.close()

@@ -17,7 +17,7 @@ from uvm_kv.memory.streams import stream_handle
 PAGE_BYTES = 4096
 
 
-class Advice(IntEnum):
+class MemAdvice(IntEnum):
     """cudaMemoryAdvise."""
 
     SET_READ_MOSTLY = 1
@@ -63,7 +63,7 @@ def ranges_of(parts: Parts) -> Any:
     return extension().Ranges(list(parts)) if isinstance(parts, Sequence) else parts
 
 
-def advise(slab: Slab, parts: Parts, advice: Advice, place: Place, *, stream: object) -> None:
+def advise(slab: Slab, parts: Parts, advice: MemAdvice, place: Place, *, stream: object) -> None:
     """`place` says for whom or where; read-mostly and the unsetting of a preferred location ignore it.
 
     Accessed-by takes a device or the host. `stream` is asked only whether it is capturing: advice holds from now on.

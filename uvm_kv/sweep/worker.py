@@ -6,7 +6,7 @@ last three also fail what is left of the mechanism, which is not tried. The proc
 context and outlives all of this.
 
     parent -> worker   (job, argv)
-    worker -> parent   Progress, ... and one Outcome
+    worker -> parent   Progress, ... and one JobOutcome
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ T = TypeVar("T")
 OnStep = Callable[[int, int, int], None]
 
 
-class Reach(Enum):
+class Scope(Enum):
     """The scope of an error: what it ends."""
 
     JOB = "job"
@@ -61,12 +61,12 @@ class Progress(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Outcome of one job: a summary, or an error with the scope of what it ends."""
+class JobOutcome:
+    """JobOutcome of one job: a summary, or an error with the scope of what it ends."""
 
     summary: dict[str, Any] | None = None
     error: str | None = None
-    reach: Reach = Reach.JOB
+    scope: Scope = Scope.JOB
 
 
 class ContextLostError(RuntimeError):
@@ -106,24 +106,24 @@ def _is_cuda_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in says)
 
 
-def reach_of(error: BaseException) -> Reach:
+def scope_of(error: BaseException) -> Scope:
     for cause in _chain(error):
         if _is_out_of_memory(cause):
-            return Reach.WORKER  # The memory that it had taken must be free for the next job.
+            return Scope.WORKER  # The memory that it had taken must be free for the next job.
         if _is_cuda_error(cause):
-            return Reach.MECHANISM
-    return Reach.JOB
+            return Scope.MECHANISM
+    return Scope.JOB
 
 
 def explain(error: BaseException) -> str:
     """The error for the user: one line where the user or the machine caused it, a traceback where it is our fault."""
     if isinstance(error, ValueError | PlanMismatch):
-        if (reach := reach_of(error)) is Reach.JOB:
+        if (scope := scope_of(error)) is Scope.JOB:
             return str(error)
         text = _first_line(error)
         return (
             text
-            if reach is Reach.MECHANISM or LOWER in text
+            if scope is Scope.MECHANISM or LOWER in text
             else f"{text}; {LOWER} memory.device_kv_bytes or batch_size"
         )
     for cause in _chain(error):
@@ -212,7 +212,7 @@ def _serve(pipe: connection.Connection, parent_pid: int, make_task: Callable[[],
         pipe.send(_answer(task, job, argv, pipe))
 
 
-def _answer(task: Task, job: Any, argv: list[str], pipe: connection.Connection) -> Outcome:
+def _answer(task: Task, job: Any, argv: list[str], pipe: connection.Connection) -> JobOutcome:
     said = time.monotonic()
 
     def on_step(steps: int, done: int, total: int) -> None:
@@ -222,9 +222,9 @@ def _answer(task: Task, job: Any, argv: list[str], pipe: connection.Connection) 
             pipe.send(Progress(steps, done, total))
 
     try:
-        return Outcome(task(job, argv, on_step))
+        return JobOutcome(task(job, argv, on_step))
     except Exception as error:
-        return Outcome(error=explain(error), reach=reach_of(error))
+        return JobOutcome(error=explain(error), scope=scope_of(error))
 
 
 # ---- in the parent
@@ -251,7 +251,7 @@ class Worker:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def run(self, job: Any, argv: list[str], on_step: OnStep | None = None, limit_s: float | None = None) -> Outcome:
+    def run(self, job: Any, argv: list[str], on_step: OnStep | None = None, limit_s: float | None = None) -> JobOutcome:
         """`limit_s`: of the wall clock, from now on. A job past it is killed with its process, mid-step."""
         end = None if limit_s is None else time.monotonic() + limit_s
         steps = 0
@@ -260,23 +260,23 @@ class Worker:
             while True:
                 if end is not None and not self._pipe.poll(max(0.0, end - time.monotonic())):
                     return self._stop(limit_s, steps)
-                if isinstance(said := self._pipe.recv(), Outcome):
+                if isinstance(said := self._pipe.recv(), JobOutcome):
                     break
                 steps = said.steps
                 if on_step is not None:
                     on_step(*said)
         except (EOFError, OSError):  # The other end is gone.
             self._process.join(PATIENCE_S)
-            return Outcome(error=death(self._process.exitcode), reach=Reach.MECHANISM)
+            return JobOutcome(error=death(self._process.exitcode), scope=Scope.MECHANISM)
         return said
 
-    def _stop(self, limit_s: float | None, steps: int) -> Outcome:
+    def _stop(self, limit_s: float | None, steps: int) -> JobOutcome:
         self._process.kill()
         self._process.join(PATIENCE_S)
         done = f"after {steps} steps or more" if steps else "before a step was reported"
-        return Outcome(
+        return JobOutcome(
             error=f"{WATCHDOG}: stopped {done}, at its limit of {limit_s:g} s (watchdog_s); it may have been thrashing",
-            reach=Reach.MECHANISM,
+            scope=Scope.MECHANISM,
         )
 
     def close(self) -> None:
@@ -315,7 +315,7 @@ class OneWorker:
         """The earlier job whose failure ended this one's mechanism, and its error; such a job is not to be run."""
         return self._given_up.get(self._mechanism_of(job))
 
-    def run(self, job: Any, argv: list[str], on_step: OnStep | None = None, limit_s: float | None = None) -> Outcome:
+    def run(self, job: Any, argv: list[str], on_step: OnStep | None = None, limit_s: float | None = None) -> JobOutcome:
         assert self.given_up(job) is None
         now = self._process_of(job)
         if self._worker is not None and now != self._process:
@@ -323,9 +323,9 @@ class OneWorker:
         if self._worker is None:
             self._worker, self._process = Worker(self._make_task), now
         outcome = self._worker.run(job, argv, on_step, limit_s)
-        if outcome.reach is not Reach.JOB:
+        if outcome.scope is not Scope.JOB:
             self._end_worker()
-        if outcome.reach is Reach.MECHANISM:
+        if outcome.scope is Scope.MECHANISM:
             assert outcome.error is not None
             self._given_up[self._mechanism_of(job)] = job, outcome.error
         return outcome

@@ -25,7 +25,7 @@ from uvm_kv.config.grammar import parse
 from uvm_kv.store.failures import failure_sha256
 from uvm_kv.store.records import LeftOut, Record, pack, read_failures, read_records
 from uvm_kv.store.scratch import scratch_folder
-from uvm_kv.tracking.track import Outcome, send_runs, usable_mode
+from uvm_kv.tracking.track import Sent, send_runs, usable_mode
 from uvm_kv.tracking.wandb_sink import (
     LAYOUT_VERSION,
     METRICS,
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the last line")
     options = parse(parser, arguments)
-    total = Outcome()
+    total = Sent()
     try:
         found, left_out = read_folders(options.folders or [RUNS])
         _tell("left out", [str(it) for it in left_out])
@@ -106,7 +106,7 @@ def where(record: Record) -> str:
 
 def send_report(
     home: Path, records: Sequence[Record], left_out: Sequence[LeftOut], figures: Path, project: str, mode: str
-) -> Outcome:
+) -> Sent:
     """The experiment's figures, its report and the packed set of its runs, as one wandb run under the hash of them."""
     study_files = _study_files(figures, home.name, records)
     made_of = [(r.id, r.sha256) for r in records]
@@ -117,16 +117,16 @@ def send_report(
     name = re.sub(r"[^\w.-]", "_", home.name)[:MAX_NAME]
     address = Address(f"{name}-{sha256[:12]}", home, sha256, project)
     if is_sent(address, mode):
-        return Outcome(num_there=1)
+        return Sent(num_there=1)
     with scratch_folder() as folder:
         try:
             content = _report_content(home, records, failures, left_out, study_files, folder, sha256)
         except (ValueError, OSError) as error:
-            return Outcome(problems=[f"the report of {home}: {error}"])
+            return Sent(problems=[f"the report of {home}: {error}"])
         except KeyError as error:
-            return Outcome(problems=[f"the report of {home}: a summary.json has no {error}"])
+            return Sent(problems=[f"the report of {home}: a summary.json has no {error}"])
         failure = send(address, content, mode)
-    return Outcome(num_sent=1) if failure is None else Outcome(problems=[failure])
+    return Sent(num_sent=1) if failure is None else Sent(problems=[failure])
 
 
 def _report_content(
@@ -190,7 +190,7 @@ def _study_files(figures: Path, experiment: str, records: Sequence[Record]) -> l
     return found
 
 
-def _add(total: Outcome, more: Outcome) -> None:
+def _add(total: Sent, more: Sent) -> None:
     total.num_sent += more.num_sent
     total.num_there += more.num_there
     total.problems += more.problems

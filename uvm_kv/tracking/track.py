@@ -31,7 +31,7 @@ from uvm_kv.tracking.wandb_sink import (
 
 
 @dataclass
-class Outcome:
+class Sent:
     num_sent: int = 0
     num_there: int = 0
     """Number of runs that had been sent before."""
@@ -65,9 +65,9 @@ def usable_mode(mode: str) -> tuple[str, str | None]:
     return OFFLINE, f"nothing is sent now: {problem}; mirrors are written, python -m experiments.publish sends them"
 
 
-def send_runs(records: Sequence[Record], project: str, mode: str) -> Outcome:
+def send_runs(records: Sequence[Record], project: str, mode: str) -> Sent:
     """Each run that is not there yet. One that fails costs only itself."""
-    outcome = Outcome()
+    outcome = Sent()
     pending = []
     for record in records:
         if is_sent(address := address_of(record, project), mode):

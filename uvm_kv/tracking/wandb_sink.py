@@ -50,7 +50,7 @@ PROBE_S = 5.0
 SYNC_S = 600.0
 
 
-class Metric(NamedTuple):
+class WandbMetric(NamedTuple):
     """A number of summary.json as it is named there: the dots of nested fields are underscores."""
 
     name: str
@@ -61,25 +61,27 @@ class Metric(NamedTuple):
 
 
 METRICS = (
-    Metric("output_tokens_per_s", "tokens/s", "maximize", "throughput over the steady window"),
-    Metric("output_tokens_per_s_whole_run", "tokens/s", "maximize", "throughput with start and end"),
-    Metric("running_batch_mean", "requests", "maximize", "requests served at once, mean over time"),
-    Metric("tpot_s_p99", "s", "minimize", "time per output token, 99th percentile; also _mean, _p50, _p90"),
-    Metric("ttft_s_p50", "s", "minimize", "time to first token, median; also _mean, _p90, _p99"),
-    Metric("normalized_latency_s_mean", "s/token", "minimize", "arrival to last token over the output's length"),
-    Metric("energy_j_per_output_token", "J/token", "minimize", "energy of an output token; also _above_idle"),
-    Metric("power_w", "W", None, "mean power of the time that energy is of"),
-    Metric("stall_s", "s", "minimize", "time in which computing waited for memory"),
-    Metric("h2d_bytes", "bytes", "minimize", "over the link to the card; by cause: link_bytes_by_cause_h2d_*"),
-    Metric("d2h_bytes", "bytes", "minimize", "over the link to the host; by cause: link_bytes_by_cause_d2h_*"),
-    Metric("gpu_fault_groups", "count", "minimize", "fault groups of managed memory"),
-    Metric("evicted_chunks", "count of 2 MiB", "minimize", "chunks that left the card"),
-    Metric("preemptions", "count", "minimize", "requests put back; also preemptions_by_kind_*"),
-    Metric("kv_bytes_mean_used", "bytes", None, "KV memory that holds tokens, mean over time; also _claimed, _lost_*"),
-    Metric("device_kv_bytes", "bytes", None, "KV memory on the card"),
-    Metric("host_kv_bytes", "bytes", None, "KV memory on the host"),
-    Metric("num_output_tokens", "tokens", None, "tokens of the whole run"),
-    Metric("duration_s", "s", None, "simulated or measured time of the whole run"),
+    WandbMetric("output_tokens_per_s", "tokens/s", "maximize", "throughput over the steady window"),
+    WandbMetric("output_tokens_per_s_whole_run", "tokens/s", "maximize", "throughput with start and end"),
+    WandbMetric("running_batch_mean", "requests", "maximize", "requests served at once, mean over time"),
+    WandbMetric("tpot_s_p99", "s", "minimize", "time per output token, 99th percentile; also _mean, _p50, _p90"),
+    WandbMetric("ttft_s_p50", "s", "minimize", "time to first token, median; also _mean, _p90, _p99"),
+    WandbMetric("normalized_latency_s_mean", "s/token", "minimize", "arrival to last token over the output's length"),
+    WandbMetric("energy_j_per_output_token", "J/token", "minimize", "energy of an output token; also _above_idle"),
+    WandbMetric("power_w", "W", None, "mean power of the time that energy is of"),
+    WandbMetric("stall_s", "s", "minimize", "time in which computing waited for memory"),
+    WandbMetric("h2d_bytes", "bytes", "minimize", "over the link to the card; by cause: link_bytes_by_cause_h2d_*"),
+    WandbMetric("d2h_bytes", "bytes", "minimize", "over the link to the host; by cause: link_bytes_by_cause_d2h_*"),
+    WandbMetric("gpu_fault_groups", "count", "minimize", "fault groups of managed memory"),
+    WandbMetric("evicted_chunks", "count of 2 MiB", "minimize", "chunks that left the card"),
+    WandbMetric("preemptions", "count", "minimize", "requests put back; also preemptions_by_kind_*"),
+    WandbMetric(
+        "kv_bytes_mean_used", "bytes", None, "KV memory that holds tokens, mean over time; also _claimed, _lost_*"
+    ),
+    WandbMetric("device_kv_bytes", "bytes", None, "KV memory on the card"),
+    WandbMetric("host_kv_bytes", "bytes", None, "KV memory on the host"),
+    WandbMetric("num_output_tokens", "tokens", None, "tokens of the whole run"),
+    WandbMetric("duration_s", "s", None, "simulated or measured time of the whole run"),
 )
 """Metrics that dashboards show first, the most important one first."""
 

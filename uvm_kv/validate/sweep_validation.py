@@ -54,7 +54,7 @@ METRICS: dict[str, Better] = {"step_s": "lower", "output_tokens_per_s": "higher"
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One run. step_s: median of its steps without prefill; None where it has none."""
 
     identity: tuple[Any, ...]
@@ -88,7 +88,7 @@ class Row:
     """Whether the prediction was written before the first of the runs began; None without a prediction."""
 
 
-def read_points(folder: Path) -> tuple[list[Point], list[LeftOut]]:
+def read_points(folder: Path) -> tuple[list[SweepPoint], list[LeftOut]]:
     """Every finished run of our engine below a folder, and what is left out."""
     found = []
     records, left_out = read_records(folder)
@@ -102,7 +102,7 @@ def read_points(folder: Path) -> tuple[list[Point], list[LeftOut]]:
             left_out.append(LeftOut(str(record.place), str(error)))
             continue
         found.append(
-            Point(
+            SweepPoint(
                 tuple(summary[name] for name in IDENTITY),
                 summary["repeat"],
                 step_s,
@@ -134,7 +134,7 @@ POINT: Fields = {
 NEEDED = ("start_ns", "end_ns", "num_scheduled_tokens", "num_running")
 
 
-def write_points(path: Path, points: Sequence[Point], about: dict[str, Any]) -> None:
+def write_points(path: Path, points: Sequence[SweepPoint], about: dict[str, Any]) -> None:
     """`about`: where they come from."""
     written = datetime.now().astimezone().isoformat(timespec="seconds")
     rows = [dict(zip(IDENTITY, p.identity, strict=True)) | asdict(p) for p in points]
@@ -143,16 +143,16 @@ def write_points(path: Path, points: Sequence[Point], about: dict[str, Any]) -> 
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_written(path: Path) -> tuple[list[Point], str]:
+def read_written(path: Path) -> tuple[list[SweepPoint], str]:
     """The points of a file, and when it was written. ValueError for a file that is none."""
     try:
         content = parse_json(path.read_bytes())
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {short(content['format'])}")
-        names = list(Point.__dataclass_fields__)
+        names = list(SweepPoint.__dataclass_fields__)
         raw = [{name: check_fields(row, POINT, names, "a point")[name] for name in names} for row in content["points"]]
         check_fields(content, {"written": TIME}, ("written",), "it")
-        return [Point(**row | {"identity": tuple(row["identity"])}) for row in raw], str(content["written"])
+        return [SweepPoint(**row | {"identity": tuple(row["identity"])}) for row in raw], str(content["written"])
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); write predictions first") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -160,14 +160,14 @@ def read_written(path: Path) -> tuple[list[Point], str]:
         raise ValueError(f"{path} is not a file of predictions ({why}); write it again") from None
 
 
-def compare(
-    measured: Iterable[Point], predicted: Iterable[Point], written: str, tolerance: float = TOLERANCE
+def compare_sweeps(
+    measured: Iterable[SweepPoint], predicted: Iterable[SweepPoint], written: str, tolerance: float = TOLERANCE
 ) -> list[Row]:
     """Two rows per measured point. A repeat is paired with its own prediction, or with that of repeat 0."""
-    by_identity: dict[tuple[Any, ...], dict[int, Point]] = {}
+    by_identity: dict[tuple[Any, ...], dict[int, SweepPoint]] = {}
     for point in predicted:
         by_identity.setdefault(point.identity, {})[point.repeat] = point
-    groups: dict[tuple[Any, ...], list[Point]] = {}
+    groups: dict[tuple[Any, ...], list[SweepPoint]] = {}
     for point in measured:
         groups.setdefault(point.identity, []).append(point)
     rows = []
@@ -183,7 +183,7 @@ def compare(
 
 def _row(
     identity: tuple[Any, ...],
-    pairs: list[tuple[Point, Point | None]],
+    pairs: list[tuple[SweepPoint, SweepPoint | None]],
     metric: str,
     predicted_first: bool | None,
     tolerance: float,

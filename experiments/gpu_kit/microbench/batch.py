@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.gpu_kit.microbench.bench import Array, Bench, Memory, NotRunError, WrongResultError
 from uvm_kv.kvcache.spec import KVCacheSpec
-from uvm_kv.memory import Advice, KVMemory, PagedAttention, PagedKV, advise, copy_blocks, probes
+from uvm_kv.memory import KVMemory, MemAdvice, PagedAttention, PagedKV, advise, copy_blocks, probes
 from uvm_kv.memory.copies import CopyMethod, Placed
 from uvm_kv.memory.extension import extension
 from uvm_kv.memory.layout import slab_bytes, slab_layout
@@ -101,9 +101,9 @@ def place_managed(bench: Bench, kv: KVMemory, spec: KVCacheSpec) -> None:
     near = layout.ranges(list(range(kv.num_device_blocks)), layers=layers)
     far = layout.ranges(list(range(kv.num_device_blocks, kv.num_device_blocks + kv.num_host_blocks)), layers=layers)
     stream = bench.stream
-    advise(slab, far, Advice.SET_ACCESSED_BY, device_place(), stream=stream)
+    advise(slab, far, MemAdvice.SET_ACCESSED_BY, device_place(), stream=stream)
     for parts, place in ((near, device_place()), (far, host_place())):
-        advise(slab, parts, Advice.SET_PREFERRED_LOCATION, place, stream=stream)
+        advise(slab, parts, MemAdvice.SET_PREFERRED_LOCATION, place, stream=stream)
         prefetch(slab, parts, place, stream=stream)
     stream.synchronize()
 

@@ -48,7 +48,7 @@ MAX_CHUNKS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Study:
+class ReplayStudy:
     capacity_bytes: int
     """Device memory that managed allocations can get."""
     working_set_ratio: float
@@ -122,7 +122,7 @@ class PassResult:
 
 
 def run_study(
-    study: Study,
+    study: ReplayStudy,
     profile: HardwareProfile,
     rules: Rules | None = None,
     *,
@@ -176,7 +176,7 @@ def run_study(
     return results
 
 
-def _pass_s(num_bytes: int, counts: Counts, study: Study, profile: HardwareProfile) -> float:
+def _pass_s(num_bytes: int, counts: Counts, study: ReplayStudy, profile: HardwareProfile) -> float:
     remote_bytes = max(counts.remote_read_pages, counts.remote_write_pages) * PAGE_BYTES
     local = num_bytes - remote_bytes
     in_hbm = local * (2 if study.operation == "update" else 1) / profile.gpu.hbm_bytes_per_s

@@ -1,6 +1,8 @@
 """python -m experiments.bench: see uvm_kv.commands.bench."""
 
+import sys
+
 from uvm_kv.commands.bench import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

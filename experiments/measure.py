@@ -1,8 +1,8 @@
-"""python -m experiments.measure: see experiments.gpu_kit.measure."""
+"""python -m experiments.measure: see experiments.gpu_kit.gpu_check."""
 
 import sys
 
-from experiments.gpu_kit.measure import main
+from experiments.gpu_kit.gpu_check import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(own=True))

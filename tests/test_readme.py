@@ -6,11 +6,12 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from uvm_kv.commands.figures import REFERENCE, ROOT, make
+from tests.helpers import REPOSITORY
+from uvm_kv.commands.figures import REFERENCE, make
 from uvm_kv.study import STUDIES
 from uvm_kv.study.page import LEADING, answer
 
-CONF_DIR = ROOT / "conf" / "experiment"
+CONF_DIR = REPOSITORY / "conf" / "experiment"
 BEGIN, END = "<!-- answer -->\n", "<!-- /answer -->"
 
 
@@ -24,12 +25,12 @@ def quoted(sentences: list[str]) -> str:
 def test_the_answer_in_readme_is_computed_from_the_reference(tmp_path: Path) -> None:
     published = [make(name, REFERENCE, tmp_path, REFERENCE) for name in LEADING]
     assert not any(it.unknown for it in published)
-    text = (ROOT / "README.md").read_text()
+    text = (REPOSITORY / "README.md").read_text()
     assert text.partition(BEGIN)[2].partition(END)[0] == quoted(answer(published))
 
 
 def test_readme_names_the_experiments_of_every_figure() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (REPOSITORY / "README.md").read_text()
     named = text[text.index("Each figure answers one question") : text.index("Each figure is written as PDF")]
     for study in STUDIES.values():
         for source in study.sources:
@@ -43,4 +44,4 @@ def test_readme_names_the_experiments_of_every_figure() -> None:
 def test_the_phase_diagram_in_docs_is_the_reference_s(tmp_path: Path) -> None:
     make("phase_diagram", REFERENCE, tmp_path, REFERENCE)
     assert shutil.which("git") and (tmp_path / "phase_diagram.csv").read_bytes()
-    assert (ROOT / "docs" / "phase_diagram.csv").read_bytes() == (tmp_path / "phase_diagram.csv").read_bytes()
+    assert (REPOSITORY / "docs" / "phase_diagram.csv").read_bytes() == (tmp_path / "phase_diagram.csv").read_bytes()

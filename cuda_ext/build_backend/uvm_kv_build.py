@@ -7,16 +7,23 @@
 
 nvcc is the machine's if it has one of CUDA 13; else NVIDIA's own wheels serve, asked for as build requirements. They
 unpack to nvidia/cu13/{bin,include,lib,nvvm}, which is a toolkit but for the name of its lib folder.
+
+An editable install finds the package through a hook that scikit-build-core asks before it asks sys.path. Then a second
+checkout that shares the environment would run the first one's code. Here the hook is asked last: the current folder of
+`python -m` comes first, then the checkout of the install, and the hook serves what neither has, the extension.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 from scikit_build_core import build as backend
@@ -31,6 +38,24 @@ DEFAULT_ARCHITECTURES = "86"
 
 WHEEL_ARCHITECTURES = "75-real;80-real;86-real;89-real;90"
 """Machine code for each supported card, and PTX for later ones."""
+
+HOOK = "_editable_skbc_uvm_kv.py"
+ASK_LAST = """
+
+def _ask_last():
+    ours = [finder for finder in sys.meta_path if "uvm_kv" in getattr(finder, "known_source_files", ())]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in ours] + ours
+
+
+if "entrypoint" in globals():  # Called later, from Python 3.15 on.
+    _install = entrypoint
+
+    def entrypoint():
+        _install()
+        _ask_last()
+else:
+    _ask_last()
+"""
 
 Settings = dict[str, "list[str] | str"]
 
@@ -57,7 +82,23 @@ def build_wheel(
 def build_editable(
     wheel_directory: str, config_settings: Settings | None = None, metadata_directory: str | None = None
 ) -> str:
-    return backend.build_editable(wheel_directory, _with_cuda(config_settings), metadata_directory)
+    name = backend.build_editable(wheel_directory, _with_cuda(config_settings), metadata_directory)
+    ask_hook_last(Path(wheel_directory) / name)
+    return name
+
+
+def ask_hook_last(wheel: Path) -> None:
+    """Add ASK_LAST to the hook of an editable wheel, and the hook's new hash to its RECORD."""
+    with zipfile.ZipFile(wheel) as archive:
+        files = {info: archive.read(info) for info in archive.infolist()}
+    hook, record = (next(i for i in files if i.filename.endswith(end)) for end in (HOOK, ".dist-info/RECORD"))
+    files[hook] += ASK_LAST.encode()
+    digest = base64.urlsafe_b64encode(hashlib.sha256(files[hook]).digest()).rstrip(b"=").decode()
+    line = f"{HOOK},sha256={digest},{len(files[hook])}"
+    files[record] = re.sub(rf"^{HOOK},.*$", line, files[record].decode(), flags=re.MULTILINE).encode()
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for info, content in files.items():
+            archive.writestr(info, content)
 
 
 def without_cuda() -> bool:

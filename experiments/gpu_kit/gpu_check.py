@@ -1,13 +1,15 @@
-"""One command for a machine with a GPU: build, test, benchmark; logs, tables and JSON in a folder and one archive.
+"""The commands for a machine with a GPU: take parts, keep logs, tables and JSON in a folder and in one archive.
 
     make gpu-check OUT=dir                                          build, tests, speeds: within eight minutes
     make gpu-measure OUT=dir                                        the measured sweeps: calls of nine minutes at most
-    python -m experiments.gpu_check --output dir --parts tests      one part of either
-    python -m experiments.gpu_check --list
+    make measure                                                    all of it for the owner of a card, who is asked
+                                                                    before it is oversubscribed (or CONSENT=yes)
+    python -m experiments.gpu_check --output dir --parts tests      one part of gpu-check or gpu-measure
+    python -m experiments.measure --list
 
-The network is not needed where `wheels/` holds what the machine lacks (`make wheels` fills it). Parts go most valuable
-first; what a part took is kept, so that the command can be given again; docs/gpu_check.md. Needs the standard library
-only, since it installs the rest.
+The network is not needed where `wheels/` holds what the machine lacks (`make wheels` fills it). What a part took is
+kept, so that the command can be given again; docs/gpu_check.md, docs/measure.md. Needs the standard library only, since
+it installs the rest.
 """
 
 from __future__ import annotations
@@ -25,25 +27,29 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.gpu_kit import measuring
-from experiments.gpu_kit.measuring import NotPossibleError
+from experiments.gpu_kit.consent import failure_lines, has_consent, slug, warnings
+from experiments.gpu_kit.parts import (
+    CHECK,
+    CONSENT,
+    MEASURE,
+    OWN,
+    PATIENCE,
+    ROOT,
+    NotPossibleError,
+    Part,
+    parts_of,
+)
 from uvm_kv.store.family import end_children_with_me
 from uvm_kv.store.provenance import git_state, gpu
 
-ROOT = Path(__file__).resolve().parents[2]
-WHEELS = ROOT / "wheels"
-ARCHIVE = "gpu-check.tar.gz"
 SUMMARY = "summary.json"
-SECONDS = 470
-"""Of all parts of gpu-check together."""
-MEASURE_SECONDS = 530
-"""Of one call of gpu-measure; the command given again goes on."""
+SECONDS = {CHECK: 470, MEASURE: 530}
+"""All parts of one call together; the command given again resumes."""
 SOURCES = (".py", ".cpp", ".hpp", ".cu", ".cuh", ".txt")
 TOOLKIT = "/usr/local/cuda/bin"
 """Where nvcc and compute-sanitizer are when they are not on the PATH."""
@@ -51,26 +57,6 @@ LEAST_SECONDS = 10
 """No part is begun with less."""
 
 Status = Literal["ok", "failed", "not run"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """`commands`: what it runs, in order, stopping at the first that fails. `limit_s`: of all of them together.
-
-    `refused`: a tool that says this does not take the device; the part is then not run, which is no failure.
-    """
-
-    name: str
-    about: str
-    limit_s: int
-    commands: Callable[[Path], list[list[str]]]
-    refused: str | None = None
-    needs: str | None = None
-    """A program that must be on the PATH."""
-    goes_on: bool = False
-    """A command that fails does not keep the next from being run."""
-    always: bool = False
-    """Taken anew each time: it is short, and what it reads may have grown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,127 +68,21 @@ class Outcome:
     """Digest of what was built and run."""
 
 
-def _build(_: Path) -> list[list[str]]:
-    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
-    missing = [str(wheel) for wheel in sorted(WHEELS.glob("*.whl")) if not _installed(wheel)]
-    carried = [[*pip, "--no-index", *missing]] if missing else []
-    isolated = [] if not WHEELS.is_dir() else ["--no-build-isolation"]  # With a network pip fetches what a build needs.
-    return [*carried, [*pip, *isolated, "--verbose", "-e", str(ROOT)]]
-
-
-def _installed(wheel: Path) -> bool:
-    try:
-        metadata.version(wheel.name.split("-")[0])
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _doctor(_: Path) -> list[list[str]]:
-    return [[sys.executable, "-m", "uvm_kv.cli", "doctor"]]
-
-
-def _pytest(folder: Path, *more: str) -> list[str]:
-    junit = f"--junitxml={folder / 'junit.xml'}"
-    # Warnings of torch and CuPy on a machine that is not ours must not fail a test.
-    options = ["-p", "no:cacheprovider", "-W", "default", "--durations=15", "-rs"]
-    return [sys.executable, "-m", "pytest", *options, junit, *more]
-
-
-def _tests(folder: Path) -> list[list[str]]:
-    return [_pytest(folder, "tests/cuda")]
-
-
-def _microbench(folder: Path) -> list[list[str]]:
-    return [[sys.executable, "-m", "experiments.microbench", "--output", str(folder)]]
-
-
-def _sanitizer(folder: Path) -> list[list[str]]:
-    """One shape of attention over each kind of memory, append, and the copies' kernel."""
-    tool = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86"]
-    some = "float16-128-8q2kv-16 or float32-64-8q2kv or test_append or any_alignment"
-    return [[*tool, *_pytest(folder, "-k", some, "tests/cuda/test_attention.py", "tests/cuda/test_copies.py")]]
-
-
-def _ladder(folder: Path) -> list[list[str]]:
-    program, source = folder / "attention_ladder", ROOT / "cuda_ext"
-    sources = [str(source / "dev" / "attention_ladder.cu"), str(source / "src" / "paged_attention.cu")]
-    build = ["nvcc", "-std=c++20", "-O3", "-arch=native", "-t", "0", f"-I{source / 'include'}"]
-    gqa = ["--q-heads", "32", "--kv-heads", "8", "--repeats", "10"]
-    return [[*build, "-o", str(program), *sources], [str(program), *gqa], [str(program), *gqa, "--host-percent", "10"]]
-
-
-PARTS = (
-    Part("build", "what the machine lacks from wheels/, and the extension for its card", 180, _build),
-    Part("tests", "tests/cuda: every resource, copy, hint, kernel and graph", 150, _tests),
-    Part("microbench", "speeds as ratios of one run", 240, _microbench),
-    Part(
-        "sanitizer",
-        "compute-sanitizer over a few of the tests",
-        90,
-        _sanitizer,
-        "Device not supported",
-        "compute-sanitizer",
-    ),
-    Part("ladder", "versions of the attention kernel", 90, _ladder, needs="nvcc"),
-    Part("doctor", "what this machine has", 30, _doctor),
-)
-
-
-def _of_sweeps(commands: Callable[[Path], list[list[str]]]) -> Callable[[Path], list[list[str]]]:
-    """Parts of the sweeps read what others left: they are given the whole output folder."""
-    return lambda folder: commands(folder.parent)
-
-
-def _sweep(name: str) -> Callable[[Path], list[list[str]]]:
-    return _of_sweeps(lambda output: measuring.measure_commands(measuring.sweep_named(name), output))
-
-
-MEASURE_PARTS = (
-    Part(
-        "operators", "times of a model's operators, for the calibration", 150, _of_sweeps(measuring.operator_commands)
-    ),
-    Part("calibrate", "the profile of this card", 60, _of_sweeps(measuring.calibrate_commands)),
-    Part("predict", "what the simulator says of every point", 130, _of_sweeps(measuring.predict_commands)),
-    Part("sweep_llama_7b", "8 GiB of device KV, 0.5x to 2x", 320, _sweep("llama_7b"), goes_on=True),
-    Part("sweep_llama3_8b", "1 GiB of device KV, 0.5x to 2x", 260, _sweep("llama3_8b"), goes_on=True),
-    Part(
-        "repeats",
-        "five of each point that the verdict rests on",
-        200,
-        _of_sweeps(measuring.repeat_commands),
-        goes_on=True,
-    ),
-    Part("peers", "other engines at the same batches", 150, _of_sweeps(measuring.all_peer_commands), goes_on=True),
-    Part(
-        "decode_step",
-        "a decode step, eager and compiled, and its kernels",
-        180,
-        _of_sweeps(measuring.decode_step_commands),
-        goes_on=True,
-    ),
-    Part("validate", "the simulator against every point", 30, _of_sweeps(measuring.validate_commands), always=True),
-    Part("speed", "ratios with their targets", 20, _of_sweeps(measuring.speed_commands), always=True),
-)
-"""25 minutes together; each goes on where its time was up, since finished runs are kept."""
-
-
 def run_part(part: Part, output: Path, limit_s: float, sources: str) -> Outcome:
     """Its log is output/<part>/log.txt."""
     folder = output / part.name
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    status, reason = _run_commands(part, folder, begun + limit_s)
+    status, reason = _run_commands(part, folder / "log.txt", begun + limit_s)
     return Outcome(status, round(time.monotonic() - begun, 1), reason, sources)
 
 
-def _run_commands(part: Part, folder: Path, deadline: float) -> tuple[Status, str]:
+def _run_commands(part: Part, log: Path, deadline: float) -> tuple[Status, str]:
     if part.needs is not None and shutil.which(part.needs) is None:
         return "not run", f"{part.needs} is not on the PATH"
-    log = folder / "log.txt"
     log.unlink(missing_ok=True)
     try:
-        commands = part.commands(folder)
+        commands = part.commands(log.parents[1])
     except NotPossibleError as error:
         return "not run", str(error)
     failures = []
@@ -250,7 +130,7 @@ def _last_line(text: str) -> str:
 class Report:
     """output/summary.json and the archive, both complete after every part."""
 
-    def __init__(self, output: Path, commit: str | None, archive: str = ARCHIVE) -> None:
+    def __init__(self, output: Path, commit: str | None, archive: str = "gpu-check.tar.gz") -> None:
         self.output, self.commit, self.archive, self.sources = output, commit, archive, sources_digest()
         self.path = output / SUMMARY
         self.outcomes = self._earlier()
@@ -300,16 +180,6 @@ def _is_built() -> bool:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
-def chosen_parts(names: Sequence[str] | None, *, measure: bool = False) -> list[Part]:
-    if not names:
-        return [PARTS[0], *MEASURE_PARTS] if measure else list(PARTS)
-    known = {part.name: part for part in (*PARTS, *MEASURE_PARTS)}
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--parts {name}: no such part; there are {', '.join(known)}")
-    return [known[name] for name in known if name in names]
-
-
 def check(parts: Sequence[Part], report: Report, *, seconds: float, force: bool) -> bool:
     """Runs the parts one after the other; whether none of them failed. Each is given what is left, or its own limit."""
     end = time.monotonic() + seconds
@@ -353,37 +223,52 @@ def _commit(given: str | None) -> str | None:
     return sha if state["git_dirty"] is False else None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 where no part failed, 1 where one did, 2 for a mistake in `arguments`, 3 without a GPU."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("results/gpu_check"), help="folder for logs and results")
+def main(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
+    """Exit status: 0 where no part failed, 1 where one did, 2 for a mistake in `arguments`, 3 without a GPU. `own`: the
+    command is `measure`, for the owner of a card."""
+    name = "measure" if own else "gpu_check"
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=__doc__.splitlines()[0])
+    where = "results/measured/<gpu>" if own else "results/gpu_check"
+    parser.add_argument("--output", type=Path, help=f"folder for logs and results (default {where})")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these, in the usual order")
-    parser.add_argument("--measure", action="store_true", help="the build and the parts of gpu-measure")
-    parser.add_argument(
-        "--seconds", type=float, help=f"for all of them together ({SECONDS}; with --measure {MEASURE_SECONDS})"
-    )
     parser.add_argument("--force", action="store_true", help="take again what these sources have taken")
     parser.add_argument("--commit", help="of these sources, where they are a copy without their history")
     parser.add_argument("--list", action="store_true", help="the parts")
+    if not own:
+        parser.add_argument("--measure", action="store_true", help="the build and the parts of gpu-measure")
+        parser.add_argument("--seconds", type=float, help=f"for all of them together ({SECONDS})")
     options = parser.parse_args(arguments)
+    patience = PATIENCE if own else 1
     if options.list:
-        for title, listed in (("gpu-check", PARTS), ("gpu-measure", MEASURE_PARTS)):
-            print(f"{title}:")
-            print("\n".join(f"  {part.name:<16}{part.limit_s:>4} s at most  {part.about}" for part in listed))
+        for command in (OWN,) if own else (CHECK, MEASURE):
+            print(f"{command}:")
+            for it in parts_of(command):
+                print(f"  {it.name:<24}{it.limit_s * patience:>5} s at most  {it.about}")
         return 0
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), TOOLKIT])
+    command = OWN if own else MEASURE if options.measure else CHECK
     try:
-        parts = chosen_parts(options.parts, measure=options.measure)
-        commit = _commit(options.commit)
-        if gpu() is None:
-            print("no NVIDIA GPU on this machine (nvidia-smi shows none): nothing to check; make test runs without one")
+        parts = [dataclasses.replace(it, limit_s=it.limit_s * patience) for it in parts_of(command, options.parts)]
+        commit, card = _commit(options.commit), gpu()
+        if card is None:
+            rest = "nothing to measure" if own else "nothing to check; make test runs without one"
+            print(f"no NVIDIA GPU on this machine (nvidia-smi shows none): {rest}")
             return 3
-        options.output.mkdir(parents=True, exist_ok=True)
-        report = Report(options.output.resolve(), commit)
+        if own:
+            print("".join(f"{line}\n" for line in warnings()), end="", file=sys.stderr)
+            if any(it.name.startswith("oversubscribed") for it in parts):
+                asked = input if sys.stdin.isatty() else None
+                os.environ[CONSENT] = "yes" if has_consent(card["name"], os.environ, asked) else "no"
+        default = ROOT / "results" / "measured" / slug(card["name"]) if own else Path("results/gpu_check")
+        output = (options.output or default).resolve()
+        output.mkdir(parents=True, exist_ok=True)
+        report = Report(output, commit, *([f"measured-{output.name}.tar.gz"] if own else []))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    seconds = options.seconds or (MEASURE_SECONDS if options.measure else SECONDS)
+    seconds = sum(it.limit_s for it in parts) + 60 if own else options.seconds or SECONDS[command]
     fine = check(parts, report, seconds=seconds, force=options.force)
-    print(f"all of it: {report.output / ARCHIVE}")
+    if own:
+        print("\n".join(failure_lines(output)))
+    print(f"all of it{', to be sent or committed' if own else ''}: {output / report.archive}")
     return 0 if fine else 1

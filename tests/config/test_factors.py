@@ -57,9 +57,9 @@ def test_a_summary_holds_the_true_ratio(tmp_path: Path) -> None:
     ("overrides", "said"),
     [
         (["working_set_ratio=1", "batch_size=8"], "working_set_ratio=1.0 with batch_size=8: .* drop one of the two"),
-        (["working_set_ratio=0"], "working_set_ratio=0.0; it must lie between"),
-        (["working_set_ratio=-1"], "working_set_ratio=-1.0; it must lie between"),
-        (["working_set_ratio=nan"], "working_set_ratio=nan; it must lie between"),
+        (["working_set_ratio=0"], "working_set_ratio=0.0; it must be at least"),
+        (["working_set_ratio=-1"], "working_set_ratio=-1.0; it must be at least"),
+        (["working_set_ratio=nan"], "working_set_ratio=nan; it must be at least"),
         (["working_set_ratio=1", "workload=azure_conv"], "with workload=azure_conv .* give batch_size"),
         (
             ["working_set_ratio=1", "workload.arrival=all_at_once"],

@@ -127,7 +127,7 @@ def test_without_curves_it_says_what_it_would_measure_and_refuses(
             "python -m experiments.microbench measures this NVIDIA A30",
         ),
     ):
-        monkeypatch.setattr("experiments.calibrate.gpu", lambda card=card: card)
+        monkeypatch.setattr("uvm_kv.commands.calibrate.gpu", lambda card=card: card)
         assert main(["name=mine"]) == 2
         out, err = capsys.readouterr()
         assert err.startswith(f"error: {why}")

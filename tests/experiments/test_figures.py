@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests import jobs
-from tests.helpers import vouch
+from tests.helpers import REPOSITORY, vouch
 from uvm_kv.commands import figures, study
 from uvm_kv.job.build import run_job
 from uvm_kv.store.failures import failure_sha256, write_failure
@@ -247,7 +247,7 @@ def test_every_study_has_its_experiment_and_says_what_it_asks() -> None:
     for name, it in STUDIES.items():
         assert it.name == name and it.question.endswith("?") and len(it.how_to_read) > 100 and it.factors
         for source in it.sources:
-            assert (figures.ROOT / "conf" / "experiment" / f"{source}.yaml").is_file() or source in study.COMPUTED
+            assert (REPOSITORY / "conf" / "experiment" / f"{source}.yaml").is_file() or source in study.COMPUTED
 
 
 def test_agreement_is_run_by_run_and_within_the_tolerance(made: Path) -> None:

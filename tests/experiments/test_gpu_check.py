@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from experiments.gpu_kit import gpu_check
-from experiments.gpu_kit.gpu_check import PARTS, Part, Report, check, main
+from experiments.gpu_kit.gpu_check import Report, check, main
+from experiments.gpu_kit.parts import CHECK, Part, parts_of
 
 CARD = {"name": "NVIDIA Test", "uuid": "GPU-0", "driver": "580.0"}
 
@@ -26,8 +27,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 def part(name: str, *codes: str, limit_s: int = 30, **more: Any) -> Part:
     """A part whose commands are these Python programs; `{}` is its folder."""
 
-    def commands(folder: Path) -> list[list[str]]:
-        return [[sys.executable, "-c", code.replace("{}", str(folder))] for code in codes]
+    def commands(output: Path) -> list[list[str]]:
+        return [[sys.executable, "-c", code.replace("{}", str(output / name))] for code in codes]
 
     return Part(name, "a test", limit_s, commands, **more)
 
@@ -155,7 +156,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_every_part_names_files_that_exist(tmp_path: Path) -> None:
     """What a command would touch on the GPU machine is in the repository, and its own programs in the Python path."""
-    for listed in PARTS:
+    for listed in parts_of(CHECK):
         for command in listed.commands(tmp_path):
             for word in command:
                 if word.startswith("tests/") or word.endswith((".cu", "/include")):
@@ -167,7 +168,7 @@ def test_every_part_names_files_that_exist(tmp_path: Path) -> None:
 
 def test_the_sanitizer_finds_its_tests(tmp_path: Path) -> None:
     """The sanitizer's selection is a word or two in test names, which a renamed test would silently make empty."""
-    sanitizer = next(p for p in PARTS if p.name == "sanitizer")
+    (sanitizer,) = parts_of(CHECK, ["sanitizer"])
     (command,) = sanitizer.commands(tmp_path)
     pytest_command = command[command.index(sys.executable) :]
     listed = subprocess.run(

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from experiments.gpu_kit import gpu_check, measuring
-from experiments.gpu_kit.gpu_check import MEASURE_PARTS, PARTS, chosen_parts
+from experiments.gpu_kit import gpu_check, parts
 from experiments.gpu_kit.measure_operators import main as measure_operators
-from experiments.gpu_kit.measuring import SWEEPS, NotPossibleError, managed_fits
+from experiments.gpu_kit.parts import CHECK, MEASURE, OWN, PARTS, SWEEPS, NotPossibleError, managed_fits, parts_of
 from tests import jobs
 from tests.config.curves import curves_of
 from tests.helpers import REPOSITORY
@@ -26,9 +25,9 @@ CARD = {"name": "NVIDIA H100 80GB HBM3", "uuid": "GPU-0", "driver": "580.0"}
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "gpu", lambda: CARD)
-    monkeypatch.setattr(measuring, "free_card_bytes", lambda: 80 * 10**9)
-    monkeypatch.setattr(measuring, "available_host_bytes", lambda: 100 * GIB)
+    monkeypatch.setattr(parts, "gpu", lambda: CARD)
+    monkeypatch.setattr(parts, "free_card_bytes", lambda: 80 * 10**9)
+    monkeypatch.setattr(parts, "available_host_bytes", lambda: 100 * GIB)
 
 
 def with_profile(output: Path) -> Path:
@@ -40,15 +39,27 @@ def with_profile(output: Path) -> Path:
 
 
 def test_parts_fit_their_calls_and_25_minutes_together() -> None:
-    assert all(part.limit_s <= gpu_check.MEASURE_SECONDS <= 540 for part in MEASURE_PARTS)
-    assert sum(part.limit_s for part in MEASURE_PARTS) <= 25 * 60
-    assert len({part.name for part in (*PARTS, *MEASURE_PARTS)}) == len(PARTS) + len(MEASURE_PARTS)
-    assert [p.name for p in chosen_parts(None, measure=True)] == ["build", *(p.name for p in MEASURE_PARTS)]
-    assert [p.name for p in chosen_parts(["validate", "tests"])] == ["tests", "validate"]
+    build, *measured = parts_of(MEASURE)
+    assert build.name == "build" and len({part.name for part in PARTS}) == len(PARTS)
+    assert all(part.limit_s <= gpu_check.SECONDS[MEASURE] <= 540 for part in measured)
+    assert sum(part.limit_s for part in measured) <= 25 * 60
+    assert [p.name for p in parts_of(CHECK, ["validate", "tests"])] == ["tests", "validate"]
+
+
+def test_each_command_has_its_parts_most_valuable_first() -> None:
+    names = {command: " ".join(part.name for part in parts_of(command)) for command in (CHECK, MEASURE, OWN)}
+    assert names[CHECK] == "build tests microbench sanitizer ladder doctor"
+    sweeps = "sweep_llama_7b sweep_llama3_8b repeats"
+    after = "peers decode_step validate"
+    assert names[MEASURE] == f"build operators calibrate predict {sweeps} {after} speed"
+    assert names[OWN] == (
+        f"microbench doctor operators calibrate predict predict_published {sweeps} oversubscribed_llama_7b "
+        f"oversubscribed_llama3_8b {after} validate_published speed report"
+    )
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.name)
-def test_sizes_here_are_those_of_the_experiment(sweep: measuring.Sweep) -> None:
+def test_sizes_here_are_those_of_the_experiment(sweep: parts.Sweep) -> None:
     found = jobs.resolved(
         f"experiment=gpu_sweep_{sweep.name}", "runner=sim", "mechanism=managed_by_tier", f"batch_size={sweep.within[0]}"
     )
@@ -74,26 +85,26 @@ def test_managed_memory_is_at_most_24_gb_and_half_of_what_is_free() -> None:
 @pytest.mark.usefixtures("machine")
 def test_what_is_not_there_keeps_a_part_from_being_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotPossibleError, match="there are no curves"):
-        measuring.calibrate_commands(tmp_path)
+        parts.calibrate(tmp_path)
     with pytest.raises(NotPossibleError, match="there is no calibrated profile"):
-        measuring.predict_commands(tmp_path)
+        parts.predict(tmp_path)
     with pytest.raises(NotPossibleError, match=r"there is no predictions.json; the part predict makes it"):
-        measuring.validate_commands(tmp_path)
-    assert measuring.profile_if_any(tmp_path) == []
-    monkeypatch.setattr(measuring, "available_host_bytes", lambda: 19 * GIB)
+        parts.validate(tmp_path)
+    assert parts.profile_if_any(tmp_path) == []
+    monkeypatch.setattr(parts, "available_host_bytes", lambda: 19 * GIB)
     with pytest.raises(NotPossibleError, match=r"at most half of free host memory, and 19\.0 GiB are free"):
-        measuring.measure_commands(SWEEPS[0], tmp_path)
-    monkeypatch.setattr(measuring, "gpu", lambda: CARD | {"name": "NVIDIA T4"})
+        parts.measure(tmp_path, SWEEPS[0])
+    monkeypatch.setattr(parts, "gpu", lambda: CARD | {"name": "NVIDIA T4"})
     with pytest.raises(NotPossibleError, match="does not know NVIDIA T4"):
-        measuring.operator_commands(tmp_path)
+        parts.operators(tmp_path)
 
 
 @pytest.mark.usefixtures("machine")
 def test_managed_mechanisms_are_left_out_where_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = " ".join(word for command in measuring.measure_commands(SWEEPS[0], tmp_path) for word in command)
+    text = " ".join(word for command in parts.measure(tmp_path, SWEEPS[0]) for word in command)
     assert "managed_demand_capped" in text and "mechanism=managed_demand batch_size=8,16" in text
-    monkeypatch.setattr(measuring, "free_card_bytes", lambda: 24 * 10**9)
-    text = " ".join(word for command in measuring.measure_commands(SWEEPS[0], tmp_path) for word in command)
+    monkeypatch.setattr(parts, "free_card_bytes", lambda: 24 * 10**9)
+    text = " ".join(word for command in parts.measure(tmp_path, SWEEPS[0]) for word in command)
     assert "managed_" not in text.replace(str(tmp_path), "") and "vmm_balanced" in text
     assert "allow_oversubscription" not in text
 
@@ -102,8 +113,8 @@ def test_managed_mechanisms_are_left_out_where_they_do_not_fit(tmp_path: Path, m
 def test_every_command_is_one_that_the_program_accepts(tmp_path: Path) -> None:
     """Each as it is, with runner=sim where it measures: its jobs are listed, and none is refused."""
     output = with_profile(tmp_path)
-    commands = [*measuring.predict_commands(output), *measuring.repeat_commands(output)]
-    commands += [c for sweep in SWEEPS for c in measuring.measure_commands(sweep, output)]
+    commands = [*parts.predict(output), *parts.repeats(output)]
+    commands += [c for sweep in SWEEPS for c in parts.measure(output, sweep)]
     sweeps = {json.dumps(c): c for c in commands if "experiments.run" in c}.values()
     assert len(sweeps) == 12
     code = "import sys; from experiments.run import main; sys.exit(main())"
@@ -130,13 +141,13 @@ def test_predictions_are_of_the_points_that_are_measured(tmp_path: Path) -> None
         kept = ("experiment=", "mechanism=", "batch_size=", "num_repeats=")
         return {" ".join(w for w in c if w.startswith(kept)) for c in commands if "experiments.run" in c}
 
-    measured = [c for sweep in SWEEPS for c in measuring.measure_commands(sweep, output)]
-    assert bare(measuring.predict_commands(output)) == bare(measured + measuring.repeat_commands(output))
+    measured = [c for sweep in SWEEPS for c in parts.measure(output, sweep)]
+    assert bare(parts.predict(output)) == bare(measured + parts.repeats(output))
 
 
 @pytest.mark.usefixtures("machine")
 def test_a_part_that_cannot_be_run_is_no_failure(tmp_path: Path) -> None:
-    calibrate = next(part for part in MEASURE_PARTS if part.name == "calibrate")
+    (calibrate,) = parts_of(MEASURE, ["calibrate"])
     outcome = gpu_check.run_part(calibrate, tmp_path, 10, "x")
     assert (outcome.status, outcome.reason[:20]) == ("not run", "there are no curves;")
 

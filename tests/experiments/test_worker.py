@@ -284,7 +284,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def test_simulated_jobs_are_byte_identical_through_the_worker(tmp_path: Path) -> None:
     overrides = ("mechanism=pinned_swap", "batch_size=6", "record_plans=true", *SMALL)
     here, there = (jobs.job(tmp_path / name, *overrides) for name in ("here", "there"))
-    summary = jobs.run_job(here, argv=["test"])
+    summary = jobs.run_any_job(here, argv=["test"])
     with OneWorker() as worker:
         outcome = worker.run(there, ["test"])
     assert (outcome.error, outcome.summary) == (None, summary)
@@ -330,7 +330,7 @@ def test_a_real_model_serves_the_same_through_the_worker(tmp_path: Path, model: 
     for name in ("device_recompute", "pinned_prefetch_ahead"):
         sizes = (f"mechanism={name}", "batch_size=4", "memory.device_kv_bytes=40000")
         here, there = (served(tmp_path / where, model, *sizes) for where in ("here", "there"))
-        summary = jobs.run_job(here, argv=["test"])
+        summary = jobs.run_any_job(here, argv=["test"])
         with OneWorker() as worker:
             outcome = worker.run(there, ["test"])
         assert outcome.error is None

@@ -53,7 +53,7 @@ def test_bytes_over_time_never_exceed_the_link(
     context = make_context(24, num_host, memory=memory, block_size=16, link_gb_per_s=link_gb_per_s)
     log = run(context, name, preemption=preemption)
     per_ns = link_gb_per_s * 1e9 / NS_PER_S
-    carried = context.num_layers_ahead / context.spec.num_layers
+    carried = context.options["num_layers_ahead"] / context.spec.num_layers
     for causes, ahead in ((H2D, carried), (D2H, 0.0)):
         total = 0
         copies = column(log, "h2d_copy_bytes")

@@ -129,5 +129,5 @@ def test_repeats_count_by_their_median_and_measured_ones_may_be_ambiguous(finish
 
 
 def test_the_experiment_runs_what_is_drawn_and_nothing_else() -> None:
-    text = (Path(__file__).parents[3] / "conf" / "experiment" / "attention_variants.yaml").read_text()
+    text = (Path(__file__).parents[2] / "conf" / "experiment" / "attention_variants.yaml").read_text()
     assert "override /mechanism: device_resident" in text and "pinned" not in text

@@ -32,6 +32,7 @@ from uvm_kv.config.command import compose_config
 from uvm_kv.config.names import check_overrides, folders_of, groups, own_options, parse_overrides
 from uvm_kv.config.option_file import check_files, without_source
 from uvm_kv.config.schema import WorkloadSchema
+from uvm_kv.config.shipped import command
 from uvm_kv.engine import Engine
 from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.job import build
@@ -169,7 +170,7 @@ class Question:
     def command(self, mechanism: str, batch_size: int, host_kv_bytes: int | None, num_repeats: int) -> str:
         changes = {"mechanism": mechanism} | self.changes(mechanism, batch_size, host_kv_bytes, num_repeats)
         given = [o for o in self.overrides if o.partition("=")[0] not in {*changes, "memory.host_kv_bytes"}]
-        return shlex.join(["python", "-m", "experiments.run", *given, *(f"{k}={v}" for k, v in changes.items())])
+        return shlex.join([*command("run"), *given, *(f"{k}={v}" for k, v in changes.items())])
 
 
 @cache

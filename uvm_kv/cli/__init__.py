@@ -1,67 +1,58 @@
-"""uvm-kv: the command for everything around runs. Runs are started with `python -m experiments.run`."""
+"""uvm-kv NAME key=value ...: every command but those of the kit for a GPU, each imported when it is asked for."""
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import sys
-from pathlib import Path
+from importlib import import_module
 
-DEFAULT_RESULTS = Path("results/runs")
+COMMANDS = {
+    "run": ("uvm_kv.commands.run", "run one job, or with -m a sweep of jobs and its report"),
+    "advise": ("uvm_kv.cli.advise", "would CPU-backed KV help this card, model and workload? simulated"),
+    "runs": ("uvm_kv.cli.runs", "list, filter and show finished runs"),
+    "report": ("uvm_kv.commands.report", "verdict, tables, figure and HTML page of the runs below a folder"),
+    "figures": ("uvm_kv.commands.figures", "figures and tables of the study, from finished runs"),
+    "study": ("uvm_kv.commands.study", "run the study again and compare it with the reference set"),
+    "roofline": ("uvm_kv.commands.roofline", "one step of a model, operator by operator"),
+    "replay": ("uvm_kv.commands.uvm_replay", "a published study of Unified Memory on the driver model"),
+    "calibrate": ("uvm_kv.commands.calibrate", "from measured curves to the profile of a card"),
+    "validate": ("uvm_kv.commands.validate", "compare the simulator with recorded runs"),
+    "validate-sweep": ("uvm_kv.commands.validate_sweep", "compare a measured sweep with its predictions"),
+    "publish": ("uvm_kv.tracking.publish", "finished runs to wandb"),
+    "dashboard": ("uvm_kv.tracking.dashboard", "saved views and a report on wandb"),
+    "bench": ("uvm_kv.commands.bench", "speed of the simulator and the engine"),
+    "bench-model": ("uvm_kv.commands.bench_model", "speed of a real model on the CPU"),
+    "rekey": ("uvm_kv.commands.rekey", "give runs of an older version the run ids of this one"),
+    "doctor": ("uvm_kv.cli.doctor", "what this machine has, and what works because of it"),
+}
+"""Each: the module whose `main` it is, and what it does. pandas and matplotlib take a second that --help need not wait
+for."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="uvm-kv", description="What is around a run: this machine, finished runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what this machine has, what works because of it, and what does not")
-    runs = commands.add_parser("runs", help="list, filter and show finished runs")
-    runs.add_argument("id", nargs="?", help="show this run (the beginning of its id is enough) instead of a list")
-    runs.add_argument(
-        "--folder", type=Path, default=DEFAULT_RESULTS, help=f"where runs are (default: {DEFAULT_RESULTS})"
-    )
-    runs.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="only runs with that summary field; repeatable",
-    )
-    advise = commands.add_parser("advise", help="would CPU-backed KV help this card, model and workload? simulated")
-    advise.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="hardware=rtx3090 model=llama_7b workload=fixed ..."
-    )
-    advise.add_argument("--json", action="store_true", help="one JSON object (docs/advise.md) instead of lines")
-    report = commands.add_parser("report", help="verdict, tables, figure and HTML page of the runs below a folder")
-    report.add_argument(
-        "folder",
-        type=Path,
-        help="results/runs/<experiment>, or any folder of run directories; or a sweep's report, such as "
-        "results/runs/adhoc/reports/latest, to make it again from its own runs",
-    )
-    report.add_argument("--out", type=Path, help="where to write (default: FOLDER/report, or the sweep's report)")
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command == "advise" and not any(word.startswith("-") for word in rest):
-        arguments.overrides += rest  # What stands behind an option.
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    """Exit status: the command's, 2 for a mistake, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in ("-h", "--help"):
+        print("usage: uvm-kv NAME [key=value ...] [--json]\n       uvm-kv NAME --help\n")
+        print("\n".join(f"  {command:<16}{about}" for command, (_, about) in COMMANDS.items()))
+        return 0
+    if name == "--version":
+        from uvm_kv import __version__
+
+        print(f"uvm-kv {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        given = f"{name} is no command; " if name else "give a command; "
+        hint = f"did you mean {near[0]}? " if near else ""
+        print(f"error: {given}{hint}there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    before = sys.argv
+    sys.argv = [f"uvm-kv {name}", *rest]  # Hydra reads it there, and so do all of them.
     try:
-        # Imported when needed: pandas and matplotlib take a second, for which --help should not wait.
-        if arguments.command == "doctor":
-            from uvm_kv.cli.doctor import doctor
-
-            print("\n".join(doctor()))
-        elif arguments.command == "runs":
-            from uvm_kv.cli.runs import list_runs, show_run
-
-            if arguments.id is None:
-                list_runs(arguments.folder, arguments.where)
-            else:
-                show_run(arguments.folder, arguments.id)
-        elif arguments.command == "advise":
-            from uvm_kv.cli.advise import print_advice
-
-            print_advice(arguments.overrides, as_json=arguments.json)
-        else:
-            _report(arguments.folder, arguments.out)
+        status: int = import_module(COMMANDS[name][0]).main()
+        return status
     except (ValueError, OSError) as error:
         from uvm_kv.store.checks import visible
 
@@ -69,24 +60,5 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
-
-
-def _report(folder: Path, out: Path | None) -> None:
-    from uvm_kv.report.load import find_runs
-    from uvm_kv.report.terminal import plain_console, print_report
-    from uvm_kv.report.write import write_report
-    from uvm_kv.store.directories import REPORT_RUNS, check_writable
-    from uvm_kv.store.records import read_failures, read_sweep
-
-    if (folder / REPORT_RUNS).is_file():
-        sweep = read_sweep(folder)
-        records, failures, left_out, argv = sweep.records, sweep.failures, sweep.left_out, sweep.argv
-        out = out or folder
-    else:
-        records, left_out = find_runs(folder)
-        failures, more = read_failures(folder)
-        left_out, argv = [*left_out, *more], None
-        out = out or folder / "report"
-    check_writable(out, "--out ")
-    print_report(write_report(records, out, list(failures.values()), left_out, argv), plain_console())
+    finally:
+        sys.argv = before

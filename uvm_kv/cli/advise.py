@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Iterable
@@ -18,6 +19,18 @@ BOUNDS = {
     "HBM": "the card's memory bandwidth",
     "operators": "operators and launches, no one bandwidth",
 }
+
+
+def main() -> int:
+    """ValueError for a mistake in the overrides."""
+    parser = argparse.ArgumentParser(prog="uvm-kv advise", description=__doc__)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="hardware=rtx3090 model=llama_7b workload=fixed ..."
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object (docs/advise.md) instead of lines")
+    options = parser.parse_intermixed_args()
+    print_advice(options.overrides, as_json=options.json)
+    return 0
 
 
 def print_advice(overrides: list[str], *, as_json: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import shutil
@@ -9,10 +11,25 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from uvm_kv.cli import cuda_report
+from uvm_kv.config.grammar import parse
+from uvm_kv.config.shipped import PACKAGE, another_copy, in_wheel
 from uvm_kv.store.provenance import git_state, gpu, machine, versions
 
 MIN_PYTHON = (3, 11)
 MIN_FREE_DISK_BYTES = 1_000_000_000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="uvm-kv doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    if parse(parser).json:
+        cuda = cuda_report.probe()
+        abilities = [{"works": works, "what": what, "why": why} for works, what, why in _all_abilities(cuda)]
+        told = {"gpu": gpu(), "machine": machine(), "versions": versions(), **git_state(), "package": str(PACKAGE)}
+        print(json.dumps({**told, "cuda": cuda._asdict(), "warning": another_copy(), "abilities": abilities}, indent=1))
+    else:
+        print("\n".join(doctor()))
+    return 0
 
 
 def doctor() -> list[str]:
@@ -25,14 +42,19 @@ def doctor() -> list[str]:
         f"  {host['os']}, {host['num_cores']} cores, {memory:.1f} GiB of memory",
         f"  Python {found['python']}, " + ", ".join(f"{k} {v}" for k, v in found.items() if v and k != "python"),
         f"  commit {git_state()['git_sha'] or 'unknown (not a git checkout)'}",
+        f"  uvm-kv {versions()['uvm-kv']}, {'a wheel' if in_wheel() else 'a checkout'}: {PACKAGE}",
+        *(f"  warning: {line}" for line in [another_copy()] if line is not None),
         "",
         *cuda_report.lines(cuda),
         "",
         "What works, and what does not",
     ]
-    abilities = _abilities(cuda) + cuda_report.abilities(cuda)
-    lines += [f"  {'yes' if works else 'no ':3s}  {what}: {why}" for works, what, why in abilities]
+    lines += [f"  {'yes' if works else 'no ':3s}  {what}: {why}" for works, what, why in _all_abilities(cuda)]
     return lines
+
+
+def _all_abilities(cuda: cuda_report.CudaReport) -> list[tuple[bool, str, str]]:
+    return _abilities(cuda) + cuda_report.abilities(cuda)
 
 
 def _abilities(cuda: cuda_report.CudaReport) -> list[tuple[bool, str, str]]:

@@ -9,6 +9,9 @@ once, in 1 GB. Times are the best of several runs in this process; start-up and 
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import resource
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from uvm_kv.config.grammar import parse
 from uvm_kv.config.names import CONF_DIR
 from uvm_kv.config.schema import register
 from uvm_kv.engine import Engine
@@ -108,7 +112,7 @@ def seconds_per_step(job: Resolved, num_seqs: int, *, scripted: bool = False, ma
 def fresh_process() -> tuple[float, float]:
     """Wall seconds of a run that stops after one step, and peak megabytes of a whole run."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "experiments.run", f"results_dir={folder}", "mechanism=managed_demand"]
+        command = [sys.executable, "-m", "uvm_kv.cli", "run", f"results_dir={folder}", "mechanism=managed_demand"]
         clock = time.perf_counter()
         subprocess.run([*command, "max_steps=1"], check=True, capture_output=True)
         start_up = time.perf_counter() - clock
@@ -133,12 +137,15 @@ def managed_memory_mb() -> float:
 def demo_sweep() -> float:
     with tempfile.TemporaryDirectory() as folder:
         clock = time.perf_counter()
-        command = [sys.executable, "-m", "experiments.run", "-m", "experiment=demo", f"results_dir={folder}"]
+        command = [sys.executable, "-m", "uvm_kv.cli", "run", "-m", "experiment=demo", f"results_dir={folder}"]
         subprocess.run(command, check=True, capture_output=True)
         return time.perf_counter() - clock
 
 
-def main() -> None:
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    options = parse(parser)
     register()
     lengths = ("workload.prompt_tokens=128", "workload.output_tokens=192")
     results = []
@@ -176,6 +183,9 @@ def main() -> None:
     results.append(Result("start-up: a run of one step", start_up, "s", 1.5, False))
     results.append(Result("peak memory of a run", peak, "MB", 300, False))
     results.append(Result("sweep of make demo", demo_sweep(), "s", 120, False))
+    if options.json:
+        print(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
+        return 0
     table = Table(title="Speed, on this machine, now")
     for name in ("what", "measured", "target", "times better"):
         table.add_column(name, justify="left" if name == "what" else "right")
@@ -184,3 +194,4 @@ def main() -> None:
         measured = format(r.value, ",.0f" if r.value >= 100 else ".3g")
         table.add_row(r.name, f"{measured} {r.unit}", f"{bound} {r.target:,g} {r.unit}", f"{r.ratio:.1f}")
     Console(width=120).print(table)
+    return 0

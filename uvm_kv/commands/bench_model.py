@@ -9,6 +9,7 @@ its static cache; `generate_batch` is transformers' continuous batching. Each fi
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
+from uvm_kv.config.grammar import parse
 from uvm_kv.config.names import CONF_DIR
 from uvm_kv.config.schema import register
 from uvm_kv.engine import Engine
@@ -104,13 +106,14 @@ def measure(num_seqs: int, dtype: str) -> dict[str, float]:
     return rates
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="SmolLM2 on the CPU, ours beside transformers'.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    arguments = parser.parse_args()
+    parser.add_argument("--json", action="store_true", help="tokens per second, as a list of objects")
+    arguments = parse(parser)
     register()
-    console = Console(width=120)
+    console, found = Console(width=120, quiet=arguments.json), []
     table = Table(title=f"Tokens per second, {PROMPT_TOKENS} prompt and {NEW_TOKENS} new tokens, on this machine, now")
     table.add_column("dtype, sequences")
     names = ("ours", "generate, dynamic cache", "generate, static cache", "generate_batch", "x generate", "x batch")
@@ -119,9 +122,13 @@ def main() -> None:
     for dtype in arguments.dtypes:
         for num_seqs in arguments.sizes:
             rates = measure(num_seqs, dtype)
+            found.append({"dtype": dtype, "num_seqs": num_seqs, **rates})
             ours, *others = (rates[name] for name in names[:4])
             cells = [f"{rates[name]:.0f}" for name in names[:4]]
             ratios = (ours / max(others[:2]), ours / others[2])
             table.add_row(f"{dtype}, {num_seqs}", *cells, *(f"{ratio:.2f}" for ratio in ratios))
             console.print(f"{dtype}, {num_seqs} sequences: {', '.join(cells)} tokens/s", style="dim")
     console.print(table)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    return 0

@@ -4,11 +4,14 @@
     python -m experiments.calibrate curves=FILE.json name=my_3090 base=a30 output=DIR/my_3090.yaml force=true
 
 Every number of the profile has a source: the curve, its noise and the fit, or that it is the base's. Without curves=
-this machine's GPU would be measured; that is said, and refused, where it cannot be. Needs scipy, in the extra `dev`.
+this machine's GPU would be measured; that is said, and refused, where it cannot be. --json prints one object: profile,
+written (the file), quantities and curves.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -23,7 +26,9 @@ from uvm_kv.calibrate.profile_file import check_name, check_output, load_profile
 from uvm_kv.commands.ending import say_why
 from uvm_kv.config import names
 from uvm_kv.config.command import compose_command
+from uvm_kv.config.grammar import take_json
 from uvm_kv.config.schema import CalibrateSchema
+from uvm_kv.config.shipped import in_wheel
 from uvm_kv.store.provenance import gpu
 
 
@@ -37,12 +42,14 @@ def refuse_to_measure() -> NoReturn:
     raise ValueError(f"{why}; nothing was measured: give curves=FILE.json and name=NAME (docs/calibration.md)")
 
 
-def run(config: CalibrateSchema) -> None:
+def run(config: CalibrateSchema, *, as_json: bool = False) -> None:
     if config.curves is None:
         refuse_to_measure()
     if config.name is None:
         raise ValueError("the new profile needs a name: name=my_3090")
     check_name(config.name)
+    if config.output is None and in_wheel():
+        raise ValueError(f"give output=DIR/hardware/{config.name}.yaml, which hydra.searchpath=[DIR] finds afterwards")
     output = names.CONF_DIR / "hardware" / f"{config.name}.yaml" if config.output is None else Path(config.output)
     check_output(output, force=config.force)
     base = load_profile(config.base)
@@ -50,10 +57,21 @@ def run(config: CalibrateSchema) -> None:
     found = calibrate(curves, base, config.name)
     measured_on = curves.card if curves.origin == "measured" else None
     write_profile(output, profile_yaml(found.profile, _comment(curves, config.base), measured_on))
+    if as_json:
+        told = {
+            "profile": found.profile.name,
+            "written": str(output),
+            "quantities": [dataclasses.asdict(row) for row in found.quantities],
+            "curves": [dataclasses.asdict(row) for row in found.reports],
+        }
+        print(json.dumps(told, indent=1))
+        return
     _print(found, curves, config.base)
     print(f"written: {output}")
     if output.resolve().parent != names.CONF_DIR / "hardware":
-        print(f"hardware={config.name} finds it in conf/hardware; put it there to use it")
+        print(
+            f"hardware={config.name} finds it in conf/hardware; put it there to use it, or give hydra.searchpath=[DIR]"
+        )
 
 
 def _comment(curves: Curves, base: str) -> list[str]:
@@ -131,12 +149,12 @@ def _percent(value: float | None) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 2 for a mistake in `arguments` (default: the command line's) or in the file, said in a line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments, as_json = take_json(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     try:
-        run(compose_command("calibrate", CalibrateSchema, arguments))
+        run(compose_command("calibrate", CalibrateSchema, arguments), as_json=as_json)
     except (ValueError, HydraException, OSError) as error:
         return say_why(error)
     return 0

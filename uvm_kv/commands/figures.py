@@ -13,17 +13,20 @@ listed and left out. A figure of runs that are not in the reference set says so 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from uvm_kv.config.grammar import parse
+from uvm_kv.config.shipped import shipped
 from uvm_kv.store.directories import check_writable
 from uvm_kv.study import STUDIES
 from uvm_kv.study.page import write_page
 from uvm_kv.study.publish import Published, publish, read_index, read_source, remarks
 
-ROOT = Path(__file__).resolve().parents[2]
-REFERENCE = ROOT / "results" / "reference"
+REFERENCE = shipped("results/reference")
 FIGURES = Path("results/figures")
 MAX_LINES = 5
 
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--results",
         type=Path,
         default=REFERENCE,
-        help="<experiment>/ folders of runs, or packed sets (default: the reference set of this checkout)",
+        help="<experiment>/ folders of runs, or packed sets (default: the reference set that comes with the package)",
     )
     parser.add_argument("--output", type=Path, default=FIGURES, help=f"where they go (default: {FIGURES})")
     parser.add_argument("--reference", type=Path, default=REFERENCE, help="the set whose hashes count as known")
@@ -45,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--allow-mixed", action="store_true", help="runs of several origins, schema versions or versions of the code"
     )
     parser.add_argument("--list", action="store_true", help="the figures and their questions")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    options = parse(parser, arguments)
+    if options.list and options.json:
+        print(json.dumps({study.name: study.question for study in STUDIES.values()}, indent=1))
+        return 0
     if options.list:
         print("\n".join(f"{study.name:<22}{study.question}" for study in STUDIES.values()))
         return 0
@@ -67,10 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fine = False
             continue
         made.append(published)
-        tell(published)
-    if made:
-        print(f"report: {write_page(made, options.output)}")
+        if not options.json:
+            tell(published)
+    page = str(write_page(made, options.output)) if made else None
+    if options.json:
+        print(json.dumps({"figures": [as_json(published) for published in made], "report": page}, indent=1))
+    elif made:
+        print(f"report: {page}")
     return 0 if fine else 1
+
+
+def as_json(published: Published) -> dict[str, Any]:
+    return {
+        "name": published.study.name,
+        "num_runs": published.num_runs,
+        "files": [str(path) for path in published.files],
+        "claims": published.drawn.claims,
+        "left_out": [str(it) for it in published.left_out],
+        "missing": published.missing,
+        "remarks": list(remarks(published)),
+    }
 
 
 def make(

@@ -4,7 +4,7 @@
     python -m experiments.roofline model=llama3_8b hardware=h100 weight_bits=4 kv_bits=8 json=true
     python -m experiments.roofline model=hf model.path=DIR model.num_kv_heads=1 counting=llm_viewer
 
-Every key, its default and what it takes: conf/roofline.yaml. json=true prints one object:
+Every key, its default and what it takes: conf/roofline.yaml. json=true, or --json, prints one object:
 
     model hardware stage batch_size sequence_length weight_bits activation_bits kv_bits counting num_heads num_kv_heads
     operators       a list; of one execution: name, ops, bytes, intensity (ops per byte), bound (compute or memory by
@@ -26,6 +26,7 @@ from pathlib import Path
 from hydra.errors import HydraException
 
 from uvm_kv.config.command import compose_command
+from uvm_kv.config.grammar import take_json
 from uvm_kv.config.schema import RooflineSchema
 from uvm_kv.hw.step import StepAnalysis
 from uvm_kv.job.roofline import analyze
@@ -33,7 +34,8 @@ from uvm_kv.job.roofline import analyze
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 2 for a mistake in `arguments` (default: the command line's), said in a line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments, as_json = take_json(sys.argv[1:] if arguments is None else arguments)
+    arguments += ["json=true"] if as_json else []
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0

@@ -5,6 +5,8 @@
     python -m experiments.run -m experiment=batch_sweep --dry-run      (its jobs, and about how long they take)
     python -m experiments.run -m batch_size=8,16 name=small            (its report: <results_dir>/adhoc/reports/small)
 
+With --json one object is printed in place of tables: runs (id, place, summary), failed (job, place, error), report.
+
 A sweep that was stopped goes on where it was: what is complete is skipped. A job that fails does not stop the others.
 Hydra's launchers run the jobs: hydra/launcher=joblib (the default), submitit_slurm, submitit_local or ray
 (`uvm_kv.sweep.launchers`). With runner=cuda, or hydra/launcher=basic, Hydra only collects the jobs; then one worker
@@ -13,6 +15,7 @@ process at a time runs them, mechanism by mechanism (`uvm_kv.sweep.worker`).
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import signal
@@ -32,6 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from uvm_kv.config.command import compose_config
+from uvm_kv.config.grammar import take_json
 from uvm_kv.config.ignored import check_command
 from uvm_kv.config.names import (
     CONF_DIR,
@@ -46,6 +50,7 @@ from uvm_kv.config.names import (
 )
 from uvm_kv.config.option_file import check_files, mark_sources
 from uvm_kv.config.schema import register
+from uvm_kv.config.shipped import another_copy
 from uvm_kv.job.build import Job, check_fits, identity, is_done, repeats_of
 from uvm_kv.job.card import ask_card
 from uvm_kv.job.recording import with_recorded_config
@@ -126,6 +131,8 @@ class Parent:
     sweep: bool
     collected: list[NamedJob] | None
     """Where Hydra's jobs are left for one worker process; None: they run as Hydra launches them."""
+    as_json: bool
+    """Print results as one JSON object and nothing else on stdout."""
 
 
 _parent: Parent | None = None
@@ -410,7 +417,8 @@ def _bar(job: Job) -> Iterator[OnStep | None]:
     resolved = job.resolved
     where = "the CPU" if resolved.config.runner == "cpu" else identity(job)["hardware"]
     title = f"{resolved.model.name} in {resolved.config.dtype} on {where}"
-    print_memory(title, resolved.memory_account, plain_console(), notes=resolved.notes())
+    if _parent is None or not _parent.as_json:
+        print_memory(title, resolved.memory_account, plain_console(), notes=resolved.notes())
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("requests served", total=None)
 
@@ -420,7 +428,9 @@ def _bar(job: Job) -> Iterator[OnStep | None]:
         yield show if console.is_terminal else None
 
 
-def _print_outcome(request: Request, log: SweepLog, place: SweepReport | None, argv: list[str]) -> int:
+def _print_outcome(
+    request: Request, log: SweepLog, place: SweepReport | None, argv: list[str], *, as_json: bool
+) -> int:
     """Tables, verdict, failures; the exit status: 2 where the job, asked for alone, was refused for what it says.
     `place`: of a sweep, where its report goes."""
     from uvm_kv.report.terminal import plain_console, print_outputs, print_report, print_summary
@@ -429,10 +439,16 @@ def _print_outcome(request: Request, log: SweepLog, place: SweepReport | None, a
     finished = [Path(e.directory) for e in events if e.directory is not None and e.status != "failed"]
     failed = [e for e in events if e.status == "failed"]
     runs, left_out = read_directories(finished)  # What is said to be complete is what the report has.
+    told: dict[str, Any] = {
+        "runs": [{"id": record.id, "place": str(record.place), "summary": record.summary} for record in runs],
+        "failed": [{"job": event.label, "place": event.directory, "error": event.error} for event in failed],
+        "report": None,
+    }
     on_cpu = sum(record.summary["memory_emulated"] for record in runs)
     if sweep and on_cpu:
         print(f"{on_cpu} runs on the CPU say nothing about memory kinds and are in no figure.", file=sys.stderr)
     if place is not None and len(runs) > on_cpu:
+        from uvm_kv.commands.report import as_json as report_as_json
         from uvm_kv.report.write import write_report
 
         missing = {Path(e.directory).name for e in failed if e.directory is not None}
@@ -440,14 +456,19 @@ def _print_outcome(request: Request, log: SweepLog, place: SweepReport | None, a
         records = [record for name, record in failures.items() if name in missing]
         report = write_report(runs, place.folder, records, [*left_out, *more], argv)
         place.write_runs(argv, [record.id for record in runs], missing)
-        print_report(report, console)
+        if as_json:
+            told["report"] = report_as_json(report)
+        else:
+            print_report(report, console)
     elif not sweep:
-        for record in runs:
+        for record in [] if as_json else runs:
             print_summary(record.summary, console)
             print_outputs(read_outputs(record.place), console)
             console.print(f"run: {record.place}", highlight=False, soft_wrap=True)
         if any(e.status == "skipped" for e in events):
             print("it was complete already; rerun=true runs it again", file=sys.stderr)
+    if as_json:
+        print(json.dumps(told, indent=1))
     for note in log.notes:
         print(f"warning: {note}", file=sys.stderr)
     for it in left_out:
@@ -483,22 +504,29 @@ def _warn_of_other_code(runs: Sequence[Record]) -> None:
 
 
 def main() -> int:
+    sys.argv[1:], as_json = take_json(sys.argv[1:])
     flags = [a for a in sys.argv[1:] if a.startswith("-")]
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
     register()
     global _parent
     sweep = bool(SWEEP_FLAGS & set(flags))
-    _parent = Parent(sweep, None)
+    _parent = Parent(sweep, None, as_json)
     shows = any(flag.partition("=")[0] in SHOWING_FLAGS for flag in flags)
     if shows:
         _task()  # Hydra shows something and ends: --help, --cfg job, --info, --shell-completion ...
         return 0
     if unknown_flags := set(flags) - SWEEP_FLAGS - {DRY_RUN}:
         print(
-            f"error: {min(unknown_flags)} is not an option; -m sweeps, --dry-run lists, --help shows the rest",
+            f"error: {min(unknown_flags)} is not an option; -m sweeps, --dry-run lists, --json prints JSON, "
+            f"--help shows the rest",
             file=sys.stderr,
         )
         return 2
+    if as_json and DRY_RUN in flags:
+        print("error: --json is for results, which --dry-run has none of; drop one of them", file=sys.stderr)
+        return 2
+    if (other := another_copy()) is not None:
+        print(f"warning: {other}", file=sys.stderr)
     code_files()
     try:
         name, overrides = take_name(overrides)
@@ -572,7 +600,7 @@ def main() -> int:
     try:
         if place is not None and not launchers.problems and lost is None:
             SweepEnd.of(request.num_runs, log.events).write(place.end)
-        status = _print_outcome(request, log, place, argv)
+        status = _print_outcome(request, log, place, argv, as_json=as_json)
     except (OSError, ValueError) as error:
         print(f"error: the report cannot be written: {explain(error)}", file=sys.stderr)
         status = 1

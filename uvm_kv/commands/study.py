@@ -22,12 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
-from uvm_kv.commands.figures import REFERENCE, ROOT
+from uvm_kv.commands.figures import REFERENCE
+from uvm_kv.config.grammar import parse
 from uvm_kv.store.directories import check_writable
 from uvm_kv.store.failures import OF_THE_ATTEMPT, failure_sha256, reason
 from uvm_kv.store.family import end_children_with_me
@@ -109,7 +111,7 @@ def run_experiment(name: str, folder: Path) -> int:
     (folder / name).mkdir(parents=True, exist_ok=True)
     with (folder / name / "sweep.log").open("w") as log:
         return subprocess.run(
-            [sys.executable, "-m", "experiments.run", "-m", *given], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "uvm_kv.cli", "run", "-m", *given], stdout=log, stderr=subprocess.STDOUT
         ).returncode
 
 
@@ -258,9 +260,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=Path, default=REFERENCE)
     parser.add_argument("--update", action="store_true", help="the fresh runs become the reference set")
     parser.add_argument("--list", action="store_true", help="the experiments")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--json", action="store_true", help="one JSON object; the lines go to stderr")
+    options = parse(parser, arguments)
     if options.list:
-        print("\n".join(experiments_of(())))
+        known = experiments_of(())
+        print(json.dumps(known) if options.json else "\n".join(known))
         return 0
     try:
         names = experiments_of(options.names)
@@ -271,12 +275,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = git_state()
     dirty = bool(state["git_dirty"]) or state["git_sha"] is None
     folder = options.results.resolve() / (str(state["git_sha"])[:12] + ("-dirty" if dirty else ""))
-    began, agrees = time.monotonic(), True
-    for name in names:
-        start = time.monotonic()
-        agrees &= _one(name, folder, options.reference, update=options.update, afresh=dirty, start=start)
-    print(f"{len(names)} experiments in {time.monotonic() - began:.0f} s on {os.cpu_count()} cores: {folder}")
-    return 0 if agrees else 1
+    began, agrees = time.monotonic(), dict[str, bool]()
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):
+        for name in names:
+            start = time.monotonic()
+            agrees[name] = _one(name, folder, options.reference, update=options.update, afresh=dirty, start=start)
+        print(f"{len(names)} experiments in {time.monotonic() - began:.0f} s on {os.cpu_count()} cores: {folder}")
+    if options.json:
+        print(json.dumps({"folder": str(folder), "agrees": agrees}, indent=1))
+    return 0 if all(agrees.values()) else 1
 
 
 def unfinished(folder: Path, failures: dict[str, dict[str, Any]], status: int) -> str | None:

@@ -4,8 +4,9 @@
     python -m experiments.uvm_replay working_set_ratio=1.25 prefetcher=block passes=[A,B,A,B] json=true
 
 Every key, its default and what it takes: conf/uvm_replay.yaml.
-With json=true one object with `passes` is printed: name, milliseconds, fault_groups, migrations, evicted_chunks,
-h2d_bytes, d2h_bytes each; what the GPU reads and writes over the link without migrating it is counted apart.
+With json=true, or --json, one object with `passes` is printed: name, milliseconds, fault_groups, migrations,
+evicted_chunks, h2d_bytes, d2h_bytes each; what the GPU reads and writes over the link without migrating it is counted
+apart.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from uvm_kv.calibrate.profile_file import load_profile
 from uvm_kv.config.command import compose_command
+from uvm_kv.config.grammar import take_json
 from uvm_kv.config.schema import UvmReplaySchema
 from uvm_kv.job.resolve import build_profile
 from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
@@ -78,7 +80,8 @@ def run(config: UvmReplaySchema) -> list[PassResult]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 2 for a mistake in `arguments`, said in a line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments, as_json = take_json(sys.argv[1:] if arguments is None else arguments)
+    arguments += ["json=true"] if as_json else []
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0

@@ -5,12 +5,13 @@
     python -m experiments.validate recorded=vllm.csv model=llama3_8b batch_size=256 hardware=rtx3090
 
 Writes <out>/validation/NAME/ (comparison.json, comparison.csv, what was served) and <out>/figures/validate_NAME.*; the
-simulated runs go to <out>/runs/validate/.
+simulated runs go to <out>/runs/validate/. With --json it prints the comparison.json of each group of repeats as a list.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from rich.text import Text
 
 from uvm_kv.commands.ending import say_why
 from uvm_kv.config.command import compose_config
+from uvm_kv.config.grammar import take_json
 from uvm_kv.config.names import check_overrides, folders_of, parse_overrides
 from uvm_kv.config.option_file import check_files
 from uvm_kv.config.schema import register
@@ -182,9 +184,10 @@ def _compose(overrides: list[str]) -> DictConfig:
     return compose_config(overrides)
 
 
-def validate(request: Request, console: Console) -> None:
-    """Simulate, compare, print and write every group of repeats."""
+def validate(request: Request, console: Console) -> list[Path]:
+    """Simulate, compare, print and write every group of repeats; the comparison.json of each."""
     groups: dict[str, list[Source]] = {}
+    written = []
     for source in request.sources:
         groups.setdefault(source.key, []).append(source)
     for sources in groups.values():
@@ -195,7 +198,8 @@ def validate(request: Request, console: Console) -> None:
         with console.status(Text(f"simulating {name}")):
             pairs = [(s.recording, simulate(s, request, folder / f"served-{s.recording.name}.csv")) for s in sources]
         rows = compare(pairs, request.tolerance)
-        _show(name, folder, rows, pairs, request, console)
+        written.append(_show(name, folder, rows, pairs, request, console))
+    return written
 
 
 def _show(
@@ -205,7 +209,7 @@ def _show(
     pairs: list[tuple[Recording, Recording]],
     request: Request,
     console: Console,
-) -> None:
+) -> Path:
     from uvm_kv.report.style import save_figure
     from uvm_kv.validate.figure import validation_figure
 
@@ -227,10 +231,11 @@ def _show(
     tables = write_comparison(folder, rows, pairs, tolerance=request.tolerance, argv=_argv())
     for what, files in (("figure", paths), ("table", tables)):
         console.print(f"{what}: {'  '.join(map(str, files))}", markup=False, highlight=False, soft_wrap=True)
+    return tables[0]
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
+    arguments, as_json = take_json(sys.argv[1:])
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
@@ -238,7 +243,11 @@ def main() -> int:
     try:
         if flags := [a for a in arguments if a.startswith("-")]:
             raise ValueError(f"{flags[0]} is not an option; --help shows what there is")
-        validate(parse(arguments), plain_console())
+        console = plain_console()
+        console.quiet = as_json
+        written = validate(parse(arguments), console)
+        if as_json:
+            print(json.dumps([read_json(file) for file in written], indent=1))
     except (ValueError, OmegaConfBaseException, OSError) as error:
         return say_why(error)
     return 0

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from uvm_kv.config.grammar import parse
 from uvm_kv.store.provenance import git_state, gpu
 from uvm_kv.validate.sweep_validation import (
     TOLERANCE,
@@ -40,7 +42,10 @@ def predict(options: argparse.Namespace) -> int:
     if not points:
         raise ValueError(f"--runs {options.runs}: no finished run there")
     write_points(options.output, points, {**git_state(), "hardware": options.hardware})
-    print(f"{options.output}: {len(points)} points predicted")
+    if options.json:
+        print(json.dumps({"points": len(points), "file": str(options.output)}))
+    else:
+        print(f"{options.output}: {len(points)} points predicted")
     return 0
 
 
@@ -53,6 +58,9 @@ def validate(options: argparse.Namespace) -> int:
     rows = compare(measured, predicted, written, options.tolerance)
     about = {"tolerance": options.tolerance, "predictions_written": written, "predictions_sha256": digest, "gpu": gpu()}
     paths = write_rows(options.output, rows, {**git_state(), **about})
+    if options.json:
+        print(paths[0].read_text(), end="")
+        return 0
     print("\n".join(lines(rows, options.tolerance)))
     print(f"table: {'  '.join(map(str, paths))}")
     return 0
@@ -68,10 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=run)
         command.add_argument("--runs", type=Path, required=True, help="folder of finished runs")
         command.add_argument("--output", type=Path, required=True)
+        command.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     one.add_argument("--hardware", help="the profile that predicted")
     two.add_argument("--predictions", type=Path, required=True)
     two.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"relative error (default {TOLERANCE})")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     try:
         status: int = options.run(options)
         return status

@@ -14,8 +14,9 @@ from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfi
 from omegaconf.errors import OmegaConfBaseException
 
 from uvm_kv.config.schema import ConfigSchema, HardwareSchema, LengthsSchema, OperatorSchema, WorkloadSchema
+from uvm_kv.config.shipped import shipped
 
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+CONF_DIR = shipped("conf")
 ALLOWED = {"rerun": ("false", "true", "changed")}
 """Of settings that are no group: their values, known before anything is composed."""
 NOT_A_KEY = ("experiment", "link")

@@ -289,6 +289,7 @@ PROVENANCE: Fields = {
     "files_sha256": dict_of(TEXT),
     "code_sha256": TEXT,
     "id": TEXT,
+    "formerly": TEXT,
 }
 FAILURE: Fields = {
     **IDENTITY,
@@ -298,6 +299,7 @@ FAILURE: Fields = {
     "failed": TIME,
     "argv": list_of(ANY_TEXT),
     "git_sha": TEXT | NULL,
+    "formerly": TEXT,
 }
 NEEDED = ("origin", "hardware", "model")
 """Fields that every summary of a run, or of an analytic point, must have."""

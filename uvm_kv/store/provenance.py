@@ -26,7 +26,10 @@ def _run(*command: str) -> str | None:
 
 @cache
 def git_state() -> dict[str, Any]:
-    """Commit of the checkout this package lies in, and whether tracked files differ from it."""
+    """Commit of the checkout this package lies in, and whether tracked files differ from it; None in a wheel, whatever
+    repository its environment lies in."""
+    if not (Path(__file__).parents[2] / ".git").exists():
+        return {"git_sha": None, "git_dirty": None}
     status = _run("git", "status", "--porcelain", "--untracked-files=no")
     return {"git_sha": _run("git", "rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}
 

@@ -13,7 +13,7 @@ from uvm_kv.telemetry.energy import EnergyMeter, PowerModel, energy_j
 from uvm_kv.telemetry.recorder import Table
 from uvm_kv.types import NS_PER_S
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the schema, raised when columns or simulated numbers change their meaning, so that older runs are
 recognized."""
 PERCENTILES = (50, 90, 99)

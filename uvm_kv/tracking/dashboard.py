@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from uvm_kv.config.grammar import parse
 from uvm_kv.tracking.publish import PROJECT
 from uvm_kv.tracking.wandb_sink import METRICS, PEER, REPORT, SERIES, TIME, server_problem
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--entity", default=os.environ.get("WANDB_ENTITY"), help="team (default: WANDB_ENTITY, or yours)"
     )
     parser.add_argument("--json", action="store_true", help="print what would be saved")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     try:
         if options.json:
             print(json.dumps(described(options.entity or "entity", options.project), indent=1))

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from uvm_kv.config.grammar import parse
 from uvm_kv.store.failures import failure_sha256
 from uvm_kv.store.records import LeftOut, Record, pack, read_failures, read_records
 from uvm_kv.store.scratch import scratch_folder
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--figures", type=Path, default=FIGURES, help=f"of python -m experiments.figures (default: {FIGURES})"
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the last line")
+    options = parse(parser, arguments)
     total = Outcome()
     try:
         found, left_out = read_folders(options.folders or [RUNS])
@@ -77,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     _tell("error", total.problems)
     done = "sent" if options.mode == ONLINE and problem is None else "written as offline mirrors"
+    if options.json:
+        told = {"done": done, "num_sent": total.num_sent, "num_there": total.num_there, "problems": total.problems}
+        print(json.dumps(told, indent=1))
+        return 1 if total.problems else 0
     nothing = "" if total.num_sent or total.problems else "; nothing to do"
     print(f"{total.num_sent} {done}, {total.num_there} were there{nothing}")
     return 1 if total.problems else 0

@@ -25,7 +25,7 @@ from uvm_kv.hw.profile import HardwareProfile
 from uvm_kv.hw.roofline import Roofline
 from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
 from uvm_kv.runner.sim.uvm.cost import prefetch_s
-from uvm_kv.runner.sim.uvm.replay import Study, run_study
+from uvm_kv.runner.sim.uvm.replay import ReplayStudy, run_study
 
 MODEL = ModelGeometry("llama3_8b", 32, 4096, 32, 8, 128, 14336, 128256, 8192)
 
@@ -46,7 +46,7 @@ def seconds_of(profile: HardwareProfile, curve: str, at: dict[str, Any]) -> floa
         case "prefetch":
             return prefetch_s(prefetch_counts(at["case"], at["num_chunks"]), 1, at["num_chunks"], profile)
         case "fault":
-            study = Study(at["capacity_bytes"], at["working_set_ratio"], tuple(at["passes"]), at["access"])
+            study = ReplayStudy(at["capacity_bytes"], at["working_set_ratio"], tuple(at["passes"]), at["access"])
             return run_study(study, profile, Rules(Prefetcher(at["prefetcher"])))[-1].seconds
         case "operators":
             roofline = Roofline(profile, MODEL, 2, Precision())

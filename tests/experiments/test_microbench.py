@@ -28,7 +28,7 @@ from experiments.gpu_kit.microbench.stats import AMBIGUOUS, MET, NOT_MET, REPORT
 from tests.helpers import CONF, REPOSITORY
 from uvm_kv.calibrate.curves import FIELDS, FORMAT, MIN_POINTS, PLAN, SCHEMA_VERSION, read_curves
 from uvm_kv.calibrate.profile_file import load_profile
-from uvm_kv.runner.sim.uvm.replay import Study
+from uvm_kv.runner.sim.uvm.replay import ReplayStudy
 from uvm_kv.types import CHUNK_BYTES, GIB, MIB
 
 GPU = {"name": "NVIDIA H200", "driver": "580.0", "memory_bytes": 150 * GIB}
@@ -241,7 +241,7 @@ def test_a_fault_point_gives_its_halves_back() -> None:
     for capacity in (140_000_000_001, 25_000_000_000):
         for chunks in (1, 16, 128):
             point = faults.fault_point("stream", chunks * CHUNK_BYTES, capacity, ["A", "B"])
-            study = Study(point["capacity_bytes"], point["working_set_ratio"], ("A", "B"), "stream")
+            study = ReplayStudy(point["capacity_bytes"], point["working_set_ratio"], ("A", "B"), "stream")
             assert -(-study.half_bytes // CHUNK_BYTES) == chunks
 
 

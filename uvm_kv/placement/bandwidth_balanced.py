@@ -110,7 +110,7 @@ class BandwidthBalanced(PlacementPolicy):
 
     def place(self, view: PlacementView, num_blocks: int, *, admitting: bool) -> Share | None:
         asked = (view._replace(num_context_tokens=0, host_blocks=(), tables=None), num_blocks, admitting)
-        if asked != self._asked:  # A waiting request asks again in each step.
+        if asked != self._asked:  # A request that waits asks anew in each step.
             self._asked, self._answer = asked, self._place(*asked)
         return self._answer
 
@@ -122,7 +122,7 @@ class BandwidthBalanced(PlacementPolicy):
         share = self._share(view, num_blocks, best.held_back) if best.num_seqs >= num_seqs else None
         if share is not None and best.tokens_per_s:
             return share
-        # All on the device, where only the host blocks that there are need staging.
+        # Else all on the device; then only the existing host blocks need staging.
         staging = 0 if self._reach is Reach.IN_PLACE else ceil(view.claimed_host / self._layers_per_staged)
         on_device = Share(num_blocks, 0) if num_blocks <= view.available_device - staging else None
         if on_device is not None or num_seqs > 1:

@@ -4,7 +4,7 @@ that are listed, advised on or compared. All errors are ValueErrors of a line.""
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -29,15 +29,12 @@ def compose_config(arguments: list[str], name: str = "config") -> DictConfig:
     """
     overrides = parse_overrides(arguments)
     folders = folders_of(overrides)
-    known = names.groups()
-    plain = [override for override in overrides if _is_plain(override, known)]
-    chosen = tuple(str(o.input_line) for o in overrides if o not in plain)
+    plain, chosen = split_plain(overrides)
     try:
         # A folder of the user's own may change while this process lives.
         composed, choices = (_compose if folders else _compose_once)(str(names.CONF_DIR), name, chosen)
         composed = copy.deepcopy(composed)
-        for override in plain:
-            OmegaConf.update(composed, override.key_or_group, override.value(), merge=True)
+        set_plain(composed, plain)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(" ".join(map(str.strip, str(error).splitlines()[:2]))) from None
     if "hardware" in composed:
@@ -46,11 +43,23 @@ def compose_config(arguments: list[str], name: str = "config") -> DictConfig:
     return composed
 
 
-def _is_plain(override: Override, groups: Container[str]) -> bool:
-    """Whether it gives a key of the config a value, and chooses no option of a group."""
-    key = override.key_or_group
-    is_value = not (override.is_delete() or override.is_add() or override.is_force_add() or override.package)
-    return is_value and not key.startswith("hydra") and key not in groups
+def split_plain(overrides: Iterable[Override]) -> tuple[list[Override], tuple[str, ...]]:
+    """Overrides that give a key of the config a value; and all others, as typed, such as options of groups."""
+    groups = names.groups()
+    plain, chosen = [], []
+    for it in overrides:
+        is_value = not (it.is_delete() or it.is_add() or it.is_force_add() or it.package)
+        if is_value and not it.key_or_group.startswith("hydra") and it.key_or_group not in groups:
+            plain.append(it)
+        else:
+            chosen.append(str(it.input_line))
+    return plain, tuple(chosen)
+
+
+def set_plain(composed: DictConfig, overrides: Iterable[Override]) -> None:
+    """Give keys their values, as Hydra does."""
+    for override in overrides:
+        OmegaConf.update(composed, override.key_or_group, override.value(), merge=True)
 
 
 def _compose(conf_dir: str, name: str, chosen: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:

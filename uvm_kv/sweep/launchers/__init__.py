@@ -13,15 +13,18 @@ import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext
 
 from uvm_kv.config.names import unknown
 from uvm_kv.store.family import end_children_with_me
+from uvm_kv.sweep.launchers.composing import remembering
 from uvm_kv.sweep.worker import explain
 
 LAUNCHERS = {
@@ -96,6 +99,9 @@ def lose(overrides: Sequence[str], why: str) -> None:
 
 class Outliving(Launcher):  # type: ignore[misc]
     """Comes before Hydra's launcher among the base classes."""
+
+    def setup(self, *, hydra_context: HydraContext, **rest: Any) -> None:
+        super().setup(hydra_context=remembering(hydra_context), **rest)
 
     @abstractmethod
     def run_all(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn | None]:

@@ -78,7 +78,8 @@ def make_context(
     """Spec, capacity, memory and card of a small system; schedulers and runners are built from it."""
     roofline = Roofline(make_profile(link_gb_per_s), make_geometry(num_layers), 2)
     spec = make_spec(num_layers, block_size, layout)
-    return PlacementContext(spec, KVCapacity(num_device, num_host), memory, roofline, num_layers_ahead, reach)
+    options = {"num_layers_ahead": num_layers_ahead, "reach": reach}
+    return PlacementContext(spec, KVCapacity(num_device, num_host), memory, roofline, options)
 
 
 def make_scheduler(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from uvm_kv.config.names import CONF_DIR, with_implied
-from uvm_kv.config.schema import register
+from uvm_kv.config.command import compose_config
+from uvm_kv.config.names import with_implied
 from uvm_kv.job.build import Job, jobs_of
 from uvm_kv.job.resolve import Resolved, resolve
 from uvm_kv.peers.job import run_any_job
@@ -27,9 +26,7 @@ MECHANISMS = (
 
 
 def composed(*overrides: str) -> DictConfig:
-    register()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("config", with_implied(list(overrides)))
+    return compose_config(with_implied(list(overrides)))
 
 
 def resolved(*overrides: str) -> Resolved:

@@ -31,7 +31,7 @@ def test_the_answer_in_readme_is_computed_from_the_reference(tmp_path: Path) -> 
 
 def test_readme_names_the_experiments_of_every_figure() -> None:
     text = (REPOSITORY / "README.md").read_text()
-    named = text[text.index("Each figure answers one question") : text.index("It is written as PDF")]
+    named = text[text.index("Each figure answers one question") : text.index("Each figure is written as PDF")]
     for study in STUDIES.values():
         for source in study.sources:
             assert f"`{source}`" in named, f"{study.name} draws on {source}"

@@ -14,7 +14,7 @@ from uvm_kv.job.build import build_roofline, identity, workload_of
 from uvm_kv.job.resolve import resolve
 
 SMALL = ("memory.device_kv_bytes=1073741824", "workload.prompt_tokens=100", "workload.output_tokens=100")
-"""LLaMA-7B: 128 blocks of 8 MiB on the device; 13 of them a request."""
+"""LLaMA-7B: 128 blocks of 8 MiB on the device; 13 of them per request."""
 
 
 @pytest.mark.parametrize(("ratio", "clients"), [(0.5, 5), (0.9, 9), (1.0, 10), (1.1, 11), (2, 20), (0.001, 1)])
@@ -57,9 +57,9 @@ def test_a_summary_holds_the_true_ratio(tmp_path: Path) -> None:
     ("overrides", "said"),
     [
         (["working_set_ratio=1", "batch_size=8"], "working_set_ratio=1.0 with batch_size=8: .* drop one of the two"),
-        (["working_set_ratio=0"], "working_set_ratio=0.0; it must lie between"),
-        (["working_set_ratio=-1"], "working_set_ratio=-1.0; it must lie between"),
-        (["working_set_ratio=nan"], "working_set_ratio=nan; it must lie between"),
+        (["working_set_ratio=0"], "working_set_ratio=0.0; it must be at least"),
+        (["working_set_ratio=-1"], "working_set_ratio=-1.0; it must be at least"),
+        (["working_set_ratio=nan"], "working_set_ratio=nan; it must be at least"),
         (["working_set_ratio=1", "workload=azure_conv"], "with workload=azure_conv .* give batch_size"),
         (
             ["working_set_ratio=1", "workload.arrival=all_at_once"],

@@ -11,8 +11,9 @@ from tests.jobs import MECHANISMS, composed, job, resolved, run
 from uvm_kv.config.command import compose_command
 from uvm_kv.config.names import CONF_DIR, check_overrides, groups, parse_overrides
 from uvm_kv.config.schema import UvmReplaySchema
+from uvm_kv.config.settings import settings
 from uvm_kv.job.build import repeats_of, workload_of
-from uvm_kv.job.resolve import CHOICES, resolve
+from uvm_kv.job.resolve import resolve
 from uvm_kv.job.serving import free_host_bytes
 
 
@@ -70,16 +71,16 @@ def test_good_overrides_pass_the_name_check() -> None:
         (["max_model_len=4096"], "max_model_len=4096 exceeds the context of llama_7b, 2048"),
         (["memory.device_kv_bytes=20000000000"], "does not fit rtx3090: weights 13.48 GB .* exceed 25.77 GB; at most"),
         (["model=llama2_13b"], "leaves no KV memory on rtx3090"),
-        (["memory.gpu_memory_utilization=1.5"], "gpu_memory_utilization=1.5; it is a share"),
+        (["memory.gpu_memory_utilization=1.5"], "gpu_memory_utilization=1.5; it must be above 0 and at most 1"),
         (["memory.host_kv_bytes=1073741824"], "memory=device, which has no host tier; use memory=pinned"),
-        (["memory=pinned", "memory.host_kv_bytes=-1"], "host_kv_bytes=-1; it must lie between 0"),
+        (["memory=pinned", "memory.host_kv_bytes=-1"], "host_kv_bytes=-1; it must be at least 0 and at most"),
         (["placement=demand"], "placement=demand cannot be served by memory=device; it needs memory=managed"),
         (["memory=managed", "placement=bandwidth_balanced"], "needs memory=pinned or vmm"),
         (["mechanism=pinned_balanced", "memory=device"], "pinned_balanced means memory=pinned, but memory=device"),
         (["mechanism=device_recompute", "scheduler.preemption=none"], "means scheduler.preemption=recompute, but"),
         (["mechanism=managed_demand", "hints=by_tier"], "means hints.preferred_location=none, but"),
         (["driver.prefetcher=forest"], "driver.prefetcher 'forest' is unknown; allowed: block, none, tree"),
-        (["driver.prefetch_threshold_percent=101"], "driver.prefetch_threshold_percent=101; it must lie between 1 and"),
+        (["driver.prefetch_threshold_percent=101"], "driver.prefetch_threshold_percent=101; it must be at least 1 and"),
         (
             ["mechanism=managed_demand", "driver.concurrent_managed_access=false"],
             r"driver.concurrent_managed_access=false \(Windows, WSL2\) with memory.host_kv_bytes=",
@@ -95,7 +96,7 @@ def test_good_overrides_pass_the_name_check() -> None:
         (["hardware.operators.q_proj.compute_efficiency=50"], "q_proj.compute_efficiency=50.0; a share lies between"),
         (["hardware.managed.stream_fault_pages=1000"], "stream_fault_pages=1000; the driver fetches at most 256"),
         (["hardware.managed.fault_batch_us=-1"], "fault_batch_us=-1.0; it must be zero or a positive number"),
-        (["hints=by_tier"], "hints are advice on managed memory; with memory=device use hints=none"),
+        (["hints=by_tier"], r"preferred_location=by_tier is ignored by memory=device \(it is used by memory=managed"),
         (["scheduler.admission=optimistic"], "needs scheduler.preemption=recompute or swap"),
         (["scheduler.admission=optimistic", "scheduler.preemption=swap"], "swap needs memory=pinned"),
         (["scheduler.max_num_batched_tokens=8"], "is below batch_size=16"),
@@ -111,7 +112,7 @@ def test_good_overrides_pass_the_name_check() -> None:
         (["workload=trace", "workload.path=/no/such.csv"], "/no/such.csv: that is not a file"),
         (["workload.arrival=trace"], "arrival=trace needs workload=trace"),
         (["workload.arrival=poisson"], "request_rate=None; a rate"),
-        (["workload.arrival=poisson", "workload.request_rate=0"], "request_rate=0.0; it must lie between"),
+        (["workload.arrival=poisson", "workload.request_rate=0"], "request_rate=0.0; it must be at least"),
         (["workload=azure_conv", "workload.prompt_tokens=5"], "give exactly one"),
         (["workload.start=warm"], "workload.start 'warm' is unknown; allowed: cold, steady"),
         (["workload.start=steady", "workload.arrival=all_at_once"], "needs workload.arrival=closed_loop, given .*once"),
@@ -125,8 +126,8 @@ def test_good_overrides_pass_the_name_check() -> None:
             "needs allocation=paged, given is allocation=on_demand",
         ),
         (["workload.start=steady", "scheduler=static"], "needs scheduler=continuous, given is scheduler=static"),
-        (["max_seconds=0"], "max_seconds=0.0; it must lie between"),
-        (["max_seconds=-1"], "max_seconds=-1.0; it must lie between"),
+        (["max_seconds=0"], "max_seconds=0.0; it must be at least"),
+        (["max_seconds=-1"], "max_seconds=-1.0; it must be at least"),
         (["max_steps=0"], "max_steps=0; it must be at least 1"),
         (["model.weights=none"], "model.weights 'none' is unknown; allowed: file, random"),
         (["runner=replay"], "runner=replay and replay.path=RUN_DIRECTORY go together"),
@@ -137,12 +138,12 @@ def test_good_overrides_pass_the_name_check() -> None:
         (["hardware.link.h2d_gb_per_s=inf"], "h2d_gb_per_s=inf; it must be a positive number"),
         (["hardware.power.idle_w=nan"], "idle_w=nan; it must be a positive number"),
         (["hardware.operators.q_proj.knee=0"], "q_proj.knee=0.0; it must be a positive number"),
-        (["seed=-1"], "seed=-1; it must lie between 0"),
-        (["memory=pinned", "memory.host_kv_bytes=1000000000000000000"], "host_kv_bytes=.* it must lie between"),
-        (["workload.num_requests=100000000000"], "num_requests=.* it must lie between"),
+        (["seed=-1"], "seed=-1; it must be at least 0 and at most"),
+        (["memory=pinned", "memory.host_kv_bytes=1000000000000000000"], "host_kv_bytes=.* it must be at least"),
+        (["workload.num_requests=100000000000"], "num_requests=.* it must be at least"),
         (["memory=managed", "placement=static_split"], "needs hints=by_tier"),
-        (["placement.num_layers_ahead=4"], "num_layers_ahead=4 has no meaning for placement=resident"),
-        (["mechanism=pinned_prefetch_ahead", "placement.reach=in_place"], "reach=in_place has no meaning"),
+        (["placement.num_layers_ahead=4"], "num_layers_ahead=4 is ignored by placement=resident"),
+        (["mechanism=pinned_prefetch_ahead", "placement.reach=in_place"], "reach=in_place is ignored"),
         (["mechanism=pinned_prefetch_ahead", "placement.num_layers_ahead=99"], "takes 1 to 30"),
         (["hardware.gpu.hbm_efficiency=1.2"], "hbm_efficiency=1.2; a share lies between 0 and 1"),
     ],
@@ -255,11 +256,11 @@ def test_reach_defaults_to_both() -> None:
 
 def test_choices_cover_what_the_groups_offer() -> None:
     names = groups()
-    assert set(names["placement"]) == set(CHOICES["placement.name"])
-    assert set(names["memory"]) == set(CHOICES["memory.kind"])
+    assert set(names["placement"]) == set(settings()["placement.name"].rule.allowed)
+    assert set(names["memory"]) == set(settings()["memory.kind"].rule.allowed)
     schedulers = {str(OmegaConf.load(CONF_DIR / "scheduler" / f"{name}.yaml").name) for name in names["scheduler"]}
-    assert schedulers == set(CHOICES["scheduler.name"]) <= set(names["scheduler"])
-    assert set(names["tracking"]) == set(CHOICES["tracking.name"])
+    assert schedulers == set(settings()["scheduler.name"].rule.allowed) <= set(names["scheduler"])
+    assert set(names["tracking"]) == set(settings()["tracking.name"].rule.allowed)
 
 
 def test_every_config_file_says_what_it_is() -> None:
@@ -305,7 +306,7 @@ def test_free_host_memory_counts_what_is_cached(tmp_path: Path) -> None:
     ],
 )
 def test_the_longest_request_is_that_of_any_repeat(overrides: list[str], tokens: int) -> None:
-    """Not the model's context: buffers are made for it. It does not move with the seed."""
+    """The workload's longest request sizes the buffers, not the model's context. It does not change with the seed."""
     found = resolved(*overrides)
     drawn = [sum(pair) for j in repeats_of(found, "test") for pair in workload_of(j).lengths]
     assert max(drawn) <= found.longest_request <= found.max_model_len

@@ -196,7 +196,7 @@ def test_a_profile_of_it_has_every_range(
 def test_the_workspace_of_the_longest_requests_is_in_the_account(
     graphs: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the workload's, not of the model's context; and that is what is allocated, with graphs and without."""
+    """The longest requests are the workload's, not the model's context. The allocation agrees, graphs or not."""
     counted: list[dict[str, Any]] = []
     made: list[int] = []
 
@@ -261,7 +261,7 @@ def test_capacity_is_what_whole_chunks_hold(folder: Path, tmp_path: Path) -> Non
         (("memory.device_kv_bytes=1000000000000",), "does not fit"),
         (("mechanism=pinned_zero_copy", "memory.host_kv_bytes=50000000000000"), "more than the .* bytes that the host"),
         (("mechanism=pinned_balanced",), "needs a profile that was calibrated on this .*calibrated on no machine"),
-        (("mechanism=pinned_zero_copy", "memory.allow_oversubscription=true"), "has no meaning for memory=pinned"),
+        (("mechanism=pinned_zero_copy", "memory.allow_oversubscription=true"), "is ignored by memory=pinned"),
     ],
 )
 def test_what_it_does_not_serve_is_a_line(folder: Path, tmp_path: Path, overrides: tuple[str, ...], said: str) -> None:

@@ -84,7 +84,7 @@ def model(folder: Path, device: Any) -> Any:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pieces a chunk, so that a small cache has many."""
+    """Two pieces per chunk, so that a small cache has many."""
     monkeypatch.setattr("uvm_kv.kvcache.spec.CHUNK_BYTES", 32 * KIB)
 
 
@@ -126,7 +126,7 @@ def run(
         num_q_heads=model.config.num_attention_heads,
         device=model.device,
         hints=HINTS.get(mechanism),
-        staged_layers=context.num_layers_ahead + 1 if mechanism in STAGING else 0,
+        staged_layers=context.options["num_layers_ahead"] + 1 if mechanism in STAGING else 0,
         waits_for_evictions=mechanism == "managed_demand_capped",
         poison_freed=True,
     )

@@ -32,7 +32,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for mechanism in ("device_resident", "pinned_balanced"):
             jobs.run(folder / "sweep" / "runs", *POINT, f"mechanism={mechanism}", f"batch_size={batch}")
     eager = jobs.job(folder / "decode_step" / "runs", *POINT, "mechanism=device_resident", "batch_size=32")
-    jobs.run_job(eager, argv=["test"])
+    jobs.run_any_job(eager, argv=["test"])
     compiled = eager.directory.with_name("0123456789ab-r0")
     shutil.copytree(eager.directory, compiled)
     config = compiled / "config.yaml"
@@ -62,7 +62,7 @@ def lines_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_decode_steps_against_their_bytes(simulated: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the weights without the embedding, of which a step reads 32 rows, and of the KV in use."""
+    """The bytes are the weights without the embedding, of which a step reads 32 rows, and the KV in use."""
     lines = lines_of(simulated)
     (run,) = (r for r in gpu_speed.read_runs(simulated / "decode_step" / "runs", gpu_speed.config_of) if not r.compiled)
     embedding = 128256 * 4096 * 2

@@ -41,7 +41,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Of every finished run: when its directory and its summary were written."""
+    """For each finished run the inode of its directory and the time of its summary."""
     return {r.name: (r.stat().st_ino, (r / "summary.json").stat().st_mtime_ns) for r in completed_runs(folder)}
 
 
@@ -200,7 +200,7 @@ PEERS = ("gpu_peers_llama_7b", "gpu_peers_llama3_8b")
 
 
 def twins_are_full(experiments: Iterable[str]) -> list[Any]:
-    """Of two files that differ by their model alone, make test runs the one with LLaMA-7B."""
+    """Mark the Llama-3-8B file of each pair that differs in the model only as full: make test runs the LLaMA-7B one."""
     return [pytest.param(name, marks=pytest.mark.full if name.endswith("_llama3_8b") else ()) for name in experiments]
 
 

@@ -22,7 +22,7 @@ POISSON = ("workload.arrival=poisson", "workload.request_rate=6", "workload.outp
 def record(folder: Path, *overrides: str) -> Path:
     """A simulated run; its directory."""
     job = jobs.job(folder / "recorded", *overrides)
-    jobs.run_job(job, argv=["test"])
+    jobs.run_any_job(job, argv=["test"])
     return job.directory
 
 
@@ -77,7 +77,7 @@ STEADY = ("workload.start=steady", "model.weights=random", "batch_size=12", "wor
 def test_a_steady_start_that_was_stopped_is_simulated_step_for_step(
     mechanism: str, stop: str, tmp_path: Path, command: Any
 ) -> None:
-    """As the measured sweeps are: whether or not a request has ended, and by which clock it was stopped."""
+    """Steady runs like those of the measured sweeps, whether or not a request has ended and whatever stopped them."""
     directory = record(tmp_path, "model=llama3_8b", f"mechanism={mechanism}", stop, *STEADY)
     status, _, err = command(f"recorded={directory}", "hardware=rtx4090")
     assert (status, err) == (0, "")

@@ -47,7 +47,7 @@ def ends(pid: int, within_s: float = 20) -> bool:
 
 
 def outcomes(jobs_: list[Fake]) -> list[Outcome | tuple[str, str]]:
-    """Of every job: its outcome, or (the job that ended its mechanism, its error)."""
+    """For each job its outcome, or (the job that ended its mechanism, its error)."""
     found: list[Outcome | tuple[str, str]] = []
     with OneWorker(FakeTask, lambda job: job.mechanism) as worker:
         for job in jobs_:
@@ -284,7 +284,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def test_simulated_jobs_are_byte_identical_through_the_worker(tmp_path: Path) -> None:
     overrides = ("mechanism=pinned_swap", "batch_size=6", "record_plans=true", *SMALL)
     here, there = (jobs.job(tmp_path / name, *overrides) for name in ("here", "there"))
-    summary = jobs.run_job(here, argv=["test"])
+    summary = jobs.run_any_job(here, argv=["test"])
     with OneWorker() as worker:
         outcome = worker.run(there, ["test"])
     assert (outcome.error, outcome.summary) == (None, summary)
@@ -330,7 +330,7 @@ def test_a_real_model_serves_the_same_through_the_worker(tmp_path: Path, model: 
     for name in ("device_recompute", "pinned_prefetch_ahead"):
         sizes = (f"mechanism={name}", "batch_size=4", "memory.device_kv_bytes=40000")
         here, there = (served(tmp_path / where, model, *sizes) for where in ("here", "there"))
-        summary = jobs.run_job(here, argv=["test"])
+        summary = jobs.run_any_job(here, argv=["test"])
         with OneWorker() as worker:
             outcome = worker.run(there, ["test"])
         assert outcome.error is None
@@ -393,7 +393,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def children(pid: int) -> list[int]:
-    """Of a sweep: its workers, without the tracker and the watcher."""
+    """The workers of a sweep, without the tracker and the watcher."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     told = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in found}
     return [child for child, line in told.items() if b"resource_tracker" not in line and b"family" not in line]

@@ -43,7 +43,7 @@ def test_copies_ahead_hide_exactly_up_to_the_layer(lead: int, copy: float, wait:
 
 
 def test_copies_get_what_reads_in_place_leave_of_the_link() -> None:
-    """Of a layer of 5 the reads take 2, so a copy of 3 hides and one of 4 waits for 1."""
+    """The reads take 2 of a layer of 5, so a copy of 3 hides and a copy of 4 waits for 1."""
     for copy, wait in ((3.0, 0.0), (4.0, 1.0)):
         queue = CopyQueue()
         for _ in range(12):

@@ -108,7 +108,7 @@ def test_memory_and_rates_rise_where_they_should() -> None:
 
 
 def test_float32_runs_at_the_rate_of_the_plain_cores() -> None:
-    """Of an A100 a sixteenth of the tensor cores', of a GeForce of 2020 a half: no share of one tells the other."""
+    """The plain cores reach a sixteenth of the tensor cores' rate on an A100, and a half on a GeForce of 2020."""
     rates = {name: peak_ops_per_s(load(name), 32) / 1e12 for name in CARDS}
     assert (rates["a100_80g"], rates["a30"], rates["h100"]) == (19.5, 10.3, 67.0)
     assert rates["rtx3090"] == pytest.approx(peak_ops_per_s(load("rtx3090"), 16) / 2e12, rel=0.01)

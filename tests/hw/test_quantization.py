@@ -62,7 +62,7 @@ def test_sizes_of_published_checkpoints(
     ],
 )
 def test_scales_and_zeros_of_a_matrix(config: dict[str, Any], bits_per_weight: float) -> None:
-    """Of 256 inputs and 512 outputs."""
+    """A matrix of 256 inputs and 512 outputs."""
     assert of_checkpoint(config).matrix_bits(256, 512) == pytest.approx(bits_per_weight * 256 * 512)
 
 

@@ -53,7 +53,7 @@ def test_bytes_over_time_never_exceed_the_link(
     context = make_context(24, num_host, memory=memory, block_size=16, link_gb_per_s=link_gb_per_s)
     log = run(context, name, preemption=preemption)
     per_ns = link_gb_per_s * 1e9 / NS_PER_S
-    carried = context.num_layers_ahead / context.spec.num_layers
+    carried = context.options["num_layers_ahead"] / context.spec.num_layers
     for causes, ahead in ((H2D, carried), (D2H, 0.0)):
         total = 0
         copies = column(log, "h2d_copy_bytes")
@@ -186,8 +186,8 @@ def test_a_faster_link_never_slows_a_run() -> None:
 
 @pytest.mark.parametrize(("layout", "scans"), [(Layout.LAYER_MAJOR, 1), (Layout.BLOCK_MAJOR, 4)])
 def test_demand_paging_scans_the_set_once_a_step_or_once_a_layer(layout: Layout, scans: int) -> None:
-    """Beyond capacity every scan misses on every chunk: one scan a step where chunks hold one layer, one a layer where
-    they hold all four."""
+    """Beyond capacity every scan misses on every chunk: one scan per step where chunks hold one layer, one per layer
+    where they hold all four."""
     context = make_context(16, 64, memory=MemoryKind.MANAGED, block_size=16, layout=layout)
     # Eight sequences of 5 or 6 blocks, decoding within a block: nothing is touched for the first time.
     log = run(context, "demand", lengths=[(80, 16)] * 8)

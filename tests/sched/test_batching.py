@@ -37,7 +37,7 @@ def test_a_static_batch_waits_to_be_full_or_for_the_last_arrival() -> None:
 
 @pytest.mark.parametrize("batching", [StaticBatching(4), StaticBatching(4, 50)], ids=["static", "dynamic"])
 def test_a_batch_whose_prompts_exceed_the_token_budget_is_still_one_batch(batching: Batching) -> None:
-    """Scenario: four prompts of 8 tokens at 8 tokens a step. They enter one by one, and then decode together."""
+    """Scenario: four prompts of 8 tokens at 8 tokens per step. They enter one by one, and then decode together."""
     plans = run(batching, make_requests([(8, 12)] * 4), budget=8)
     assert max(len(plan.scheduled) for plan in plans) == 4
 

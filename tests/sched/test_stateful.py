@@ -94,7 +94,7 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight is None and self.requests)
     @rule(pick=st.integers(0, 1_000))
     def cancel(self, pick: int) -> None:
-        """Of all that ever came, so that some have ended before."""
+        """Cancel any request that ever arrived, so that some have ended before."""
         request = self.requests[pick % len(self.requests)]
         has_ended = request.status in (Status.FINISHED, Status.CANCELLED)
         cancelled = self.scheduler.cancel(request.id)

@@ -91,7 +91,7 @@ def test_what_cannot_be_drawn_is_refused(finished: pd.DataFrame) -> None:
 
 
 def test_what_the_smaller_projections_bring_is_told_from_what_the_kv_brings(finished: pd.DataFrame) -> None:
-    """Of 32 KV heads 24 less: 2 x 24 x 128 x 4096 weights of 2 bytes in each of 32 layers, 1.61 GB."""
+    """24 of 32 KV heads fewer: 2 x 24 x 128 x 4096 weights of 2 bytes in each of 32 layers, 1.61 GB."""
     table = STUDY.draw(finished, []).table.set_index(["kv_heads", "kv_bits"])
     less = table.loc[(32, 16), "weight_bytes_read"] - table.loc[(8, 16), "weight_bytes_read"]
     assert less == 2 * 24 * 128 * 4096 * 2 * 32
@@ -129,5 +129,5 @@ def test_repeats_count_by_their_median_and_measured_ones_may_be_ambiguous(finish
 
 
 def test_the_experiment_runs_what_is_drawn_and_nothing_else() -> None:
-    text = (Path(__file__).parents[3] / "conf" / "experiment" / "attention_variants.yaml").read_text()
+    text = (Path(__file__).parents[2] / "conf" / "experiment" / "attention_variants.yaml").read_text()
     assert "override /mechanism: device_resident" in text and "pinned" not in text

@@ -90,7 +90,7 @@ def test_a_half_fraction_gives_the_same_main_effects() -> None:
 
 
 def test_lenths_pseudo_standard_error() -> None:
-    """Of 15 contrasts, 13 of them 1 or -1 and two large: s0 = 1.5, the large ones are dropped, PSE = 1.5."""
+    """15 contrasts, 13 of them 1 or -1 and two large: s0 = 1.5, the large ones are dropped, PSE = 1.5."""
     pse, margin = lenth(np.array([1.0, -1.0] * 6 + [1.0, 40.0, -50.0]))
     assert pse == 1.5
     assert margin == pytest.approx(1.5 * 2.571, rel=1e-3)  # The 97.5 % quantile of t with 5 degrees of freedom.

@@ -45,7 +45,7 @@ def test_it_is_the_same_in_another_process() -> None:
         ("hw/roofline.py", RUNNERS),
         ("types.py", RUNNERS),
         ("engine/__init__.py", RUNNERS),
-        ("config/build.py", RUNNERS),
+        ("job/build.py", RUNNERS),
         ("telemetry/summary.py", RUNNERS),
         ("a_new_room/module.py", RUNNERS),
         ("runner/base.py", RUNNERS),
@@ -53,10 +53,10 @@ def test_it_is_the_same_in_another_process() -> None:
         ("runner/torch/runner.py", ("cpu", "cuda")),
         ("runner/replay/__init__.py", ("replay",)),
         ("memory/slab.py", ("cuda",)),
-        ("analysis/report.py", ()),
+        ("report/write.py", ()),
         ("cli/runs.py", ()),
         ("config/names.py", ()),
-        ("telemetry/records.py", ()),
+        ("store/records.py", ()),
     ],
 )
 def test_a_file_counts_for_the_runners_whose_results_rest_on_it(name: str, runners: tuple[str, ...]) -> None:

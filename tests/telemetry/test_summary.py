@@ -110,7 +110,7 @@ def test_the_steady_window_begins_after_the_last_request_that_is_not_measured() 
 
 
 def test_a_run_that_was_stopped_in_its_warm_up_has_no_steady_window() -> None:
-    """Of three clients one has not finished its first request: the finishes of the others do not end the warm-up."""
+    """One of three clients has not finished its first request, so the finishes of the others do not end the warm-up."""
     rows = [
         (0, 8, 2, 0, 0, S, S, 0, False),
         (1, 8, 5, 0, 0, S, 2 * S, 0, False),

@@ -45,7 +45,8 @@ from uvm_kv.types import BASELINES, GIB, MemoryKind
 from uvm_kv.workload.lengths import mean_lengths
 
 NOT_ADVISED = (*BASELINES, "custom", "managed_demand_capped")
-"""Of those without CPU-backed KV, named by nobody, or with evictions by plan in the place of the driver's."""
+"""Mechanisms that are never advised: those without CPU-backed KV, `custom`, and the one whose evictions are planned
+instead of the driver's."""
 ON_REQUEST = ("pageable_swap", "vmm_balanced")
 """To the simulator never better than pinned_swap, and the same as pinned_balanced."""
 TAKEN = (
@@ -62,7 +63,8 @@ WORTH = 0.01
 """A smaller gain is none: below what the operators' fit can tell apart."""
 NUM_SEEDS = 5
 HALF_WIDTH = 2.776 / NUM_SEEDS**0.5
-"""Of a 95 % interval of the mean over the seeds, in standard deviations (Student's t, 4 degrees of freedom)."""
+"""Half width of the 95 % interval of the mean over the seeds, in standard deviations (Student's t, 4 degrees of
+freedom)."""
 ASSUMED = 0.10
 """Uncertainty of a quantity that was not measured on the card."""
 BOUND = 0.75
@@ -90,16 +92,16 @@ class Point:
     bound: str
     """link, capacity (requests wait for KV memory), HBM or operators."""
     moved_kv: bool
-    """Over the link."""
+    """Whether KV moved over the link."""
     preempted: bool
     limited: bool
-    """By KV memory."""
+    """Whether KV memory limited the batch."""
     peak_host_bytes: int
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a quantity's uncertainty does to the gain."""
+    """The effect of a quantity's uncertainty on the gain."""
 
     quantity: str
     uncertainty: float
@@ -111,7 +113,7 @@ class Effect:
 @dataclass(frozen=True)
 class Advice:
     answer: str
-    """yes, no, or cannot tell."""
+    """Answer: yes, no, or cannot tell."""
     hardware: str
     measured_on: str | None
     model: str
@@ -133,7 +135,7 @@ class Advice:
     no_source: dict[str, str] = field(default_factory=dict)
     """Numbers of the profile that nothing vouches for, and who gave them: how wrong they are is not in the range."""
     gain: float | None = None
-    """Of best over baseline, as a fraction; None where one of them is, and so below."""
+    """Gain of best over baseline, as a fraction. None, like the fields below, where one of them is None."""
     gain_range: tuple[float, float] | None = None
     equal_tpot: Point | None = None
     """The best CPU-backed point tried whose p99 TPOT does not exceed the baseline's."""
@@ -148,7 +150,7 @@ class Question:
 
     overrides: tuple[str, ...]
     num_requests: int | None = None
-    """None: as the config says."""
+    """Requests per run; None: as the config says."""
 
     def changes(self, mechanism: str, batch_size: int, host_kv_bytes: int | None, num_repeats: int) -> dict[str, Any]:
         changes: dict[str, Any] = {"batch_size": batch_size}
@@ -332,8 +334,8 @@ def _question(overrides: tuple[str, ...], most: int | None) -> tuple[Question, R
 
 
 def advise(arguments: list[str], *, num_workers: int | None = None, progress: Callable[[str], Any] = print) -> Advice:
-    """The answer for Hydra overrides; one worker is this process, None is one a core. ValueError for a mistake in them,
-    or where no side can serve the workload."""
+    """The answer for Hydra overrides. `num_workers`: 1 is this process, None is one per core. ValueError for a mistake
+    in the overrides, or where no side can serve the workload."""
     overrides, mechanisms, most = _checked(arguments)
     question, base, num_seqs, start, limit = _question(overrides, most)
     workload = base.config.workload

@@ -42,7 +42,8 @@ MIN_SHARE = 1e-3
 SHARE_SLACK = 1.05
 """A share may come out above 1 by noise; beyond this the curves contradict each other."""
 FAULT_CONSTANTS = ("evict_fixed_us", "fault_batch_us", "cpu_mapped_page_us", "scattered_page_us", "fault_block_us")
-"""Of `managed`; where several cannot be told apart, the last one is the base's first."""
+"""Constants of `managed` that the fault curves fit. Where the curves cannot separate them, the last one takes the
+base's value first."""
 
 
 @dataclass(frozen=True)

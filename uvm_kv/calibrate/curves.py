@@ -46,13 +46,13 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 """Coordinates of a point of each curve: a type, or the allowed words."""
 MIN_POINTS = {"link": 2, "copy": 2, "zero_copy": 1, "hbm": 2, "prefetch": 2, "fault": 2, "operators": 3}
-"""Of `operators` by operator."""
+"""Least number of points of each curve; for `operators`, of each operator."""
 CARD = {"memory_bytes": int, "hbm_gb_per_s": float, "tensor_tflop_per_s": float, "tensor_int8_top_per_s": float}
 CARD_OPTIONAL = {"float32_tflop_per_s": float}
 """Without it the profile serves no float32."""
 MAX_NUM_CHUNKS = 1 << 20
 MAX_RANDOM_BYTES = GIB
-"""Of a working set that is walked at random: the driver model takes such a walk fault by fault."""
+"""Largest working set for a random walk, because the driver model takes such a walk fault by fault."""
 
 OPERATORS = (
     *("embedding", "input_layernorm", "q_proj", "k_proj", "v_proj", "rope", "attn", "o_proj", "post_layernorm"),
@@ -106,7 +106,7 @@ WHAT = {
 
 
 def plan_lines() -> list[str]:
-    """What a calibration would measure, a line a curve."""
+    """The points that a calibration would measure, one line per curve."""
     lines = []
     for curve, points in PLAN.items():
         seen: dict[str, list[str]] = {}
@@ -134,9 +134,9 @@ def _short(name: str, value: Any) -> str:
 @dataclass(frozen=True)
 class Point:
     at: Mapping[str, Any]
-    """Its coordinates, the keys of FIELDS."""
+    """Coordinates of the point, with the keys of FIELDS."""
     repeats: tuple[float, ...]
-    """Seconds."""
+    """Seconds of each repeat."""
 
     @property
     def seconds(self) -> float:
@@ -153,7 +153,7 @@ class Point:
 @dataclass(frozen=True)
 class Curves:
     file: str
-    """Name of the file, without its folder."""
+    """Name of the curves file, without its folder."""
     sha256: str
     origin: str
     date: str
@@ -165,7 +165,7 @@ class Curves:
     """The card's figures by their names in `gpu` of a profile."""
     curves: Mapping[str, tuple[Point, ...]]
     model: ModelGeometry | None
-    """Of the operators."""
+    """Shape of the model whose operators were timed."""
     dtype: str | None
 
 

@@ -23,7 +23,7 @@ from uvm_kv.job.resolve import build_profile
 
 
 def load_profile(name: str) -> HardwareProfile:
-    """`conf/hardware/<name>.yaml`; ValueError for a name that is not there."""
+    """The profile in `conf/hardware/<name>.yaml`; ValueError for a name that is not there."""
     known = names.groups()["hardware"]
     if name not in known:
         raise names.unknown_option("base", name, known)
@@ -32,7 +32,7 @@ def load_profile(name: str) -> HardwareProfile:
 
 
 def load_geometry(name: str) -> ModelGeometry:
-    """Of `conf/model/<name>.yaml`; ValueError for a name that is not there."""
+    """The shapes in `conf/model/<name>.yaml`; ValueError for a name that is not there."""
     known = names.groups()["model"]
     if name not in known:
         raise names.unknown("model", name, known)

@@ -22,6 +22,7 @@ COMMANDS = {
     "dashboard": ("uvm_kv.tracking.dashboard", "saved views and a report on wandb"),
     "bench": ("uvm_kv.commands.bench", "speed of the simulator and the engine"),
     "bench-model": ("uvm_kv.commands.bench_model", "speed of a real model on the CPU"),
+    "rekey": ("uvm_kv.commands.rekey", "give runs of an older version the run ids of this one"),
     "doctor": ("uvm_kv.cli.doctor", "what this machine has, and what works because of it"),
 }
 """Each: the module whose `main` it is, and what it does. pandas and matplotlib take a second that --help need not wait

@@ -24,10 +24,10 @@ class CudaReport(NamedTuple):
     """How it was built; None: it is not there, and `extension_missing` says why."""
     extension_missing: str
     found: Capabilities | None
-    """Of device 0."""
+    """Capabilities of device 0."""
     found_missing: str
     architectures: str = ""
-    """That the extension was built for, as CMake was told."""
+    """Architectures that the extension was built for, in CMake's notation."""
     driver: str | None = None
     """The newest CUDA that the driver knows."""
 
@@ -50,7 +50,7 @@ def probe() -> CudaReport:
 
 
 def lines(report: CudaReport) -> list[str]:
-    """The section `CUDA`: what there is, not yet what it is good for."""
+    """The section `CUDA`: what the machine has, without the conclusions."""
     packages = ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name)))
     out = [
         "CUDA",

@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def doctor() -> list[str]:
-    """Lines to print. The first says which NVIDIA GPU there is, or `no NVIDIA GPU`."""
+    """The lines to print. The first names the NVIDIA GPU, or says `no NVIDIA GPU`."""
     card, host, found, cuda = gpu(), machine(), versions(), cuda_report.probe()
     lines = ["no NVIDIA GPU" if card is None else f"{card['name']}, driver {card['driver']}, {card['uuid']}", ""]
     memory = host["memory_bytes"] / 2**30

@@ -86,10 +86,10 @@ def list_runs(folder: Path, conditions: list[str], *, as_json: bool = False) -> 
 
 
 def show_run(folder: Path, run_id: str, *, as_json: bool = False) -> None:
-    """Print one run; ValueError if the id's beginning fits none or several."""
+    """Print one run, by its id or a former one; ValueError if the id's beginning fits none or several."""
     records, _ = without_computed(*read_records(folder))
     failed = {name: record for name, record in read_failures(folder)[0].items() if name.startswith(run_id)}
-    found = [record for record in records if record.id.startswith(run_id)]
+    found = [r for r in records if r.id.startswith(run_id) or str(r.manifest.get("formerly", "")).startswith(run_id)]
     if len(failed) == 1 and not found:
         if as_json:
             print(json.dumps({"failed": failed}, indent=1))

@@ -3,11 +3,14 @@ that are listed, advised on or compared. All errors are ValueErrors of a line.""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Container, Iterable
+from functools import cache
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -21,23 +24,47 @@ from uvm_kv.config.schema import register
 def compose_config(arguments: list[str], name: str = "config") -> DictConfig:
     """`conf/<name>.yaml` with the `key=value` arguments; each number of its profile has the source of who set it.
 
+    Hydra composes once for each choice of groups, which takes 0.16 s; plain values are set on a copy, as Hydra would.
     ValueError for what cannot be composed, and for what is left without a value.
     """
-    register()
     overrides = parse_overrides(arguments)
     folders = folders_of(overrides)
+    known = names.groups()
+    plain = [override for override in overrides if _is_plain(override, known)]
+    chosen = tuple(str(o.input_line) for o in overrides if o not in plain)
     try:
-        with initialize_config_dir(str(names.CONF_DIR), version_base="1.3"):
-            composed: DictConfig = compose(name, arguments, return_hydra_config=True)
-        choices = dict(composed.hydra.runtime.choices)
-        with open_dict(composed):
-            del composed["hydra"]
+        # A folder of the user's own may change while this process lives.
+        composed, choices = (_compose if folders else _compose_once)(str(names.CONF_DIR), name, chosen)
+        composed = copy.deepcopy(composed)
+        for override in plain:
+            OmegaConf.update(composed, override.key_or_group, override.value(), merge=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(" ".join(map(str.strip, str(error).splitlines()[:2]))) from None
     if "hardware" in composed:
-        mark_sources(composed.hardware, overrides, choices=choices, folders=folders)
+        mark_sources(composed.hardware, overrides, choices=dict(choices), folders=folders)
     check_complete(composed)
     return composed
+
+
+def _is_plain(override: Override, groups: Container[str]) -> bool:
+    """Whether it gives a key of the config a value, and chooses no option of a group."""
+    key = override.key_or_group
+    is_value = not (override.is_delete() or override.is_add() or override.is_force_add() or override.package)
+    return is_value and not key.startswith("hydra") and key not in groups
+
+
+def _compose(conf_dir: str, name: str, chosen: tuple[str, ...]) -> tuple[DictConfig, dict[str, str]]:
+    """The config of these choices, and the options by group."""
+    register()
+    with initialize_config_dir(conf_dir, version_base="1.3"):
+        composed: DictConfig = compose(name, list(chosen), return_hydra_config=True)
+    choices = dict(composed.hydra.runtime.choices)
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed, choices
+
+
+_compose_once = cache(_compose)
 
 
 def check_complete(composed: DictConfig) -> None:

@@ -1,12 +1,10 @@
-"""Settings that a job, or every job of a command, would ignore: refused in a line rather than dropped without a word.
+"""Settings that every job of a command would ignore: refused in a line rather than dropped without a word.
 
-What belongs to one placement, memory kind or peer is refused where those are checked (resolve.py, cuda.py, peers.py).
-"""
+What one job ignores is refused by its declaration (`uvm_kv.config.settings.check_heeded`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from uvm_kv.config.names import values_of
 from uvm_kv.config.option_file import axes_of
-from uvm_kv.config.schema import ConfigSchema, DriverSchema, MemorySchema, SamplingSchema, SchedulerSchema
+from uvm_kv.config.settings import ignored, settings, typed
 
 REAL = ("cpu", "cuda")
-
-
-def check_heeded(config: ConfigSchema) -> None:
-    """ValueError for a setting of another runner or scheduler than the job's. A replayed job is of its recording's."""
-    runner = config.replay.recorded_runner or config.runner
-    default = DriverSchema()
-    mine: list[tuple[str, Any, Any, tuple[str, ...]]] = [
-        ("sampling.temperature", config.sampling.temperature, SamplingSchema.temperature, REAL),
-        ("cuda_graphs", config.cuda_graphs, ConfigSchema.cuda_graphs, ("cuda",)),
-        (
-            "memory.allow_oversubscription",
-            config.memory.allow_oversubscription,
-            MemorySchema.allow_oversubscription,
-            ("cuda",),
-        ),
-        *(
-            (f"driver.{it.name}", getattr(config.driver, it.name), getattr(default, it.name), ("sim",))
-            for it in fields(default)
-        ),
-    ]
-    for path, given, usual, users in mine:
-        if given != usual and runner not in users:
-            raise _meaningless(path, given, f"runner={runner}", f"runner={' or '.join(users)}")
-    scheduler = config.scheduler
-    if scheduler.window_s != SchedulerSchema.window_s and scheduler.name != "dynamic":
-        raise _meaningless(
-            "scheduler.window_s", scheduler.window_s, f"scheduler={scheduler.name}", "scheduler=dynamic, which waits"
-        )
 
 
 def check_command(
@@ -70,27 +40,20 @@ def check_command(
     only = f"runner={' and '.join(runners)}"
     weights = given.get("model.weights")
     if weights is not None and "random" in values_of(weights) and not set(REAL) & set(runners):
-        raise _meaningless("model.weights", "random", only, f"runner={' or '.join(REAL)}")
+        raise ignored("model.weights", "random", only, f"runner={' or '.join(REAL)}")
     watchdog = given.get("watchdog_s")
     if watchdog is not None and set(values_of(watchdog)) != {"null"} and not has_worker:
-        raise _meaningless(
-            "watchdog_s", values_of(watchdog)[0], only, "runner=cuda, or a sweep with hydra/launcher=basic"
-        )
-    if "sim" in runners and "managed" not in (kinds := _memory_kinds(by_key, file, folders)):
-        for it in fields(DriverSchema):
-            override, usual = given.get(f"driver.{it.name}"), _text(getattr(DriverSchema(), it.name))
-            if override is not None and (other := [v for v in map(str.lower, values_of(override)) if v != usual]):
-                memory = f"memory={' and '.join(sorted(kinds))}"
-                raise _meaningless(f"driver.{it.name}", other[0], memory, "memory=managed or a mechanism that has it")
-
-
-def _meaningless(path: str, given: Any, what: str, users: str) -> ValueError:
-    return ValueError(f"{path}={_text(given)} has no meaning for {what}; it belongs to {users}; drop it")
-
-
-def _text(value: Any) -> str:
-    """As it is typed."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        raise ignored("watchdog_s", values_of(watchdog)[0], only, "runner=cuda, or a sweep with hydra/launcher=basic")
+    if "sim" not in runners:
+        return
+    kinds = _memory_kinds(by_key, file, folders)
+    for it in settings().values():
+        override, users = given.get(it.path), it.rule.heeded.get("memory.kind", ())
+        if override is None or "memory.kind" not in it.rule.lenient or kinds & set(users):
+            continue
+        if other := [value for value in map(str.lower, values_of(override)) if value != typed(it.default)]:
+            by = f"memory={' and '.join(sorted(kinds))}"
+            raise ignored(it.path, other[0], by, f"memory={' or '.join(users)}, or a mechanism that has it")
 
 
 def _values(by_key: Mapping[str, Override], file: Any, key: str) -> list[str]:
@@ -100,7 +63,7 @@ def _values(by_key: Mapping[str, Override], file: Any, key: str) -> list[str]:
     if file is None:
         return []
     value = _chosen(file).get(key, OmegaConf.select(file, key))
-    return [] if value is None or isinstance(value, DictConfig) else [_text(value)]
+    return [] if value is None or isinstance(value, DictConfig) else [typed(value)]
 
 
 def _chosen(file: Any) -> dict[str, str]:

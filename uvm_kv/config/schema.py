@@ -1,17 +1,27 @@
 """Schemas of the config. A mistyped key or a value of the wrong type fails at composition with the field's name.
 
-Every field is explained in the YAML file of its group under `conf/`; this module holds types and defaults only.
+Every field is explained in the YAML file of its group under `conf/`. Here are its type, its default and its rule
+(`uvm_kv.setting`), of which `uvm_kv.config.settings` makes errors, run ids and comparisons.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from uvm_kv.types import OUR_ENGINE, Allocation
+from uvm_kv.placement.registry import POLICIES, placement_options
+from uvm_kv.setting import RULE, Role, setting
+from uvm_kv.types import DTYPE_BYTES, OUR_ENGINE, Allocation, Layout, MemoryKind
+
+CONTINUOUS = "hf_continuous"
+CACHES = {"hf_generate": ("dynamic", "static"), "hf_offloaded": ("offloaded", "offloaded_static")}
+"""transformers' cache_implementation by peer, for peer.cache=dynamic and static."""
+PEERS = (*CACHES, CONTINUOUS)
+ENGINES = (OUR_ENGINE, *PEERS)
 
 
 @dataclass
@@ -83,8 +93,8 @@ class ModelSchema:
     name: str = MISSING
     source: str | None = None
     path: str | None = None
-    weights: str = "file"
-    weight_bits: int | None = None
+    weights: str = setting("file", allowed=("file", "random"))
+    weight_bits: int | None = setting(None, allowed=(16, 8, 4))
     num_layers: int | None = None
     hidden_size: int | None = None
     num_heads: int | None = None
@@ -100,45 +110,72 @@ class ModelSchema:
 
 @dataclass
 class MemorySchema:
-    kind: str = MISSING
-    gpu_memory_utilization: float = 0.90
-    device_kv_bytes: int | None = None
-    host_kv_bytes: int | None = None
-    pageable: bool = False
-    allow_oversubscription: bool = False
+    kind: str = setting(MISSING, allowed=tuple(MemoryKind), role=Role.VARIANT)
+    gpu_memory_utilization: float = setting(0.90, above=0, most=1)
+    device_kv_bytes: int | None = setting(None, least=1)
+    host_kv_bytes: int | None = setting(None, least=0, most=2**46, role=Role.VARIANT)
+    pageable: bool = setting(False, role=Role.VARIANT)
+    allow_oversubscription: bool = setting(False, heeded={"runner": ("cuda",)})
 
 
-@dataclass
-class PlacementSchema:
-    name: str = MISSING
-    num_layers_ahead: int = 2
-    reach: str = "both"
+if TYPE_CHECKING:
+
+    class PlacementSchema:
+        name: str
+
+        def __init__(self, name: str = ...) -> None: ...
+
+        def __getattr__(self, option: str) -> Any: ...
+
+else:
+    PlacementSchema = make_dataclass(
+        "PlacementSchema",
+        [
+            ("name", str, setting(MISSING, allowed=tuple(POLICIES), role=Role.VARIANT)),
+            *(
+                (name, kind, field(default=default, metadata={RULE: rule}))
+                for name, (kind, default, rule) in placement_options().items()
+            ),
+        ],
+    )
+    PlacementSchema.__module__ = __name__
+    PlacementSchema.__doc__ = "A placement, and the options of all placements (`uvm_kv.placement.registry`)."
+
+
+def _hint(default: Any, **rule: Any) -> Any:
+    return setting(default, heeded={"memory.kind": ("managed",)}, role=Role.VARIANT, **rule)
 
 
 @dataclass
 class HintsSchema:
-    preferred_location: str = "none"
-    accessed_by: bool = False
-    read_mostly: bool = False
-    discard_on_free: bool = False
+    preferred_location: str = _hint("none", allowed=("none", "device", "host", "by_tier"))
+    accessed_by: bool = _hint(False)
+    read_mostly: bool = _hint(False)
+    discard_on_free: bool = _hint(False)
+
+
+def _of_driver(default: Any, **rule: Any) -> Any:
+    """An option of the simulated driver. One job of a sweep may ignore it, as another's memory is managed."""
+    heeded = {"runner": ("sim",), "memory.kind": ("managed",)}
+    return setting(default, heeded=heeded, lenient=("memory.kind",), **rule)
 
 
 @dataclass
 class DriverSchema:
-    prefetcher: str = "tree"
-    prefetch_threshold_percent: int = 51
-    concurrent_managed_access: bool = True
+    prefetcher: str = _of_driver("tree", allowed=("tree", "none", "block"))
+    prefetch_threshold_percent: int = _of_driver(51, least=1, most=100)
+    concurrent_managed_access: bool = _of_driver(True)
 
 
 @dataclass
 class SchedulerSchema:
-    name: str = MISSING
-    max_num_batched_tokens: int = 2048
-    chunked_prefill: bool = True
-    admission: str = "worst_case"
-    preemption: str = "none"
-    watermark: float = 0.01
-    window_s: float = 1.0
+    name: str = setting(MISSING, allowed=("static", "dynamic", "continuous"))
+    max_num_batched_tokens: int = setting(2048, least=1)
+    chunked_prefill: bool = setting(True)
+    admission: str = setting("worst_case", allowed=("worst_case", "optimistic"), role=Role.VARIANT)
+    preemption: str = setting("none", allowed=("none", "recompute", "swap"), role=Role.VARIANT)
+    watermark: float = setting(0.01, least=0, below=1)
+    window_s: float = setting(1.0, above=0, below=math.inf, heeded={"scheduler.name": ("dynamic",)})
 
 
 @dataclass
@@ -156,49 +193,57 @@ class LengthsSchema:
 
 @dataclass
 class WorkloadSchema:
-    name: str = MISSING
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    lengths: LengthsSchema | None = None
-    path: str | None = None
-    num_requests: int | None = None
-    arrival: str | None = None
-    start: str = "cold"
-    request_rate: float | None = None
-    too_long: str | None = None
+    name: str = setting(MISSING)
+    prompt_tokens: int | None = setting(None, least=1)
+    output_tokens: int | None = setting(None, least=1)
+    lengths: LengthsSchema | None = setting(None)
+    path: str | None = setting(None)
+    num_requests: int | None = setting(None, least=1, most=10_000_000)
+    arrival: str | None = setting(None, allowed=("closed_loop", "all_at_once", "poisson", "trace"))
+    start: str = setting("cold", allowed=("cold", "steady"))
+    request_rate: float | None = setting(None, least=1e-6, most=1e9)
+    too_long: str | None = setting(None, allowed=("error", "drop"))
+
+
+def _no_result(default: Any, **rule: Any) -> Any:
+    return setting(default, role=Role.NO_RESULT, **rule)
 
 
 @dataclass
 class TrackingSchema:
-    name: str = "none"
-    project: str = "uvm-kv"
-    mode: str = "offline"
+    name: str = _no_result("none", allowed=("none", "wandb"))
+    project: str = _no_result("uvm-kv")
+    mode: str = _no_result("offline", allowed=("offline", "online"))
 
 
 @dataclass
 class SamplingSchema:
-    temperature: float = 0.0
+    temperature: float = setting(0.0, least=0, most=100, heeded={"runner": ("cpu", "cuda")})
 
 
 @dataclass
 class ReplaySchema:
-    path: str | None = None
-    recorded_runner: str | None = None
+    path: str | None = setting(None)
+    recorded_runner: str | None = setting(None)
+
+
+def _of_peer(default: Any, *engines: str, **rule: Any) -> Any:
+    return setting(default, heeded={"engine": engines}, role=Role.VARIANT, **rule)
 
 
 @dataclass
 class PeerSchema:
-    cache: str = "dynamic"
-    page_size: int = 256
-    max_batch_tokens: int | None = None
-    use_cuda_graph: bool | None = None
+    cache: str = _of_peer("dynamic", *CACHES, allowed=("dynamic", "static"))
+    page_size: int = _of_peer(256, CONTINUOUS)
+    max_batch_tokens: int | None = _of_peer(None, CONTINUOUS)
+    use_cuda_graph: bool | None = _of_peer(None, CONTINUOUS)
 
 
 @dataclass
 class ConfigSchema:
     hardware: HardwareSchema = field(default_factory=HardwareSchema)
     model: ModelSchema = field(default_factory=ModelSchema)
-    mechanism: str = "custom"
+    mechanism: str = setting("custom")
     memory: MemorySchema = field(default_factory=MemorySchema)
     placement: PlacementSchema = field(default_factory=PlacementSchema)
     hints: HintsSchema = field(default_factory=HintsSchema)
@@ -208,31 +253,31 @@ class ConfigSchema:
     tracking: TrackingSchema = field(default_factory=TrackingSchema)
     replay: ReplaySchema = field(default_factory=ReplaySchema)
     sampling: SamplingSchema = field(default_factory=SamplingSchema)
-    engine: str = OUR_ENGINE
+    engine: str = setting(OUR_ENGINE, allowed=ENGINES, role=Role.VARIANT)
     peer: PeerSchema = field(default_factory=PeerSchema)
-    prompts: str | None = None
-    chat_template: str = "auto"
-    runner: str = "sim"
-    layout: str = "auto"
-    block_size: int = 16
-    allocation: str = "paged"
-    batch_size: int = 16
-    working_set_ratio: float | None = None
-    max_model_len: int | None = None
-    dtype: str = "auto"
-    kv_bits: int | None = None
-    seed: int = 0
-    num_repeats: int = 1
-    first_repeat: int = 0
-    max_steps: int | None = None
-    max_seconds: float | None = None
-    watchdog_s: float | None = None
-    cuda_graphs: bool = True
-    compile: bool = False
-    record_plans: bool = False
-    results_dir: str = "results/runs"
-    rerun: str = "false"
-    refine: bool = False
+    prompts: str | None = setting(None)
+    chat_template: str = setting("auto", allowed=("auto", "none"))
+    runner: str = setting("sim", allowed=("sim", "cpu", "cuda", "replay"))
+    layout: str = setting("auto", allowed=("auto", *Layout), role=Role.VARIANT)
+    block_size: int = setting(16, least=1)
+    allocation: str = setting("paged", allowed=tuple(Allocation))
+    batch_size: int = setting(16, least=1)
+    working_set_ratio: float | None = setting(None, least=1e-6, most=1e6)
+    max_model_len: int | None = setting(None, least=1)
+    dtype: str = setting("auto", allowed=("auto", *DTYPE_BYTES))
+    kv_bits: int | None = setting(None, allowed=(16, 8, 4))
+    seed: int = setting(0, least=0, most=2**32 - 1)
+    num_repeats: int = _no_result(1, least=1)
+    first_repeat: int = _no_result(0, least=0, most=2**31)
+    max_steps: int | None = setting(None, least=1)
+    max_seconds: float | None = setting(None, least=1e-6, most=1e9)
+    watchdog_s: float | None = _no_result(None, least=1e-6, most=1e9)
+    cuda_graphs: bool = setting(True, heeded={"runner": ("cuda",)})
+    compile: bool = setting(False, heeded={"runner": ("cpu", "cuda")})
+    record_plans: bool = setting(False)
+    results_dir: str = _no_result("results/runs")
+    rerun: str = _no_result("false", allowed=("false", "true", "changed"))
+    refine: bool = _no_result(False)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where a card's memory goes: the sum that is printed before every run."""
+"""The account of a card's memory, which is printed before every run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class MemoryBudget:
     weight_bytes: int
     activation_bytes: int
     workspace_bytes: int
-    """Of attention, where a kernel has one that is known before it runs."""
+    """Workspace of the attention kernel, where its size is known before it runs."""
     kv_bytes: int
     kv_is_given: bool
     quantization: str | None = None
     """How quantized weights are stored."""
 
     def rows(self) -> list[tuple[str, int]]:
-        """What each line of the printed table says."""
+        """The lines of the printed table."""
         if self.kv_is_given:
             fixed = self.context_bytes + self.weight_bytes + self.activation_bytes + self.workspace_bytes
             rest = self.card_bytes - fixed - self.kv_bytes
@@ -64,7 +64,7 @@ def memory_budget(
     device_kv_bytes: int | None,
     workspace_bytes: int = 0,
 ) -> MemoryBudget:
-    """ValueError where weights, activations, the workspace and KV do not fit the card."""
+    """Raise ValueError where weights, activations, the workspace and KV do not fit the card."""
     card = profile.gpu.memory_bytes
     weights = weight_bytes(model, precision)
     rows = max(batch_size, LOGIT_ROWS)

@@ -1,11 +1,11 @@
 """Operations and bytes of every operator of one step, counted in one of two ways.
 
-`exact` is what the simulator charges. A linear layer does 2 * in * out operations a token and moves its weights and
-both activations once. Attention is one fused kernel: no scores in memory, its softmax not counted (5 operations an
-element beside 4 * head_dim), only the causal half in prefill. A norm counts 7 operations an element and one for the
-residual add that engines fuse into it, and reads and writes two streams; SiLU-mul counts 5 an element of the
-intermediate size with two operands in and one out; RoPE 6 an element of Q and K. New K and V are written in the KV
-cache's width. Logits are taken of one token a sequence, with the 2 of any linear layer. Quantized weights are the
+`exact` is what the simulator charges. A linear layer does 2 * in * out operations per token and moves its weights and
+both activations once. Attention is one fused kernel: no scores in memory, its softmax not counted (5 operations per
+element beside 4 * head_dim), only the causal half in prefill. A norm counts 7 operations per element and one for the
+residual add that engines fuse into it, and reads and writes two streams; SiLU-mul counts 5 per element of the
+intermediate size with two operands in and one out; RoPE 6 per element of Q and K. New K and V are written in the KV
+cache's width. Logits are taken of one token per sequence, with the 2 of any linear layer. Quantized weights are the
 matrices of the layers, with their scales and zeros; embedding and head stay 16 bits wide. Biases, rotation tables and
 the scales of quantized KV are left out.
 
@@ -44,7 +44,7 @@ class Precision:
     """Bits per element. ValueError where they are not between 1 and 32."""
 
     weight_bits: int = 16
-    """Of the matrices of the layers."""
+    """Width of the weights in the matrices of the layers."""
     activation_bits: int = 16
     kv_bits: int = 16
     checkpoint: Quantization | None = None
@@ -63,18 +63,18 @@ class Precision:
 
     @property
     def quantization(self) -> Quantization | None:
-        """Of the weights; None where they are not quantized."""
+        """Quantization of the weights; None where they are not quantized."""
         if self.weight_bits >= WIDE_BITS:
             return None
         return self.checkpoint or by_size(self.weight_bits)
 
     @property
     def table_bits(self) -> int:
-        """Of embedding, head and norms."""
+        """Bits per element of embedding, head and norms."""
         return self.weight_bits if self.quantization is None else max(WIDE_BITS, self.activation_bits)
 
     def matrix_bits(self, fan_in: int, fan_out: int) -> float:
-        """Of one matrix of a layer, with its scales and zeros."""
+        """Bits of one matrix of a layer, its scales and zeros included."""
         if self.quantization is None:
             return self.weight_bits * fan_in * fan_out
         return self.quantization.matrix_bits(fan_in, fan_out)
@@ -100,7 +100,7 @@ def _linear(
 
 
 def _elementwise(width: int, ops: int, num_streams: int, num_tokens: int, precision: Precision) -> Work:
-    """`num_streams` of `width` elements a token are read or written."""
+    """Work of an element-wise operator: `num_streams` of `width` elements per token are read or written."""
     return float(ops * width * num_tokens), num_streams * width * num_tokens * precision.activation_bits / 8
 
 

@@ -2,8 +2,8 @@
 
 What a file leaves out is taken from `decoders.json`: the model types that are counted right, with the defaults of their
 configs. A test builds each type of transformers and holds the table against it. Counted are decoders whose layers are
-all alike: attention over the whole context and one MLP, quantized or not. Anything else is refused in a line that names
-the key which tells.
+all alike: attention over the whole context and one MLP, quantized or not. Any other model is refused in a line that
+names the key that shows it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ UNLIKE = {
 }
 """Keys that, where they are set, say that the model is not of the kind that is counted."""
 ATTENTION = ("full_attention", "attention", "sliding_attention")
-"""Of `layer_types`."""
+"""Values of `layer_types` that are counted as attention."""
 
 
 @functools.cache
@@ -126,7 +126,7 @@ def with_quantization(model: ModelGeometry, path: str) -> ModelGeometry:
 
 
 def quantization_config(path: str) -> dict[str, Any] | None:
-    """Of a model folder's `config.json`; None where its weights are not quantized."""
+    """The `quantization_config` in a model folder's `config.json`; None where its weights are not quantized."""
     for raw in (_read_whole(path), _read(path)[0]):
         config = raw.get("quantization_config")
         if isinstance(config, dict):

@@ -1,4 +1,4 @@
-"""What this machine can give: its free memory, read anew at every call."""
+"""Free memory of this machine, read anew at every call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def available_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """What the system can give without swapping, files that it caches included; None where it does not say."""
+    """Bytes that the system can give without swapping, cached files included; None where it does not say."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
     except OSError:

@@ -29,7 +29,7 @@ class ModelGeometry:
     sliding_window: int | None = None
     """Tokens that some or all layers attend to; None: the whole context."""
     quantization: Quantization | None = None
-    """Of the checkpoint's weights; None: they are not quantized."""
+    """Quantization of the checkpoint's weights; None: they are not quantized."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -75,7 +75,7 @@ class ModelGeometry:
         return ceil(2 * self.num_layers * self.kv_size * dtype_bytes)
 
     def understood(self) -> str:
-        """What the counts are made of, in words."""
+        """A line of text that names the parts that are counted."""
         window = "" if self.sliding_window is None else f" within a window of {self.sliding_window} tokens"
         parts = [
             f"{self.num_layers} layers of full attention{window}, KV heads: {self.num_kv_heads} of {self.head_dim}",

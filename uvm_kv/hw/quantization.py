@@ -25,11 +25,11 @@ class Quantization:
 
     method: str
     bits: int
-    """Of a weight."""
+    """Bits per weight."""
     group_size: int | None
     """Inputs of one output that share a scale; None: all of them."""
     group_bits: float
-    """Of scale and zero of a group."""
+    """Bits of a group's scale and zero together."""
 
     def matrix_bits(self, fan_in: int, fan_out: int) -> float:
         groups = 1 if self.group_size is None else ceil_div(fan_in, self.group_size)

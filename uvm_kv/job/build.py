@@ -199,8 +199,7 @@ def build_placement(resolved: Resolved, roofline: Roofline) -> PlacementPolicy:
         resolved.capacity,
         resolved.memory,
         roofline,
-        placement.num_layers_ahead,
-        Reach(placement.reach),
+        vars(placement),
         grows=resolved.config.scheduler.admission == "optimistic",
     )
     return build_policy(placement.name, context)

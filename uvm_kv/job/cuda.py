@@ -69,7 +69,7 @@ def check_cuda(config: ConfigSchema) -> Capabilities:
     if lacking is not None:
         raise ValueError(f"memory={kind} needs {lacking}, which {card.name} with this driver has not")
     if config.memory.allow_oversubscription and kind is not MemoryKind.MANAGED:
-        raise ValueError(f"memory.allow_oversubscription=true has no meaning for memory={kind}")
+        raise ValueError(f"memory.allow_oversubscription=true is ignored by memory={kind}")
     measured_on = config.hardware.measured_on
     if config.placement.name == "bandwidth_balanced" and measured_on != card.name:
         raise ValueError(

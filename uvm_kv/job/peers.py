@@ -7,21 +7,18 @@ from importlib.util import find_spec
 from typing import Any
 
 from uvm_kv.config.schema import (
+    CACHES,
+    CONTINUOUS,
+    ENGINES,
     ConfigSchema,
     DriverSchema,
     HintsSchema,
-    PeerSchema,
     PlacementSchema,
     SamplingSchema,
     SchedulerSchema,
 )
 from uvm_kv.types import OUR_ENGINE
 
-CONTINUOUS = "hf_continuous"
-CACHES = {"hf_generate": ("dynamic", "static"), "hf_offloaded": ("offloaded", "offloaded_static")}
-"""transformers' cache_implementation by peer, for peer.cache=dynamic and static."""
-PEERS = (*CACHES, CONTINUOUS)
-ENGINES = (OUR_ENGINE, *PEERS)
 NOT_OURS = ("memory", "placement", "reach", "hints", "admission", "preemption", "layout", "block_size", "allocation")
 """What a peer's runs say nothing of."""
 PACKAGES = ("torch", "transformers", "accelerate")
@@ -61,11 +58,6 @@ def check_engine(config: ConfigSchema) -> None:
         )
     if engine not in ENGINES:
         return  # A mistyped name, which the check of all choices reports.
-    if engine != CONTINUOUS:
-        _only(config, CONTINUOUS, page_size=peer.page_size, max_batch_tokens=peer.max_batch_tokens)
-        _only(config, CONTINUOUS, use_cuda_graph=peer.use_cuda_graph)
-    if engine not in CACHES:
-        _only(config, " or ".join(CACHES), cache=peer.cache)
     if engine == OUR_ENGINE:
         return
     _check_runner(config)
@@ -82,15 +74,6 @@ def check_engine(config: ConfigSchema) -> None:
             f"peer.max_batch_tokens={peer.max_batch_tokens} is below batch_size={config.batch_size}; a decode step "
             f"takes a token of every sequence, so raise it"
         )
-
-
-def _only(config: ConfigSchema, users: str, **given: Any) -> None:
-    """A setting of the group `peer` that the engine does not have is refused rather than ignored."""
-    for name, value in given.items():
-        if value != getattr(PeerSchema, name):
-            raise ValueError(
-                f"peer.{name}={value} has no meaning for engine={config.engine}; it belongs to engine={users}"
-            )
 
 
 def _check_runner(config: ConfigSchema) -> None:
@@ -117,8 +100,8 @@ def _check_defaults(config: ConfigSchema) -> None:
     engine = config.engine
     if config.memory.host_kv_bytes and engine != CONTINUOUS:
         raise ValueError(
-            f"memory.host_kv_bytes={config.memory.host_kv_bytes} has no meaning for engine={engine}, whose cache grows "
-            f"as it needs; leave it out"
+            f"memory.host_kv_bytes={config.memory.host_kv_bytes} is ignored by engine={engine}, whose cache "
+            f"grows as it needs; remove it"
         )
     left = {
         "mechanism": (config.mechanism, "custom"),
@@ -139,9 +122,7 @@ def _check_defaults(config: ConfigSchema) -> None:
     for name, (given, default) in left.items():
         if given != default:
             which, value = _first_difference(name, given, default)
-            raise ValueError(
-                f"{which}={value} has no meaning for engine={engine}, which decides for itself; leave it out"
-            )
+            raise ValueError(f"{which}={value} is ignored by engine={engine}, which decides for itself; remove it")
 
 
 def _first_difference(name: str, given: Any, default: Any) -> tuple[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,16 +16,23 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from uvm_kv.config.command import check_complete
-from uvm_kv.config.ignored import check_heeded
-from uvm_kv.config.names import ALLOWED, length_workloads, unknown
+from uvm_kv.config.names import length_workloads
 from uvm_kv.config.option_file import axes_of
 from uvm_kv.config.schema import (
     ConfigSchema,
     HardwareSchema,
     HintsSchema,
     OperatorSchema,
-    PlacementSchema,
     WorkloadSchema,
+)
+from uvm_kv.config.settings import (
+    check_heeded,
+    check_values,
+    heeded,
+    is_variant,
+    settings,
+    value_at,
+    without_defaults,
 )
 from uvm_kv.hw.budget import MemoryBudget, memory_budget
 from uvm_kv.hw.counting import Precision
@@ -35,70 +41,17 @@ from uvm_kv.hw.profile import Gpu, HardwareProfile, Link, ManagedDriver, Operato
 from uvm_kv.hw.roofline import peak_ops_per_s
 from uvm_kv.job.cuda import capacity_of, check_cuda, check_shape, size_tiers
 from uvm_kv.job.geometry import build_model, check_window
-from uvm_kv.job.peers import ENGINES, check_engine, is_peer, page_size
+from uvm_kv.job.peers import check_engine, is_peer, page_size
 from uvm_kv.job.serving import Serving, model_folder, prepare, tier_bytes
 from uvm_kv.job.workload import Workload, build_workload, longest_request
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.spec import KVCacheSpec
-from uvm_kv.placement.registry import POLICIES, check_served
+from uvm_kv.placement.registry import check_served
+from uvm_kv.setting import Role
 from uvm_kv.telemetry.summary import SCHEMA_VERSION
-from uvm_kv.types import CHUNK_BYTES, DTYPE_BYTES, GIB, Allocation, Layout, MemoryKind, Reach
+from uvm_kv.types import CHUNK_BYTES, DTYPE_BYTES, GIB, Allocation, Layout, MemoryKind
 
 DEFAULT_HOST_KV_BYTES = 64 * GIB
-CHOICES = {
-    "engine": ENGINES,
-    "peer.cache": ("dynamic", "static"),
-    "runner": ("sim", "cpu", "cuda", "replay"),
-    "layout": ("auto", *Layout),
-    "allocation": tuple(Allocation),
-    "dtype": ("auto", *DTYPE_BYTES),
-    "memory.kind": tuple(MemoryKind),
-    "placement.name": tuple(POLICIES),
-    "placement.reach": tuple(Reach),
-    "hints.preferred_location": ("none", "device", "host", "by_tier"),
-    "driver.prefetcher": ("tree", "none", "block"),
-    "scheduler.name": ("static", "dynamic", "continuous"),
-    "scheduler.admission": ("worst_case", "optimistic"),
-    "scheduler.preemption": ("none", "recompute", "swap"),
-    "workload.arrival": ("closed_loop", "all_at_once", "poisson", "trace"),
-    "workload.start": ("cold", "steady"),
-    "workload.too_long": ("error", "drop"),
-    "model.weights": ("file", "random"),
-    "model.weight_bits": (16, 8, 4),
-    "kv_bits": (16, 8, 4),
-    "chat_template": ("auto", "none"),
-    "tracking.name": ("none", "wandb"),
-    "tracking.mode": ("offline", "online"),
-    **ALLOWED,
-}
-LIMITS: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**32 - 1),
-    "first_repeat": (0, 2**31),
-    "memory.host_kv_bytes": (0, 2**46),
-    "workload.num_requests": (1, 10_000_000),
-    "workload.request_rate": (1e-6, 1e9),
-    "max_seconds": (1e-6, 1e9),
-    "working_set_ratio": (1e-6, 1e6),
-    "watchdog_s": (1e-6, 1e9),
-    "sampling.temperature": (0, 100),
-    "driver.prefetch_threshold_percent": (1, 100),
-}
-NOT_DETERMINING = ("results_dir", "tracking", "rerun", "refine", "num_repeats", "first_repeat", "watchdog_s")
-"""What a run's result does not depend on, hence what its id leaves out."""
-VARIANT_AXES = (
-    "memory.kind",
-    "memory.host_kv_bytes",
-    "memory.pageable",
-    "placement.",
-    "hints.",
-    "layout",
-    "scheduler.admission",
-    "scheduler.preemption",
-    "workload.requests_per_client",
-    "engine",
-    "peer.",
-)
-"""What a mechanism is made of, and what may differ between the mechanisms of one comparison."""
 
 
 @dataclass(frozen=True)
@@ -137,34 +90,39 @@ class Resolved:
         return found
 
     def determining(self) -> dict[str, Any]:
-        """What the run id is a hash of. Files count by content, not by path."""
-        tree: dict[str, Any] = dataclasses.asdict(self.config) | {"schema_version": SCHEMA_VERSION}
-        for key in NOT_DETERMINING:
-            del tree[key]
-        if not is_peer(self.config):
-            del tree["engine"], tree["peer"]  # Runs of ours are what they were before there were peers.
-        tree["hardware"].pop("sources")
-        if self.config.dtype != "float32":
-            del tree["hardware"]["gpu"]["float32_tflop_per_s"]
-        tree["model"] = {k: v for k, v in dataclasses.asdict(self.model).items() if v is not None}
-        del tree["working_set_ratio"]  # It is resolved to batch_size.
-        if self.config.model.weight_bits is not None:
-            tree["model"]["weight_bits"] = self.config.model.weight_bits
-        if tree["kv_bits"] is None:
-            del tree["kv_bits"]
-        if tree["scheduler"]["chunked_prefill"]:
-            del tree["scheduler"]["chunked_prefill"]
-        if tree["workload"]["path"] is not None:
-            tree["workload"]["path"] = self._trace_sha256
-        if tree["workload"]["lengths"] is not None:
-            tree["workload"]["lengths"].pop("source")
-        del tree["prompts"], tree["chat_template"]  # What is served counts by its token ids.
+        """What the run id is a hash of: the settings that the job heeds and that are not at their defaults, what it
+        serves, and the version of results. Files count by content, not by path."""
+        return without_defaults(heeded(self.settings())) | {"schema_version": SCHEMA_VERSION}
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the job that results may depend on, by dotted path, with its resolved value."""
+        config = self.config
+        flat = {path: value_at(config, path) for path, it in settings().items() if it.rule.role is not Role.NO_RESULT}
+        # What is served counts by its token ids, and the clients of a working set by their number.
+        for path in ("prompts", "chat_template", "working_set_ratio"):
+            del flat[path]
+        if not is_peer(config):
+            flat = {path: value for path, value in flat.items() if path != "engine" and not path.startswith("peer.")}
+        hardware = dataclasses.asdict(config.hardware)
+        del hardware["sources"]
+        if config.dtype != "float32":
+            del hardware["gpu"]["float32_tflop_per_s"]
+        model = {k: v for k, v in dataclasses.asdict(self.model).items() if v is not None}
+        flat = {k: v for k, v in flat.items() if not k.startswith("model.")}
+        flat |= _flatten({"hardware": hardware, "model": model})
+        flat |= {"model.weight_bits": self.precision.weight_bits, "kv_bits": self.precision.kv_bits}
+        if config.workload.path is not None:
+            flat["workload.path"] = self._trace_sha256
+        if config.workload.lengths is not None:
+            lengths = dataclasses.asdict(config.workload.lengths)
+            del lengths["source"], flat["workload.lengths"]
+            flat |= _flatten(lengths, "workload.lengths.")
         if self.serving is not None:
-            tree["serving"] = self.serving.fingerprint()
-        if tree["replay"]["path"] is not None:
-            recording = Path(tree["replay"]["path"]) / "plans.jsonl.gz"
-            tree["replay"]["path"] = hashlib.sha256(recording.read_bytes()).hexdigest()
-        return tree
+            flat |= _flatten({"serving": self.serving.fingerprint()})
+        if config.replay.path is not None:
+            recording = Path(config.replay.path) / "plans.jsonl.gz"
+            flat["replay.path"] = hashlib.sha256(recording.read_bytes()).hexdigest()
+        return flat
 
     @cached_property
     def _trace_sha256(self) -> str:
@@ -182,17 +140,14 @@ class Resolved:
     def comparison(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(setting, variant): what two runs must share to be points of one comparison, and what tells points of one
         mechanism and batch size apart, both by dotted path. Repeats differ in neither."""
-        flat = _flatten(self.determining())
-        # Always there: where a key is missing nothing differs.
-        flat |= {"model.weight_bits": self.precision.weight_bits, "kv_bits": self.precision.kv_bits}
-        flat["scheduler.chunked_prefill"] = self.config.scheduler.chunked_prefill
+        flat = self.settings()
         for path in ("batch_size", "seed", "mechanism"):
             del flat[path]
         # Sized by the batch unless given.
         requests = flat.pop("workload.num_requests")
-        flat["workload.requests_per_client"] = None if requests is None else requests / self.config.batch_size
-        variant = {k: v for k, v in flat.items() if k.startswith(VARIANT_AXES)}
-        return {k: v for k, v in flat.items() if k not in variant}, variant
+        variant = {path: value for path, value in flat.items() if is_variant(path)}
+        variant["workload.requests_per_client"] = None if requests is None else requests / self.config.batch_size
+        return {path: value for path, value in flat.items() if path not in variant}, variant
 
 
 def _flatten(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -209,8 +164,7 @@ def resolve(composed: DictConfig, folders: Sequence[Path] = ()) -> Resolved:
     assert isinstance(config, ConfigSchema)
     config.rerun = config.rerun.lower()  # YAML's true is True as a text.
     check_engine(config)
-    _check_choices(config)
-    _check_numbers(config)
+    check_values(config)
     _check_mechanism(config, folders)
     _check_runner(config)
     check_heeded(config)
@@ -411,50 +365,6 @@ def build_profile(hardware: HardwareSchema) -> HardwareProfile:
     )
 
 
-def _value(config: ConfigSchema, path: str) -> Any:
-    node: Any = config
-    for part in path.split("."):
-        node = getattr(node, part)
-    return node
-
-
-def _check_choices(config: ConfigSchema) -> None:
-    for path, allowed in CHOICES.items():
-        value = _value(config, path)
-        if value is not None and value not in allowed:
-            raise unknown(path, str(value), [str(name) for name in allowed])
-
-
-def _check_numbers(config: ConfigSchema) -> None:
-    at_least_one = (
-        "batch_size",
-        "block_size",
-        "num_repeats",
-        "max_steps",
-        "max_model_len",
-        "scheduler.max_num_batched_tokens",
-        "workload.prompt_tokens",
-        "workload.output_tokens",
-        "workload.num_requests",
-        "memory.device_kv_bytes",
-    )
-    for path in at_least_one:
-        value = _value(config, path)
-        if value is not None and value < 1:
-            raise ValueError(f"{path}={value}; it must be at least 1")
-    utilization = config.memory.gpu_memory_utilization
-    if not 0 < utilization <= 1:
-        raise ValueError(f"memory.gpu_memory_utilization={utilization}; it is a share of the card, above 0 and up to 1")
-    if not 0 <= config.scheduler.watermark < 1:
-        raise ValueError(f"scheduler.watermark={config.scheduler.watermark}; it is a share, from 0 to below 1")
-    if not 0 < config.scheduler.window_s < math.inf:
-        raise ValueError(f"scheduler.window_s={config.scheduler.window_s}; it must be positive")
-    for path, (least, most) in LIMITS.items():
-        value = _value(config, path)
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"{path}={value}; it must lie between {least} and {most}")
-
-
 def _check_token_budget(config: ConfigSchema) -> None:
     if config.scheduler.max_num_batched_tokens < config.batch_size:
         raise ValueError(
@@ -468,7 +378,7 @@ def _check_mechanism(config: ConfigSchema, folders: Sequence[Path]) -> None:
     if config.mechanism == "custom":
         return
     for path, value in axes_of(config.mechanism, folders).items():
-        given = _value(config, path)
+        given = value_at(config, path)
         if given != value:
             axis = path.removesuffix(".kind").removesuffix(".name")
             raise ValueError(
@@ -493,8 +403,6 @@ def _check_runner(config: ConfigSchema) -> None:
                 f"runner=cpu needs {' and '.join(absent)}, the extra 'torch': pip install -e '.[torch]'; "
                 f"runner=sim needs neither"
             )
-    if config.compile and config.runner not in ("cpu", "cuda"):
-        raise ValueError(f"compile=true with runner={config.runner}, which has no model to compile; drop it")
     if config.model.weights == "random" and config.model.path is not None:
         raise ValueError(
             f"model.weights=random with model.path={config.model.path}, which has weights of its own; drop one of them"
@@ -517,8 +425,6 @@ def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
             f"memory.host_kv_bytes={config.memory.host_kv_bytes} with memory=device, which has no host tier; "
             f"use memory=pinned, managed or vmm"
         )
-    if memory is not MemoryKind.MANAGED and config.hints != HintsSchema():
-        raise ValueError(f"hints are advice on managed memory; with memory={memory} use hints=none")
     if config.memory.pageable and (memory is not MemoryKind.PINNED or config.placement.name != "resident"):
         raise ValueError(
             f"memory.pageable=true with memory={memory} and placement={config.placement.name}: a kernel cannot read "
@@ -530,8 +436,6 @@ def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
             f"placement=static_split on managed memory needs hints=by_tier, given is preferred_location={location}: "
             f"the driver would move what it reads, which is placement=demand"
         )
-    _check_meaning(config.placement, "num_layers_ahead", ("prefetch_ahead", "bandwidth_balanced"))
-    _check_meaning(config.placement, "reach", ("bandwidth_balanced",))
     if scheduler.admission == "optimistic" and scheduler.preemption == "none":
         raise ValueError(
             "scheduler.admission=optimistic needs scheduler.preemption=recompute or swap: growth may find no block"
@@ -554,16 +458,6 @@ def _check_axes(config: ConfigSchema, memory: MemoryKind) -> None:
             f"allocation={config.allocation} needs scheduler.admission={needed[0]} and preemption={needed[1]} "
             f"(mechanism=device_{'resident' if needed[1] == 'none' else 'recompute'}), given are "
             f"{scheduler.admission} and {scheduler.preemption}"
-        )
-
-
-def _check_meaning(placement: PlacementSchema, name: str, users: tuple[str, ...]) -> None:
-    """A setting that the placement does not have is refused rather than ignored."""
-    given = getattr(placement, name)
-    if given != getattr(PlacementSchema, name) and placement.name not in users:
-        raise ValueError(
-            f"placement.{name}={given} has no meaning for placement={placement.name}; it belongs to placement="
-            f"{' or '.join(users)}"
         )
 
 

@@ -77,7 +77,7 @@ def prepare(config: ConfigSchema, folder: Path | None, geometry: ModelGeometry) 
         check_expressible(geometry)
     if config.prompts is None:
         if config.chat_template != ConfigSchema.chat_template:
-            raise ValueError(f"chat_template={config.chat_template} has no meaning without prompts=FILE; drop it")
+            raise ValueError(f"chat_template={config.chat_template} is ignored without prompts=FILE; remove it")
         return Serving(folder, None, None, frozenset())
     if folder is None:
         raise ValueError(f"prompts={config.prompts} with model.weights=random, which has no tokenizer and no answers")
@@ -93,7 +93,7 @@ def prepare(config: ConfigSchema, folder: Path | None, geometry: ModelGeometry) 
     given = {"prompt_tokens": workload.prompt_tokens, "lengths": workload.lengths, "path": workload.path}
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"workload.{name}={value} has no meaning with prompts={config.prompts}; drop one of them")
+            raise ValueError(f"workload.{name}={value} is ignored with prompts={config.prompts}; remove one of them")
     if workload.arrival not in (None, "all_at_once", "poisson"):
         raise ValueError(
             f"workload.arrival={workload.arrival} with prompts={config.prompts}; allowed are all_at_once and poisson "

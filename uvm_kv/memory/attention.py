@@ -105,7 +105,8 @@ def plan_capacity(
 
 
 def decode_workspace_bytes(spec: KVCacheSpec, *, dtype: str, num_q_heads: int, num_seqs: int, max_tokens: int) -> int:
-    """Of attention in decode steps of `num_seqs` sequences of up to `max_tokens`, in whole chunks. Needs no memory."""
+    """Bytes of attention's workspace in decode steps of `num_seqs` sequences of up to `max_tokens` tokens, in whole
+    chunks. The call allocates nothing."""
     shape = {"num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "block_size": spec.block_size}
     none = {"far": None, "far_slab": 0, "staged": None, "staged_slab": 0, "dtype": dtype, "device": 0}
     # At an address that nobody touches: lengths are counted, and nothing else.

@@ -38,7 +38,8 @@ _GENERATION = {"2.5": 1, "5.0": 2, "8.0": 3, "16.0": 4, "32.0": 5, "64.0": 6}
 
 
 def pcie_link(bus_id: str, *, maximum: bool = False) -> PcieLink:
-    """Of the device at `bus_id` (0000:65:00.0). `maximum`: of what card and slot can do, not of what runs now.
+    """The PCIe link of the device at `bus_id` (0000:65:00.0). `maximum`: the fastest link of card and slot, not the
+    present one.
 
     By NVML, which asks the card; where there is none, by the kernel, which in a virtual machine knows its virtual slot.
     """
@@ -73,7 +74,7 @@ class Capabilities(NamedTuple):
     mapped_host_memory: bool
     virtual_memory_management: bool
     host_virtual_memory: bool
-    """Of a NUMA node, as `Slab.vmm` takes by default."""
+    """Whether host memory of a NUMA node can be mapped, which `Slab.vmm` needs by default."""
     batch_copy: bool
     batch_prefetch: bool
     host_numa_node: int

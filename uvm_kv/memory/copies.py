@@ -21,7 +21,7 @@ class CopyMethod(IntEnum):
     BATCH = 1
     """cudaMemcpyBatchAsync; cannot be captured into a graph."""
     EACH = 2
-    """One cudaMemcpyAsync a run."""
+    """One cudaMemcpyAsync per run."""
     KERNEL = 3
     """Gather and scatter by the multiprocessors."""
 
@@ -93,7 +93,7 @@ class TransferCounters:
         method: CopyMethod = CopyMethod.AUTOMATIC,
         stream: object,
     ) -> CopyMethod:
-        """As the function of that name, and counted under `label`."""
+        """Call the function of the same name, and count the transfer under `label`."""
         request = _request(source, target, blocks, layers, target_layer, method, stream)
         return CopyMethod(self._raw.copy(label, **request))
 
@@ -103,7 +103,7 @@ class TransferCounters:
         self._raw.prefetch(label, **where, batched=batched, stream=stream_handle(stream))
 
     def totals(self, *, wait: bool) -> dict[str, TransferTotals]:
-        """Of transfers that have ended; `wait` for those that have not."""
+        """Totals by label of the transfers that have ended; with `wait`, of all transfers, after waiting for them."""
         found = self._raw.totals(wait=wait)
         return {label: TransferTotals(total.num_calls, total.num_bytes, total.ns) for label, total in found.items()}
 

@@ -20,7 +20,7 @@ BUFFER_BYTES = 8 << 20
 
 class UnifiedMemoryCounters(NamedTuple):
     h2d_bytes: dict[str, int]
-    """By cause."""
+    """Bytes by cause."""
     d2h_bytes: dict[str, int]
     gpu_fault_groups: int
     cpu_faults: int
@@ -54,7 +54,7 @@ class UnifiedMemoryTrace:
         self._records: list[tuple[int, int, int]] = []
 
     def counters(self, *, synchronize: Any = None) -> UnifiedMemoryCounters:
-        """So far. `synchronize`: called before the buffers are flushed, to wait for the device."""
+        """Counts so far. `synchronize`: called before the buffers are flushed, to wait for the device."""
         if synchronize is not None:
             synchronize()
         self._cupti.activity_flush_all(1)
@@ -112,10 +112,10 @@ def _config(cupti: Any, device: int) -> Any:
 
 class CardReading(NamedTuple):
     energy_j: float | None
-    """Since the driver was loaded: take differences."""
+    """Total since the driver was loaded: take differences."""
     power_w: float | None
     pcie_rx_bytes_per_s: int | None
-    """Into the card, over the last 20 ms or so: a sample, not an integral."""
+    """Rate into the card over about the last 20 ms: a sample, not an integral."""
     pcie_tx_bytes_per_s: int | None
 
 
@@ -159,12 +159,12 @@ class Nvml:
         return generation or None, width or None
 
     def energy_j(self) -> float | None:
-        """Of a reading, by itself: it waits for no window."""
+        """The card's energy counter in joules; None where it has none. The call does not wait for a sampling window."""
         energy = self._ask("nvmlDeviceGetTotalEnergyConsumption")
         return None if energy is None else energy / 1e3
 
     def read(self) -> CardReading:
-        """Takes about 40 ms: the two PCIe counters are windows of 20 ms."""
+        """A sample of the card's meters. It takes about 40 ms, because the two PCIe counters are windows of 20 ms."""
         m = self._module
         power = self._ask("nvmlDeviceGetPowerUsage")
         received = self._ask("nvmlDeviceGetPcieThroughput", getattr(m, "NVML_PCIE_UTIL_RX_BYTES", 1))

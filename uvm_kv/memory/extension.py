@@ -29,7 +29,7 @@ def extension() -> Any:
 
 class BuildInfo(NamedTuple):
     cuda_version: str
-    """Of the runtime that is linked in."""
+    """CUDA version of the runtime that is linked in."""
     architectures: str
     """As CMake was told: 86 is machine code and PTX, 86-real is machine code only."""
 

@@ -43,7 +43,7 @@ def add_one(what: Span, *, stream: object) -> None:
 
 
 def add_one_pages(what: Span, order: Span, *, words_per_page: int = WORDS_PER_PAGE, stream: object) -> None:
-    """Adds one to the first words of each page of 4 KiB, one thread a page. `order`: uint32 page numbers, each once,
+    """Adds one to the first words of each page of 4 KiB, one thread per page. `order`: uint32 page numbers, each once,
     in memory that the device reaches. `words_per_page` 1 touches each page and no more."""
     if order.num_bytes * WORDS_PER_PAGE != what.num_bytes:
         raise ValueError(f"an order of {order.num_bytes // 4} pages for {what.num_bytes // PAGE_BYTES} pages")

@@ -72,22 +72,22 @@ def advise(slab: Slab, parts: Parts, advice: Advice, place: Place, *, stream: ob
 
 
 def prefetch(slab: Slab, parts: Parts, to: Place, *, stream: object) -> None:
-    """One driver call a part."""
+    """Issue one driver call per part."""
     extension().prefetch(slab.raw, ranges_of(parts), tuple(to), stream=stream_handle(stream))
 
 
 def prefetch_batch(slab: Slab, parts: Parts, to: Place, *, stream: object) -> None:
-    """One driver call for all parts. MissingCapabilityError where the driver has none."""
+    """Issue one driver call for all parts. MissingCapabilityError where the driver does not support that."""
     extension().prefetch_batch(slab.raw, ranges_of(parts), tuple(to), stream=stream_handle(stream))
 
 
 def discard(slab: Slab, parts: Parts, *, stream: object) -> None:
-    """The bytes are dead: whole pages only. Write or prefetch before the next read."""
+    """Declare the bytes dead, whole pages only. Write or prefetch them before the next read."""
     extension().discard(slab.raw, ranges_of(parts), stream=stream_handle(stream))
 
 
 def discard_and_prefetch(slab: Slab, parts: Parts, to: Place, *, stream: object) -> None:
-    """Room at `to` without moving the dead bytes there."""
+    """Make room at `to` without moving the dead bytes there."""
     extension().discard_and_prefetch(slab.raw, ranges_of(parts), tuple(to), stream=stream_handle(stream))
 
 

@@ -15,7 +15,7 @@ from uvm_kv.memory.streams import stream_handle
 from uvm_kv.types import MemoryKind
 
 _TYPESTR = {"uint8": "|u1", "int32": "<i4", "int64": "<i8", "float16": "<f2", "float32": "<f4"}
-"""Of __cuda_array_interface__, which has no bfloat16; DLPack has."""
+"""Type strings of __cuda_array_interface__. It has none for bfloat16, which DLPack supports."""
 
 
 class DeviceView:
@@ -47,7 +47,7 @@ class DeviceView:
 
 
 class Slab:
-    """Made by the class methods, one for each memory kind; a context manager that closes at its end.
+    """One allocation. Class methods make it, one for each memory kind; as a context manager it is closed at the end.
 
     Memory is given back when the slab is closed or forgotten *and* no view of it is left. Close it outside of captures.
     `num_bytes` must be a positive multiple of 2 MiB. Any resource of the extension will do for `resource`, also a

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from uvm_kv.config.schema import CONTINUOUS
 from uvm_kv.job.build import Job, build_source, identity, run_job, workload_of
 from uvm_kv.job.cuda import energy_meter
 from uvm_kv.job.models import load_served
-from uvm_kv.job.peers import CONTINUOUS, cache_of, is_peer, page_size
+from uvm_kv.job.peers import cache_of, is_peer, page_size
 from uvm_kv.job.resolve import Resolved
 from uvm_kv.job.serving import outputs
 from uvm_kv.job.workload import REQUESTS_PER_CLIENT

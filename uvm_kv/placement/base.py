@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple
 
 from uvm_kv.hw.roofline import Roofline
 from uvm_kv.kvcache.manager import KVCapacity
 from uvm_kv.kvcache.ops import MemoryOp, OpKind
 from uvm_kv.kvcache.spec import KVCacheSpec
+from uvm_kv.setting import Role, setting
 from uvm_kv.types import Layout, MemoryKind, Reach, ceil_div
 
 
@@ -37,7 +39,7 @@ def empty_view(capacity: KVCapacity) -> PlacementView:
 
 
 class Share(NamedTuple):
-    """How many blocks go to which tier."""
+    """Number of blocks for each tier."""
 
     device: int
     host: int
@@ -45,34 +47,51 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class PlacementContext:
-    """What a policy is built from: fixed for a run."""
+    """The inputs that a policy is built from. They are fixed for a run."""
 
     spec: KVCacheSpec
     capacity: KVCapacity
     memory: MemoryKind
     roofline: Roofline
-    num_layers_ahead: int = 2
-    reach: Reach = Reach.BOTH
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of any placement by name; a policy takes its own, and the default of one that is not given."""
     grows: bool = False
-    """Whether sequences claim more blocks as they go, as under optimistic admission."""
+    """Whether sequences claim more blocks as they grow, as under optimistic admission."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a policy. One with options of its own declares a subclass; config, errors and run ids follow."""
+
+
+@dataclass(frozen=True)
+class CopyAheadOptions(Options):
+    num_layers_ahead: int = setting(2, role=Role.VARIANT)
+    """Layers that a copy is issued ahead of its use."""
 
 
 class PlacementPolicy(ABC):
     """Deterministic; may remember what it planned, never what time it is."""
 
     memory_kinds: ClassVar[frozenset[MemoryKind]]
-    """Kinds of memory that can serve it."""
+    """The memory kinds that can serve this policy."""
     uses_host: ClassVar[bool]
     """Whether sequences may own host blocks while they run."""
     needs_tables: ClassVar[bool] = False
+    options_type: ClassVar[type[Options]] = Options
 
     def __init__(self, context: PlacementContext) -> None:
         self.context = context
 
+    @classmethod
+    def options_in(cls, given: Mapping[str, Any]) -> Any:
+        """Its own among the options of all placements, as its `options_type`."""
+        return cls.options_type(**{it.name: given[it.name] for it in fields(cls.options_type) if it.name in given})
+
     @property
     @abstractmethod
     def reach(self) -> Reach | None:
-        """Which closed-form ceiling bounds the gain; None where none applies."""
+        """The reach, which selects the closed-form ceiling on the gain; None where no ceiling applies."""
 
     @abstractmethod
     def place(self, view: PlacementView, num_blocks: int, *, admitting: bool) -> Share | None:
@@ -80,7 +99,7 @@ class PlacementPolicy(ABC):
 
     @abstractmethod
     def plan(self, view: PlacementView) -> tuple[MemoryOp, ...]:
-        """What this step moves."""
+        """The memory ops of this step."""
 
 
 def device_then_host(view: PlacementView, num_blocks: int) -> Share | None:
@@ -98,16 +117,16 @@ class CopyAhead:
     has no second copy: what is dropped is evicted by plan, that of the last layer as the next step begins.
     """
 
-    def __init__(self, context: PlacementContext) -> None:
+    def __init__(self, context: PlacementContext, lead: int) -> None:
         spec, managed = context.spec, context.memory is MemoryKind.MANAGED
-        if not 1 <= context.num_layers_ahead < spec.num_layers - 1:
+        if not 1 <= lead < spec.num_layers - 1:
             raise ValueError(
-                f"placement.num_layers_ahead={context.num_layers_ahead}; copying ahead in a model of "
+                f"placement.num_layers_ahead={lead}; copying ahead in a model of "
                 f"{spec.num_layers} layers takes 1 to {spec.num_layers - 2}"
             )
         if managed and spec.layout is not Layout.LAYER_MAJOR:
             raise ValueError(f"prefetching ahead needs chunks of one layer, layout=layer_major; given is {spec.layout}")
-        self._num_layers, self._lead, self._capacity = spec.num_layers, context.num_layers_ahead, context.capacity
+        self._num_layers, self._lead, self._capacity = spec.num_layers, lead, context.capacity
         self._into, self._group = (OpKind.PREFETCH, spec.pieces_per_chunk) if managed else (OpKind.COPY_IN, 1)
         self._blocks: tuple[int, ...] = ()
         self._ops: tuple[MemoryOp, ...] = ()
@@ -144,7 +163,8 @@ class CopyAhead:
         return None
 
     def ops(self, blocks: tuple[int, ...]) -> tuple[MemoryOp, ...]:
-        """Of this step: layers [lead, num_layers + lead), and what the last step did not bring ahead."""
+        """The ops of this step: those for layers [lead, num_layers + lead), and the copies that the last step did not
+        make ahead. `blocks`: the host blocks to stage."""
         if blocks is self._steady:
             return self._ops
         given, before, size, end = blocks, self._blocks, self._group, sum(self._capacity)

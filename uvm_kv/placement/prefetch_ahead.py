@@ -10,17 +10,18 @@ and 82 tok/s from managed memory with 128, 192 and 256 MiB of device KV, since 1
 from __future__ import annotations
 
 from uvm_kv.kvcache.ops import MemoryOp
-from uvm_kv.placement.base import CopyAhead, PlacementContext, PlacementPolicy, PlacementView, Share
+from uvm_kv.placement.base import CopyAhead, CopyAheadOptions, PlacementContext, PlacementPolicy, PlacementView, Share
 from uvm_kv.types import MemoryKind, Reach
 
 
 class PrefetchAhead(PlacementPolicy):
     memory_kinds = frozenset({MemoryKind.PINNED, MemoryKind.VMM, MemoryKind.MANAGED})
     uses_host = True
+    options_type = CopyAheadOptions
 
     def __init__(self, context: PlacementContext) -> None:
         super().__init__(context)
-        self._copies = CopyAhead(context)
+        self._copies = CopyAhead(context, self.options_in(context.options).num_layers_ahead)
 
     @property
     def reach(self) -> Reach | None:

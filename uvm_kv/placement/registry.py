@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import Any, get_type_hints
+
 from uvm_kv.placement.bandwidth_balanced import BandwidthBalanced
 from uvm_kv.placement.base import PlacementContext, PlacementPolicy
 from uvm_kv.placement.demand import Demand
@@ -9,6 +12,7 @@ from uvm_kv.placement.demand_capped import DemandCapped
 from uvm_kv.placement.prefetch_ahead import PrefetchAhead
 from uvm_kv.placement.resident import Resident
 from uvm_kv.placement.static_split import StaticSplit
+from uvm_kv.setting import RULE, Rule
 from uvm_kv.types import MemoryKind
 
 POLICIES: dict[str, type[PlacementPolicy]] = {
@@ -30,6 +34,18 @@ def check_served(name: str, memory: MemoryKind) -> None:
             f"placement={name} cannot be served by memory={memory}; it needs memory={' or '.join(sorted(served))}, "
             f"and memory={memory} serves placement={able}"
         )
+
+
+def placement_options() -> dict[str, tuple[Any, Any, Rule]]:
+    """(type, default, rule) of every option of a placement, by name. The placements that have it heed it."""
+    found: dict[str, tuple[Any, Any, Rule]] = {}
+    for name, policy in POLICIES.items():
+        types = get_type_hints(policy.options_type)
+        for it in fields(policy.options_type):
+            rule = it.metadata[RULE]
+            users = found[it.name][2].heeded["placement.name"] if it.name in found else ()
+            found[it.name] = (types[it.name], it.default, replace(rule, heeded={"placement.name": (*users, name)}))
+    return found
 
 
 def build_policy(name: str, context: PlacementContext) -> PlacementPolicy:

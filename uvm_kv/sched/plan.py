@@ -15,7 +15,7 @@ class ScheduledSequence(NamedTuple):
     context_len: int
     """Tokens that hold KV before the step."""
     new_blocks: tuple[int, ...]
-    """Blocks appended to the sequence's block table; the whole table where the plan drops the old one."""
+    """Blocks appended to the sequence's block table; the whole table where the plan drops the old table."""
 
 
 class StepPlan(NamedTuple):

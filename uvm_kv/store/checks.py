@@ -1,7 +1,7 @@
-"""Types of all that is read from results, checked once where it is read: readers then index without fear.
+"""Type checks of all that is read from results. They run once, where a file is read, so that readers can index fields.
 
-Files may be damaged, edited, or of another program. What is wrong is a ValueError of one line, which names the field,
-its value and what it must be. Numbers are finite; text that a run wrote is one line without control characters.
+Files may be damaged, edited, or written by another program. A wrong value is a ValueError of one line, which names the
+field, its value and what it must be. Numbers are finite; text that a run wrote is one line without control characters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_FLOAT = 1e30
 MAX_TEXT = 500
 """Characters in a text of a summary, but for warnings."""
 MAX_DEPTH = 20
-"""Of objects in objects."""
+"""Deepest nesting of objects."""
 ANALYTIC = "analytic"
 """The origin of points that are computed, not run."""
 ORIGINS = ("simulated", "measured", "replayed", ANALYTIC)
@@ -50,7 +50,7 @@ def is_plain(text: str) -> bool:
 
 
 def short(value: object) -> str:
-    """A value for a message: in one line, and not long."""
+    """A value as it is shown in a message: one short line."""
     text = visible(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -105,7 +105,7 @@ def _check_depth(value: Any) -> None:
 
 
 class Kind(NamedTuple):
-    """What a value must be: in words, and a test."""
+    """A kind of value: its description and its test."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -218,7 +218,7 @@ IDENTITY: Fields = {
     "setting": SETTING,
     "variant": SETTING,
 }
-"""What a run is of, as the first fields of a summary and of a record of failure say it."""
+"""The identity of a run: the first fields of a summary and of a record of failure."""
 OUTCOME: Fields = {
     "running_batch_mean": AMOUNT | NULL,
     "running_batch_max": COUNT | NULL,
@@ -271,7 +271,7 @@ COMPUTED: Fields = {
     **dict.fromkeys(("required_bytes", "card_bytes", "peak_ops_per_s", "hbm_bytes_per_s"), AMOUNT),
     "parts": Kind("an object", lambda x: isinstance(x, dict)),
 }
-"""Of an analytic point."""
+"""Fields of an analytic point."""
 PROVENANCE: Fields = {
     "git_sha": TEXT | NULL,
     "git_dirty": BOOL | NULL,
@@ -289,6 +289,7 @@ PROVENANCE: Fields = {
     "files_sha256": dict_of(TEXT),
     "code_sha256": TEXT,
     "id": TEXT,
+    "formerly": TEXT,
 }
 FAILURE: Fields = {
     **IDENTITY,
@@ -298,9 +299,10 @@ FAILURE: Fields = {
     "failed": TIME,
     "argv": list_of(ANY_TEXT),
     "git_sha": TEXT | NULL,
+    "formerly": TEXT,
 }
 NEEDED = ("origin", "hardware", "model")
-"""Fields without which a summary is not of a run, nor of an analytic point."""
+"""Fields that every summary of a run, or of an analytic point, must have."""
 NEEDED_OF_RUN = (
     *(
         "mechanism",

@@ -1,7 +1,7 @@
-"""The code that a result rests on, as one hash: runs of two hashes are never put into one table.
+"""One hash of the code that determines a result: runs with different hashes are never put into one table.
 
-The resolved config is in the run's id, so conf/ does not count here; nor does what only reads results, or only decides
-which jobs there are.
+The run id covers the resolved config, so conf/ is left out here. Code that only reads results, or only decides which
+jobs there are, is left out too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def code_sha256(runner: str) -> str:
 
 
 def is_of_other_code(manifest: dict[str, Any], runner: str) -> bool:
-    """Whether another code made a run than that of this process, or an unknown one."""
+    """Whether a run was made by other code than that of this process, or by unknown code."""
     return bool(manifest.get("code_sha256") != code_sha256(runner))
 
 

@@ -128,7 +128,8 @@ def _sync(path: Path) -> None:
 
 
 def machine() -> str:
-    """Where a pid means the same process: the host and, as containers may share its name, the process namespace."""
+    """The scope in which a pid names one process: the host and, because containers may share its name, the process
+    namespace."""
     try:
         namespace = f"-{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:  # Not on Linux.
@@ -137,7 +138,7 @@ def machine() -> str:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes what is to become `path`."""
+    """The temporary path at which this process writes what is to become `path`."""
     return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}@{machine()}")
 
 
@@ -172,8 +173,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Delete what killed processes of this machine left of `path`. Others may be writing theirs, on a file system that
-    they share with it, and are not known to be alive from here."""
+    """Delete what killed processes of this machine left of `path`. The files of other machines on a shared file system
+    stay, because this machine cannot tell whether their processes are alive."""
     prefix = f"{TEMPORARY}{path.name}-"
     for left in path.parent.glob(f"{prefix}*@{machine()}*"):
         pid, _, where = left.name.removeprefix(prefix).removesuffix("-old").partition("@")
@@ -192,7 +193,7 @@ def is_alive(pid: int) -> bool:
 
 
 def encode_json(value: dict[str, Any]) -> bytes:
-    """summary.json and manifest.json as they are written: what a hash of one is taken of."""
+    """The bytes of summary.json and manifest.json as they are written; hashes are taken of these bytes."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 

@@ -20,7 +20,7 @@ from uvm_kv.store.whole import is_complete
 
 SUFFIX = ".failed.json"
 OF_THE_ATTEMPT = ("failed", "argv", "git_sha")
-"""Fields of when and how it was tried: not of the point, and not hashed."""
+"""Fields that describe the attempt, not the point. They are not hashed."""
 
 
 def _file(directory: Path) -> Path:
@@ -67,18 +67,18 @@ def failure_files(folder: Path) -> dict[str, Path]:
 
 
 def failure_sha256(record: dict[str, Any]) -> str:
-    """Of what a record says of its point; the same for the same failure on another day."""
+    """SHA-256 of what a record says about its point. The same failure on another day has the same hash."""
     told = {key: value for key, value in record.items() if key not in OF_THE_ATTEMPT}
     return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def reason(record: dict[str, Any]) -> str:
-    """The error in a line; of a traceback the last, which says what it was."""
+    """The error in one line; for a traceback its last line, which names the error."""
     return next((line.strip() for line in reversed(record["error"].splitlines()) if line.strip()), "no reason given")
 
 
 def gaps(records: Iterable[dict[str, Any]]) -> list[str]:
-    """One line a mechanism and reason: which points are missing, and why."""
+    """One line per mechanism and reason: which points are missing, and why."""
     points: dict[tuple[str, str, str], set[int]] = {}
     for record in records:
         key = (record["model"], record["mechanism"], reason(record))

@@ -1,9 +1,9 @@
-"""Child processes that end with this one, whatever ends it and whatever they are doing.
+"""Child processes that end with this process, whatever ends it and whatever they are doing.
 
-A worker that is still importing cannot ask the system for its own end, and a process that is killed cannot end its
-workers. A small process of its own does it: it waits for the end of this one, then kills every process that carries
-its mark. The mark is an environment variable, so that each child has it from its first instruction, and passes it on
-to its own children. Where there is no /proc (it is Linux's), children are left to end by themselves.
+A worker that is still importing cannot ask the system to end it with its parent, and a process that is killed cannot
+end its workers. A small watcher process does it: it waits for the end of this process, then kills every process that
+carries its mark. The mark is an environment variable, so each child has it from its first instruction and passes it on
+to its own children. Without /proc, which only Linux has, children are left to end by themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _marks: dict[int, str] = {}
 
 
 def end_children_with_me() -> None:
-    """Call it before the first child process is started; calling it again does nothing."""
+    """Start the watcher. Call this before the first child process is started; later calls do nothing."""
     if os.getpid() in _marks or not (PROC / "self" / "environ").is_file():
         return
     mark = f"{PREFIX}{os.getpid()}_{time.monotonic_ns()}"

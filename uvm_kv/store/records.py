@@ -1,7 +1,7 @@
 """Finished runs as records: read from run directories or from a packed set, checked, and what is left out listed.
 
-A packed set is `runs.jsonl.gz`, a line a run in order of ids, of {"id", "summary", "manifest"}: what a reference set is
-committed as (results/README.md). Nothing here writes into, mends or deletes a run directory.
+A packed set is `runs.jsonl.gz`, one line per run in order of ids, with {"id", "summary", "manifest"}. Reference sets
+are committed in this form (results/README.md). Nothing here writes into, mends or deletes a run directory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from uvm_kv.store.whole import RUN_ID, TEMPORARY, check_run, is_set_aside, read_
 PACKED = "runs.jsonl.gz"
 PACKED_FAILURES = "failed.jsonl.gz"
 ID = re.compile(r"[\w.-]{1,100}", re.ASCII)
-"""Of a line of a packed set; those of computed points are no hashes."""
+"""Id of a line of a packed set. The ids of computed points are not hashes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Record:
     summary: dict[str, Any]
     manifest: dict[str, Any]
     sha256: str
-    """Of summary.json."""
+    """SHA-256 of summary.json."""
 
     @property
     def code(self) -> str | None:
@@ -57,7 +57,7 @@ class Record:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run directory, or a line of a packed set, that is no run to be used, and why."""
+    """A run directory or a line of a packed set that cannot be used, and the reason."""
 
     place: str
     why: str
@@ -69,8 +69,8 @@ class LeftOut:
 def read_records(folder: Path, *, any_schema: bool = False) -> tuple[list[Record], list[LeftOut]]:
     """Every run at or below `folder`, in order of ids, and what looks like one and is left out.
 
-    Left out: what `whole.read_run` refuses, of another schema version unless `any_schema`, and a second run of an id
-    that says otherwise than the first. ValueError where there is no such folder.
+    Left out: what `whole.read_run` refuses, of another schema version unless `any_schema`, and a run whose
+    contents differ from those of an earlier run with the same id. ValueError where there is no such folder.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no finished run there, nor such a folder; give a folder with run directories")
@@ -83,7 +83,7 @@ def read_records(folder: Path, *, any_schema: bool = False) -> tuple[list[Record
 
 
 def read_directories(directories: Iterable[Path]) -> tuple[list[Record], list[LeftOut]]:
-    """The same of these run directories."""
+    """The records of these run directories, and what is left out, as `read_records` gives them."""
     reader = _Reader(any_schema=False)
     for directory in directories:
         reader.take(directory.name, directory, str(directory), partial(_read_directory, directory, False))
@@ -156,7 +156,7 @@ class SweepRecords:
     """The command of the sweep."""
     records: list[Record]
     failures: dict[str, dict[str, Any]]
-    """By run id."""
+    """Failures by run id."""
     left_out: list[LeftOut]
 
 

@@ -39,8 +39,8 @@ def damage(directory: Path, *, any_schema: bool = False) -> str | None:
 
 
 def read_run(directory: Path, *, any_schema: bool = False) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Summary, manifest and the hash of summary.json of a whole run directory. ValueError, a line, for anything else:
-    what is missing, unreadable, changed since it was written, of another run or (unless `any_schema`) of another
+    """Summary, manifest and the hash of summary.json of a whole run directory. ValueError of one line for anything
+    else: what is missing, unreadable, changed since it was written, of another run or (unless `any_schema`) of another
     schema version."""
     try:
         summary, manifest, sha256 = _read_json_files(directory)
@@ -71,8 +71,8 @@ def _read_json_files(directory: Path) -> tuple[Any, Any, str]:
 def check_run(
     name: str, summary: Any, manifest: Any, sha256: str, *, any_schema: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both, their fields checked. ValueError unless they are of the run `name`, and the summary as it was written.
-    `sha256`: of summary.json."""
+    """The summary and the manifest, their fields checked. ValueError unless both belong to the run `name` and the
+    summary is unchanged. `sha256`: hash of summary.json."""
     if not (isinstance(summary, dict) and isinstance(manifest, dict) and "schema_version" in summary):
         raise ValueError("foreign: its summary.json or manifest.json is not of a run")
     if summary["schema_version"] != SCHEMA_VERSION and not any_schema:
@@ -95,7 +95,7 @@ def check_run(
 
 
 def _check_files(directory: Path, manifest: dict[str, Any]) -> None:
-    """ValueError unless the other files are there, and as the run wrote them."""
+    """Raise ValueError unless the other files exist and are as the run wrote them."""
     for stem, kinds in BESIDE.items():
         if not any((directory / f"{stem}.{kind}").is_file() for kind in kinds):
             raise ValueError(f"half-written: it has no {stem}.{kinds[0]}, so a part was deleted")

@@ -27,8 +27,8 @@ SEQUENCE_S = 0.6e-6
 PAGED_STEP_S = 0.14e-3
 THRASHING_STEP_S = 0.7e-3
 COPIED_STEP_S = 0.5e-3
-"""Of managed memory, within the device and beyond it, and of what is brought in ahead: as the durations in the
-manifests of results/reference/batch_sweep show."""
+"""Wall time to simulate one step: managed memory within the device, managed memory beyond it, and copies ahead. Taken
+from the durations in the manifests of results/reference/batch_sweep."""
 CPU_TOKENS_PER_S = 100.0
 GPU_JOB_S = 15.0
 """With runner=cuda: KV memory, graphs and its share of the process and the model, which a mechanism's jobs share."""
@@ -59,7 +59,8 @@ def estimate_s(job: Job) -> float:
 
 
 def _served_s(job: Job, steps: float, running: int) -> float:
-    """Of the steps on a card, by its roofline, without what memory adds; prompts are prefilled in whole chunks."""
+    """Time of the steps on a card by its roofline, without the cost of memory traffic. Prompts are prefilled in whole
+    chunks."""
     config, roofline = job.resolved.config, build_roofline(job.resolved)
     lengths = workload_of(job).lengths
     prompt, output = mean_lengths(lengths)
@@ -72,7 +73,7 @@ def _served_s(job: Job, steps: float, running: int) -> float:
 
 
 def list_jobs(overrides: list[Any], experiment: str) -> int:
-    """Print one line a run, and the sum; the exit status: 1 where a job is refused."""
+    """Print one line per run, and the sum. Returns the exit status: 1 where a job is refused."""
     console = Console()
     combinations = BasicSweeper.split_arguments(overrides, None)[0]
     left = refused = complete = others = 0.0

@@ -1,7 +1,7 @@
 """Progress of a sweep: its workers write lines into a folder of the sweep's, the parent shows and collects them.
 
 <folder>/command.json                   what was typed, and where
-<folder>/<pid>@<machine>.jsonl          events; a file a process, as lines of two machines in one would mix
+<folder>/<pid>@<machine>.jsonl          events; one file per process, because the lines of two machines would mix
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Event:
     tracking: dict[str, str] | None = None
     """Project and mode, where the run is to be mirrored to wandb."""
     overrides: list[str] | None = None
-    """Of a run that has started: Hydra's, by which its launcher knows the job."""
+    """Hydra's overrides of a run that has started, by which its launcher knows the job."""
     identity: dict[str, Any] | None = None
-    """Of a run that has started: what a record of its failure begins with."""
+    """Identity of a run that has started, with which a record of its failure begins."""
     num_runs: int = 1
     """Repeats that a job asked for which failed before it was a run: none of them will come."""
     note: str | None = None
@@ -72,7 +72,7 @@ class Command:
 
 
 def read_command() -> Command:
-    """Of the sweep that this process works for; ValueError where its folder is not to be seen from here."""
+    """The command of the sweep that this process works for; ValueError where its folder cannot be read from here."""
     file = Path(os.environ[ENVIRONMENT]) / "command.json"
     try:
         return Command(**json.loads(file.read_text()))
@@ -85,8 +85,8 @@ def read_command() -> Command:
 
 @dataclass(frozen=True)
 class SweepEnd:
-    """How the jobs of a sweep ended: <results_dir>/<experiment>/sweep.json. It is not there while a sweep goes on, nor
-    after one that was stopped or died."""
+    """How the jobs of a sweep ended: <results_dir>/<experiment>/sweep.json. It does not exist while a sweep
+    runs, nor after one that was stopped or died."""
 
     jobs: int
     """Runs that were asked for, each repeat of a job being one."""
@@ -94,7 +94,7 @@ class SweepEnd:
     failed: int
     """Refused ones too."""
     unrecorded: int
-    """Of the failed: those that left no record of it, because they were not yet a run."""
+    """Failed runs that left no record, because they had not started as a run."""
 
     @classmethod
     def of(cls, num_runs: int, events: Sequence[Event]) -> SweepEnd:
@@ -129,12 +129,12 @@ class SweepLog:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.events: list[Event] = []
-        """How runs ended."""
+        """The events by which runs ended."""
         self.running: dict[str, Event] = {}
-        """By run directory."""
+        """Start events of the running runs, by run directory."""
         self.notes: list[str] = []
         self.current = ""
-        """What one worker process is at."""
+        """Label of the run that a worker started last."""
         self._read: dict[Path, int] = {}
         self._lock = threading.Lock()
 

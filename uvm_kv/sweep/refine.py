@@ -44,7 +44,7 @@ NUM_DRAWS = 5
 
 @dataclass(frozen=True)
 class Line:
-    """One mechanism, with its variant, in one comparison: what differs in the batch size only."""
+    """One mechanism with its variant in one comparison: its points differ in the batch size only."""
 
     comparison: str
     mechanism: str

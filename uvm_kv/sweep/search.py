@@ -40,14 +40,14 @@ class Tried:
     running_batch: float
     """Mean number of sequences that ran."""
     limited: bool
-    """By KV memory (`uvm_kv.telemetry.summary.is_limited_by_memory`)."""
+    """Whether KV memory limited the batch (`uvm_kv.telemetry.summary.is_limited_by_memory`)."""
     preempted: bool
     counts: bool = True
     """Whether it may be the best point; a CPU-backed mechanism's needs to have moved KV over the link."""
 
 
 Evaluate = Callable[[int], Tried | None]
-"""Run a batch size; None where it is refused."""
+"""Run one batch size; None where it is refused."""
 
 
 class _Search:

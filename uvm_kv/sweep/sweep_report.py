@@ -33,9 +33,9 @@ class SweepReport:
     """The place of a sweep's report."""
 
     folder: Path
-    """Of the report's files."""
+    """Folder of the report's files."""
     end: Path
-    """Of sweep.json."""
+    """Path of sweep.json."""
 
     @property
     def is_named(self) -> bool:

@@ -33,7 +33,7 @@ from uvm_kv.store.family import end_children_with_me
 
 PROGRESS_EVERY_S = 0.2
 PATIENCE_S = 5.0
-"""How long a worker may take to end before it is killed."""
+"""Seconds that a worker may take to end before it is killed."""
 WATCHDOG = "watchdog"
 """How the error of a job begins that was stopped at its time."""
 LOWER = "lower"
@@ -45,7 +45,7 @@ OnStep = Callable[[int, int, int], None]
 
 
 class Reach(Enum):
-    """What an error ends."""
+    """The scope of an error: what it ends."""
 
     JOB = "job"
     WORKER = "worker"
@@ -62,7 +62,7 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one job: a summary, or an error with what it ends."""
+    """Outcome of one job: a summary, or an error with the scope of what it ends."""
 
     summary: dict[str, Any] | None = None
     error: str | None = None
@@ -115,7 +115,7 @@ def reach_of(error: BaseException) -> Reach:
 
 
 def explain(error: BaseException) -> str:
-    """A line for what a user can mend or the machine did; the traceback only for what is our fault."""
+    """The error for the user: one line where the user or the machine caused it, a traceback where it is our fault."""
     if isinstance(error, ValueError | PlanMismatch):
         if (reach := reach_of(error)) is Reach.JOB:
             return str(error)
@@ -191,7 +191,7 @@ class RealJobs:
 
 
 def end_with_parent() -> None:
-    """Where the system can, which is Linux: whatever happens to the process that started this one."""
+    """Ask Linux to end this process with the one that started it. Other systems cannot do this."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -336,7 +336,7 @@ class OneWorker:
 
 
 def mechanism(job: Job) -> Hashable:
-    """What a worker is for. `custom` is a name for many, told apart by their axes."""
+    """The mechanism that a worker serves. `custom` stands for many mechanisms, which their axes distinguish."""
     config = job.resolved.config
     axes = (config.memory.kind, config.memory.pageable, config.placement.name, *dataclasses.astuple(config.hints))
     return (

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from uvm_kv.types import NS_PER_S
 
 READ_EVERY_NS = 50_000_000
-"""At least so long between two readings."""
+"""Shortest time between two readings."""
 READING_SHARE = 0.005
-"""At most this part of the time goes into readings, however long one takes."""
+"""Largest share of the time that readings may take, however long one takes."""
 REST_S = 0.5
 """The card rests so long before its idle power is taken, over as long again."""
 MIN_WINDOW_NS = NS_PER_S // 2
@@ -27,7 +27,7 @@ class PowerModel:
     idle_w: float
     active_w: float
     waiting_w: float
-    """While the compute stream waits for memory."""
+    """Power while the compute stream waits for memory."""
 
 
 def energy_j(power: PowerModel, *, duration_s: float, busy_s: float, stall_s: float) -> float:
@@ -38,7 +38,7 @@ def energy_j(power: PowerModel, *, duration_s: float, busy_s: float, stall_s: fl
 
 class _Reading(NamedTuple):
     time_ns: int
-    """On the run's clock."""
+    """Time of the reading on the run's clock."""
     wall_ns: int
     energy_j: float
 
@@ -98,8 +98,8 @@ class EnergyMeter:
             self._readings.append(_Reading(time_ns, wall_ns, joules))
 
     def energy_j(self, begin_ns: int, end_ns: int) -> float | None:
-        """Of a window on the run's clock. None where it is not within the readings, too short for the counter, or
-        more than half of it is unknown."""
+        """Energy of a window on the run's clock, in joules. None where the window is not within the readings, is too
+        short for the counter, or is unknown for more than half of its length."""
         readings = self._readings
         if not readings or end_ns - begin_ns < MIN_WINDOW_NS:
             return None

@@ -1,4 +1,4 @@
-"""Recorder: one row a step and one row a request, kept compactly while the engine runs."""
+"""Recorder: one row per step and one row per request, kept compactly while the engine runs."""
 
 from __future__ import annotations
 

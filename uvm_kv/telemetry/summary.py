@@ -13,7 +13,7 @@ from uvm_kv.telemetry.energy import EnergyMeter, PowerModel, energy_j
 from uvm_kv.telemetry.recorder import Table
 from uvm_kv.types import NS_PER_S
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when the columns or the simulated numbers change their meaning: older runs are then not taken for new."""
 PERCENTILES = (50, 90, 99)
 MIN_FINISHES = 8

@@ -152,7 +152,7 @@ def workspace(entity: str, project: str, view: str) -> Any:
 
 
 def report(entity: str, project: str) -> Any:
-    """A section of panels an origin, then the figures and reports that were published with the experiments."""
+    """One section of panels per origin, then the figures and reports that were published with the experiments."""
     _, wr, expr = _import()
 
     def runs(name: str, *job_types: str) -> Any:

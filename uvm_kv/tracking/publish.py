@@ -4,10 +4,10 @@
     python -m experiments.publish results/reference --mode online
     python -m experiments.publish results/runs/batch_sweep --project my-card
 
-Every run is a wandb run under its own id; figures, report and the packed set of an experiment are one more. Given again
-it sends what is new; interrupted it goes on. Runs that are half-written, foreign, of another schema or changed are
-listed and left out; those whose manifest holds no hash of their summary are listed and sent. Exit status: 0, 1 where
-something could not be sent, 2 for a mistake in the arguments.
+Every run is a wandb run under its own id; figures, report and the packed set of an experiment are one more. The same
+command sends only what is new, and it resumes after an interruption. Runs that are half-written, foreign, of another
+schema or changed are listed and left out; those whose manifest holds no hash of their summary are listed and sent. Exit
+status: 0, 1 where something could not be sent, 2 for a mistake in the arguments.
 """
 
 from __future__ import annotations

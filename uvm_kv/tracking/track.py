@@ -34,9 +34,9 @@ from uvm_kv.tracking.wandb_sink import (
 class Outcome:
     num_sent: int = 0
     num_there: int = 0
-    """Sent before."""
+    """Number of runs that had been sent before."""
     problems: list[str] = field(default_factory=list)
-    """A line each."""
+    """One line per problem."""
 
 
 def mirror_all(finished: Iterable[tuple[Path, dict[str, str]]]) -> None:

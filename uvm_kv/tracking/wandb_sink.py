@@ -101,18 +101,18 @@ class Address:
 
     id: str
     home: Path
-    """Its mirrors are in `home`/wandb."""
+    """Folder of the experiment; the mirrors are in `home`/wandb."""
     sha256: str
-    """Of what it is made of."""
+    """SHA-256 of the content that the wandb run is made of."""
     project: str
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a wandb run holds."""
+    """The content of a wandb run."""
 
     name: str
-    """For legends; the id is the address's."""
+    """Name that legends show; the address has the id."""
     group: str
     job_type: str
     tags: list[str]
@@ -120,7 +120,7 @@ class Content:
     summary: dict[str, Any]
     series: list[dict[str, float]] = field(default_factory=list)
     pictures: Mapping[str, Path] = field(default_factory=dict)
-    """PNG, or HTML, by their keys."""
+    """PNG or HTML content by key."""
     artifact: tuple[str, str, Sequence[Path]] | None = None
     """Name, type, and files or directories, whose content lies at its root."""
 

@@ -44,7 +44,7 @@ NOT_OBSERVED = "not observed"
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 """97.5 % points of Student's t for 1 to 10 degrees of freedom; beyond, that of 10, which is a little too wide."""
 STATISTICS = {"mean": 2, "p50": 2, "p99": 100}
-"""Of a distribution, and how many samples each needs."""
+"""Statistics of a distribution, each with the number of samples that it needs."""
 
 Better = Literal["higher", "lower"] | None
 
@@ -52,9 +52,9 @@ Better = Literal["higher", "lower"] | None
 @dataclass(frozen=True)
 class Metric:
     label: str
-    """For people."""
+    """Title for the user."""
     unit: str
-    """s, tok/s, bytes, or nothing for a count."""
+    """Unit: s, tok/s, bytes, or nothing for a count."""
     better: Better
     num_needed: int = 0
 
@@ -93,7 +93,7 @@ METRICS = _metrics()
 class Observed(NamedTuple):
     value: float | None
     num_samples: int | None = None
-    """Of a statistic; None where the value is no statistic."""
+    """Number of samples behind a statistic; None where the value is not a statistic."""
 
 
 def observe(run: Recording) -> dict[str, Observed]:
@@ -135,7 +135,7 @@ def _distribution(name: str, values_ns: NDArray[np.float64]) -> dict[str, Observ
 
 
 def _floats(column: Sequence[Any]) -> NDArray[np.float64]:
-    """None becomes NaN."""
+    """The column as floats; None becomes NaN."""
     return np.array(column, float)
 
 
@@ -144,7 +144,7 @@ class Comparison:
     """A row of the error table."""
 
     metric: str
-    """A name in METRICS."""
+    """Name of the metric in METRICS."""
     unit: str
     recorded: float | None
     """Mean over the runs; None: not observed."""

@@ -62,7 +62,7 @@ def validation_figure(
 
 
 def _error_panel(axis: Any, rows: Sequence[Comparison], tolerance: float) -> None:
-    """One line a metric, errors beyond +-100 % at the edge with their number."""
+    """One line per metric, errors beyond +-100 % at the edge with their number."""
     known = [row for row in rows if row.error is not None]
     for place, row in enumerate(known):
         assert row.error is not None

@@ -39,7 +39,7 @@ class Recording:
     """None: steps were not observed."""
     provenance: dict[str, Any]
     steady_until_ns: int | None = None
-    """Of a run that began in its steady state; None: it began cold."""
+    """End of a run that began in its steady state; None: the run began cold."""
 
     @property
     def label(self) -> str:
@@ -80,7 +80,7 @@ def load_run(directory: Path) -> Recording:
 
 
 def load_file(path: Path) -> Recording:
-    """A CSV with a header, or a JSONL file, of one request a row: arrival_s (from any zero), prompt_tokens,
+    """A CSV with a header, or a JSONL file, with one request per row: arrival_s (from any zero), prompt_tokens,
     output_tokens, e2e_s, and as far as they are known ttft_s and num_preemptions; other columns are ignored.
     ValueError with file and line for anything else."""
     rows = sorted((_request(row, where) for row, where in _rows(path)), key=lambda r: r["arrival_ns"])

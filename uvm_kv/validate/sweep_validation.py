@@ -163,7 +163,7 @@ def read_written(path: Path) -> tuple[list[Point], str]:
 def compare(
     measured: Iterable[Point], predicted: Iterable[Point], written: str, tolerance: float = TOLERANCE
 ) -> list[Row]:
-    """Two rows a measured point. A repeat is paired with its own prediction, or with that of repeat 0."""
+    """Two rows per measured point. A repeat is paired with its own prediction, or with that of repeat 0."""
     by_identity: dict[tuple[Any, ...], dict[int, Point]] = {}
     for point in predicted:
         by_identity.setdefault(point.identity, {})[point.repeat] = point
@@ -227,7 +227,7 @@ def lines(rows: Sequence[Row], tolerance: float = TOLERANCE) -> list[str]:
 
 
 def summary_lines(rows: Sequence[Row], tolerance: float = TOLERANCE) -> list[str]:
-    """A line a mechanism and metric: how many of its points lie within the tolerance, and the largest error."""
+    """One line per mechanism and metric: how many of its points lie within the tolerance, and the largest error."""
     found = []
     for mechanism in dict.fromkeys(row.mechanism for row in rows):
         for metric in METRICS:

@@ -1,4 +1,4 @@
-"""Random numbers of a run: those of (seed, repeat), and for each purpose its own."""
+"""Random numbers of a run. They depend on (seed, repeat), and each purpose has its own stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Purpose(IntEnum):
-    """What numbers are drawn for."""
+    """The purpose that numbers are drawn for."""
 
     LENGTHS = 0
     ARRIVALS = 1
@@ -17,6 +17,6 @@ class Purpose(IntEnum):
 
 
 def entropy(seed: int, repeat: int, purpose: Purpose, *more: int) -> list[int]:
-    """What numpy's SeedSequence is given. `more`: what else tells draws of one purpose apart. The repeat comes last:
-    numpy takes a 0 there for nothing, so that repeat 0 is what the seed alone draws."""
+    """Entropy for numpy's SeedSequence. `more`: further numbers that distinguish draws of one purpose. The repeat comes
+    last, because numpy ignores a trailing 0: repeat 0 draws the same numbers as the seed alone."""
     return [seed, purpose.value, *more, repeat]

@@ -1,4 +1,4 @@
-"""Prompt files: one JSON object a line, {"prompt": text} or {"prompt_ids": [...]}, with output_tokens optional."""
+"""Prompt files: one JSON object per line, {"prompt": text} or {"prompt_ids": [...]}, with output_tokens optional."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def filled_request(
 class ClosedLoop(RequestSource):
     """`num_clients` clients, each sending its next request as its last one ends, until all lengths are used up.
 
-    Client i's first request generates i / num_clients of its output, so that the clients do not march in step; it
+    Client i's first request generates i / num_clients of its output, so that the clients do not run in step; it
     only brings the system into its steady state and is not measured. Or the first requests are given (`steady_start`),
     and the later ones begin with their prompt's KV, too.
 

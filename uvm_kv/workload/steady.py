@@ -1,7 +1,8 @@
-"""The steady state of a closed loop: which requests it has under way, and how far each is.
+"""The steady state of a closed loop: the requests under way, and the progress of each.
 
-A cold start must serve every client's first request before its batch is mixed as it stays. A steady start begins with
-requests whose contexts are spread over their range and whose KV is filled directly, so that a few steps are enough.
+After a cold start every client's first request must be served before the mix of contexts in the batch settles. A steady
+start begins with requests whose contexts are spread over their range and whose KV is filled directly, so that a few
+steps are enough.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def steady_start(
 
 
 def plan_without_runner(scheduler: Scheduler, source: RequestSource, num_steps: int) -> list[int]:
-    """Let the scheduler plan `num_steps` steps that nobody carries out, of a nanosecond each; how many ran in each."""
+    """Let the scheduler plan `num_steps` steps of a nanosecond each, which no runner executes. Returns the number of
+    sequences that ran in each step."""
     num_running = []
     for now_ns in range(num_steps):
         for request in source.arrivals(now_ns):
@@ -57,15 +59,15 @@ def plan_without_runner(scheduler: Scheduler, source: RequestSource, num_steps: 
 
 
 def nearest_to_mean(values: Sequence[int], window: int) -> int:
-    """Where the `window` values that follow have a mean nearest to that of all."""
+    """Index from which the next `window` values have the mean nearest to the mean of all values."""
     sums = np.concatenate(([0], np.cumsum(values)))
     means = (sums[window:] - sums[:-window]) / window
     return int(np.argmin(abs(means - np.mean(values))))
 
 
 def continued(request_id: int, request: Request) -> Request:
-    """What is left of a request, as one whose known tokens are its prompt and hold KV; if it was preempted by
-    recompute, they hold none, and it is prefilled as it would be."""
+    """The rest of a request, as a new request. Its known tokens are the prompt and hold KV. If it was preempted by
+    recompute, they hold no KV, and they are prefilled as usual."""
     num_known, lost = request.num_tokens, request.num_preemptions > 0 and not request.num_computed
     num_filled = 0 if lost else num_known - 1
     return Request(request_id, num_known, request.max_tokens - num_known, num_filled_tokens=num_filled)

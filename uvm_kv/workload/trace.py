@@ -18,7 +18,7 @@ from uvm_kv.types import NS_PER_S
 from uvm_kv.workload.trace_formats import HOW_TO_CONVERT, PLAIN, Fits, recognise, request_of
 
 MAX_SPAN_S = 10**9
-"""Of the arrivals: 30 years."""
+"""Longest time between the first and the last arrival: 30 years."""
 BINARY = {
     b"PAR1": "a parquet file; read it with pandas.read_parquet",
     b"PK\x03\x04": "a zip or Excel file; unpack it, or save it as csv",
@@ -28,27 +28,27 @@ BINARY = {
     b"\xff\xfe": "UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "UTF-16 text; save it as UTF-8",
 }
-"""First bytes of what people have beside text."""
+"""First bytes of common binary formats, with advice."""
 GZIP = b"\x1f\x8b"
 
 
 class TraceRow(NamedTuple):
     line: int
     arrival_ns: int
-    """Since the first arrival that was read."""
+    """Time since the first arrival that was read."""
     prompt_tokens: int
     output_tokens: int
 
 
 class Trace(NamedTuple):
     rows: list[TraceRow]
-    """In order of arrival."""
+    """Requests in order of arrival."""
     num_unfit: int
     """Requests that `fits` did not take."""
     num_failed: int
     """Requests of a log that have no prompt or no output."""
     has_prefix_ids: bool
-    """The file says which prompts begin alike."""
+    """Whether the file says which prompts share a prefix."""
 
 
 Record = tuple[int, Mapping[str, Any]]

@@ -24,7 +24,7 @@ class TraceFormat(NamedTuple):
     prompt: str
     output: str
     ns_per_unit: int | None
-    """Of the arrival time; None: it is a date and time."""
+    """Nanoseconds per unit of the arrival time; None: the arrival is a date and time."""
     is_log: bool = True
     """Requests without tokens failed and are left out; in a file that somebody wrote by hand they are mistakes."""
     mark: str | None = None

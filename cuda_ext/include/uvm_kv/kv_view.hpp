@@ -33,7 +33,7 @@ struct KVView {
   PagedKV kv;
   DType dtype;
   int num_layers;
-  std::size_t num_blocks;  ///< Of both tiers.
+  std::size_t num_blocks;  ///< Blocks of both tiers.
   std::size_t num_staged;
   int device;
 

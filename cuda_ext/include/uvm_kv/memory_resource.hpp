@@ -62,7 +62,7 @@ class Slab final {
   void close() noexcept { memory_.reset(); }
 
   bool closed() const { return memory_ == nullptr; }
-  /// Of an open slab: a closed one has no address, and asking is an error.
+  /// Address of an open slab. A closed slab has no address, and asking for it is an error.
   std::byte* data() const {
     require(!closed(), "this slab is closed");
     return static_cast<std::byte*>(memory_.get());

@@ -5,7 +5,7 @@
 // work at the same time, a bounded number of workers waits for slow blocks, and no piece is bound to a worker. The
 // arithmetic of a piece is the same whoever takes it.
 //
-// In a warp, a team of lanes reads one slot, 16 bytes a lane; a stage is kTeamTokens consecutive slots of every team:
+// In a warp, a team of lanes reads one slot, 16 bytes per lane; a stage is kTeamTokens consecutive slots of every team:
 //
 //   128 fp16:   lanes 0-15   |t0 t1 t2 t3|          lanes 16-31  |t4 t5 t6 t7|        8 tokens, 4 KiB of K and V
 //    64 fp16:   lanes 0-7    |t0 .. t3|  8-15 |t4 .. t7|  16-23 |t8 .. t11|  24-31 |t12 .. t15|
@@ -266,7 +266,7 @@ struct RowStates {
     }
   }
 
-  // Of team 0: the output where the piece is the whole context, else a partial.
+  // Run by team 0. Writes the output where the piece is the whole context, else a partial.
   UVM_KV_HD void store(const AttentionParams& params, const Piece& piece, int lane) const {
     UVM_KV_UNROLL
     for (int r = 0; r < kRows; ++r) {

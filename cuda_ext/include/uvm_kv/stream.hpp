@@ -91,7 +91,7 @@ class Stream final {
   void synchronize() const { UVM_KV_CUDA(cudaStreamSynchronize(stream_)); }
   bool capturing() const { return is_capturing(stream_); }
 
-  /// Relaxed: other threads and streams go on as before, which is what lets copies be issued beside a capture.
+  /// Relaxed: other threads and streams continue as before, which is what lets copies be issued beside a capture.
   void begin_capture() const { UVM_KV_CUDA(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed)); }
   cudaGraph_t end_capture() const {
     cudaGraph_t graph = nullptr;

@@ -188,7 +188,7 @@ def context_for(
     size = DTYPE_BYTES[dtype]
     spec = KVCacheSpec(geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, size, block_size, layout)
     roofline = Roofline(make_profile(link_gb_per_s), geometry, size)
-    return PlacementContext(spec, capacity, axes.memory, roofline, num_layers_ahead)
+    return PlacementContext(spec, capacity, axes.memory, roofline, {"num_layers_ahead": num_layers_ahead})
 
 
 def serve(

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(tmp_path: Path, folder: Path, *more: str) -> tuple[dict[str, Any], Path]:
     job = jobs.job(tmp_path / "runs", "runner=cpu", "model=hf", f"model.path={folder}", "batch_size=3", *more)
-    return jobs.run_job(job, argv=["test"]), job.directory
+    return jobs.run_any_job(job, argv=["test"]), job.directory
 
 
 def tokens(directory: Path) -> list[list[int]]:

@@ -259,7 +259,7 @@ def test_a_generation_config_that_is_none(text: str, message: str, tmp_path: Pat
         ("model.gated_mlp=false", r"model\.gated_mlp=false with model=hf on a real runner, which serves"),
         ("model.num_layers=3", r"model\.num_layers=3 with model=hf on a real runner, .* with 4; drop it"),
         ("model.tied_embeddings=true", r"model\.tied_embeddings=true with model=hf on a real runner"),
-        ("chat_template=none", "chat_template=none has no meaning without prompts=FILE"),
+        ("chat_template=none", "chat_template=none is ignored without prompts=FILE"),
     ],
 )
 def test_settings_that_a_real_model_would_ignore(given: str, message: str, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
 def run(tmp_path: Path, folder: Path, *more: str) -> tuple[dict[str, Any], Path]:
     """Summary and run directory of a job."""
     job = jobs.job(tmp_path / "runs", *overrides(folder, *more))
-    return jobs.run_job(job, argv=["test"]), job.directory
+    return jobs.run_any_job(job, argv=["test"]), job.directory
 
 
 def serve(tmp_path: Path, folder: Path, *more: str, prompts: list[dict[str, Any]] = PROMPTS) -> list[dict[str, Any]]:
@@ -239,7 +239,7 @@ def test_cpu_generate_for_a_few_steps(smollm2: Path, tmp_path: Path) -> None:
 def test_cpu_generate(smollm2: Path, tmp_path: Path) -> None:
     """The published experiment: a text for every prompt, as the ids say."""
     job = jobs.job(tmp_path, "experiment=cpu_generate", "workload.output_tokens=12")
-    jobs.run_job(job, argv=["test"])
+    jobs.run_any_job(job, argv=["test"])
     rows = read_outputs(job.directory)
     assert [row["request_id"] for row in rows] == list(range(6))
     assert all(row["text"].strip() and row["output_ids"] for row in rows)
@@ -251,7 +251,7 @@ def test_a_gguf_file_is_served_by_its_path(smollm2: Path, tmp_path: Path) -> Non
     file.write_text('{"prompt": "The capital of France is", "output_tokens": 4}\n')
     words = ["runner=cpu", "model=hf", f"model.path={smollm2}", f"prompts={file}", "dtype=float32", "batch_size=1"]
     job = jobs.job(tmp_path, *words, "chat_template=none")
-    summary = jobs.run_job(job, argv=["test"])
+    summary = jobs.run_any_job(job, argv=["test"])
     assert "Paris" in read_outputs(job.directory)[0]["text"]
     assert summary["chat_template"] == "none: chat_template=none"
     chat = jobs.resolved(*words)
@@ -270,7 +270,7 @@ def test_prompts_bring_their_own_lengths(folder: Path, tmp_path: Path) -> None:
     for given, said in (
         ("runner=sim", "prompts are for a real model"),
         ("workload=azure_conv", "use workload=prompts"),
-        ("workload.prompt_tokens=9", "workload.prompt_tokens=9 has no meaning with prompts="),
+        ("workload.prompt_tokens=9", "workload.prompt_tokens=9 is ignored with prompts="),
         ("workload.arrival=closed_loop", "allowed are all_at_once and poisson"),
         ("replay.recorded_runner=cpu", "is filled in from a recording"),
     ):

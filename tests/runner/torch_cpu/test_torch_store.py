@@ -418,5 +418,5 @@ def test_a_store_that_forgets_a_step_shows(
         served, _ = serve_tampered(folder, "managed_demand_capped", lambda plan: plan)
         assert_same_tokens(reference, served.requests)
         return
-    with pytest.raises(ValueError, match="logits are NaN"):
+    with pytest.raises(ValueError, match=r"logits are NaN|cannot be served: the logits"):  # At load, or as it serves.
         serve_tampered(folder, "managed_demand_capped", lambda plan: plan)

@@ -43,13 +43,13 @@ Accesses = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
 class Paged(NamedTuple):
-    """What a step's paging did."""
+    """The effects of a step's paging."""
 
     faults: Counts = NOTHING
     planned: Counts = NOTHING
-    """Of prefetches and evictions by plan."""
+    """Counts of the prefetches and evictions that a plan asked for."""
     seconds: float = 0.0
-    """Time that the compute stream stood still."""
+    """Time that the compute stream waited."""
     ahead_s: float = 0.0
     """Time of what is moved while layers run: prefetches of later ones, and the evictions beside them."""
     ahead_bytes: int = 0
@@ -135,7 +135,7 @@ class ManagedKV:
             self._driver.run(chunks, actions)
 
     def free(self, blocks: Iterable[int]) -> None:
-        """A sequence has given these up."""
+        """Note that a sequence has freed these blocks."""
         if self._hints.discard_on_free:
             self._freed.extend(blocks)
 

@@ -92,7 +92,7 @@ class SimRunner(ModelRunner):
             )
             self._first_remote = self._managed.first_remote
         self._version = 0
-        """Of the block tables."""
+        """Version of the block tables, raised when they change."""
 
     # ---- the seam
 

@@ -1,4 +1,4 @@
-"""The CUDA context of this process: what is left in it between two jobs, and whether it still answers."""
+"""The CUDA context of this process: freeing its memory between two jobs, and whether it still answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def release_memory() -> None:
-    """Give back what torch keeps of freed tensors: the next job's KV memory is not allocated by torch."""
+    """Return the memory that torch caches to the device, because torch does not allocate the next job's KV memory."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

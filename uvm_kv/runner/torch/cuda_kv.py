@@ -3,8 +3,8 @@
 Everything of the model runs on one compute stream. Memory ops run on two copy streams of their own: what is issued
 before a layer waits for the work before it, and the layer that needs it waits for its event. Demand paging has no ops.
 
-A staged copy (prefetch_ahead, bandwidth_balanced) goes to a ring with room for lead + 1 layers, which goes on from the
-last layer of a step to the first of the next; attention then finds the block there, under an id of its own. A block
+A staged copy (prefetch_ahead, bandwidth_balanced) goes to a ring with room for lead + 1 layers. The ring continues from
+the last layer of a step to the first of the next; attention then finds the block there, under an id of its own. A block
 that is not staged for every layer of a step is read in place.
 """
 
@@ -326,7 +326,7 @@ class CudaKV(KVBackend):
                 self._issue_one(layer, op, data_layer)
 
     def _issue_one(self, layer: int, op: MemoryOp, data_layer: int) -> None:
-        """Of the data of a layer; those from `num_layers` on are the next step's."""
+        """Issue the part of an op that moves the data of one layer; a layer >= num_layers is one of the next step."""
         at = data_layer % self._spec.num_layers
         if op.kind is OpKind.EVICT:
             self._migrate("evict", op, at, host_place(), self._out)
@@ -365,13 +365,13 @@ class CudaKV(KVBackend):
         self._waits.append((begin, self._timing_event()))
 
     def _timing_event(self) -> Any:
-        """Of what the compute stream has been given so far."""
+        """A timing event that completes after all work enqueued on the compute stream so far."""
         event = new_event(timing=True, device=self._ordinal)
         event.record(stream=self._handle)
         return event
 
     def _event(self, stream: Any) -> Any:
-        """Of what the stream has been given so far."""
+        """An event that completes after all work enqueued on the stream so far."""
         event = new_event(device=self._ordinal)
         event.record(stream=stream_handle(stream))
         return event
@@ -531,7 +531,7 @@ def _lay_out(batch: Sequence[SequenceRows], block_size: int, staged: frozenset[i
 
 
 class _Tables:
-    """Small arrays of integers on their way to the device: one copy a step, out of pinned memory."""
+    """Small arrays of integers on their way to the device: one copy per step, out of pinned memory."""
 
     def __init__(self, device: torch.device, stream: Any, dtype: torch.dtype) -> None:
         self._device, self._stream = device, stream
@@ -568,7 +568,7 @@ def _packed(rows: Tensor) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Of a sequence without cached context: torch's flash attention. [token, head, dim]"""
+    """Causal attention of a sequence without cached context, by torch's flash attention. [token, head, dim]"""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)[0].transpose(0, 1)

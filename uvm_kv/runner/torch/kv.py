@@ -54,8 +54,8 @@ def random_kv(spec: KVCacheSpec, num_tokens: int, generator: torch.Generator, dt
 class KVBackend(ABC):
     """Both tiers of KV memory and attention over them. Block ids are the plan's: device blocks come first.
 
-    Calls come in the order of a step: move, poison, acquire and fill while tables change; begin_step; attend once a
-    layer, in order; end_step.
+    Calls come in the order of a step: move, poison, acquire and fill while tables change; begin_step; attend once
+    per layer, in order; end_step.
     """
 
     device: torch.device
@@ -67,11 +67,11 @@ class KVBackend(ABC):
 
     @abstractmethod
     def poison(self, blocks: Sequence[int]) -> None:
-        """These blocks hold nothing any more: what reads them must show."""
+        """Destroy what these blocks hold, so that a read of them shows in the result."""
 
     @abstractmethod
     def acquire(self, blocks: Sequence[int]) -> None:
-        """These blocks are new in a table; their slots fill up as tokens come."""
+        """Take blocks that are new in a table; their slots fill up as tokens come."""
 
     @abstractmethod
     def fill(self, blocks: Sequence[int], num_tokens: int, generator: torch.Generator) -> None:
@@ -80,7 +80,7 @@ class KVBackend(ABC):
 
     @abstractmethod
     def begin_step(self, batch: Sequence[SequenceRows], issued: Issued) -> None:
-        """What the coming step's attention is about."""
+        """Announce the sequences of the coming step."""
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -99,7 +99,7 @@ class KVBackend(ABC):
 
     @abstractmethod
     def end_step(self) -> MemoryCounters:
-        """What was seen to move; None where nothing can be seen."""
+        """Counters of what moved; None where nothing can be observed."""
 
     @abstractmethod
     def close(self) -> None: ...

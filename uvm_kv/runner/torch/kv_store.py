@@ -2,8 +2,8 @@
 
     layer_major  [layer, block, slot, K|V, head, dim]      block_major  [block, layer, slot, K|V, head, dim]
 
-A copy is a copy: host blocks are other memory than device blocks, staged copies are other memory again. What holds no
-live KV holds NaN, so that a plan that reads a block from the wrong place, or too late, shows in the logits.
+Copies are real: host blocks, device blocks and staged copies are three different memories. Memory without live KV holds
+NaN, so a plan that reads a block from the wrong place, or too late, shows in the logits.
 
 Managed memory is one range of ids over both tiers; here each block of each layer lies in one of two buffers, and
 touching one that was evicted by plan brings it back, as a page fault would.
@@ -51,14 +51,14 @@ class KVStore:
     # ---- whole blocks, all layers
 
     def poison(self, blocks: Sequence[int]) -> None:
-        """Freed blocks hold nothing."""
+        """Fill freed blocks with NaN."""
         for block in blocks:
             slab, index = self._locate(block)
             slab[:, index] = torch.nan
         self._bring_back_empty(blocks)
 
     def _bring_back_empty(self, blocks: Sequence[int]) -> None:
-        """Managed memory: chunks are evicted with their free blocks, whose content is nobody's."""
+        """Managed memory: the free blocks in a chunk are evicted with it, though nothing reads what they hold."""
         if self._evicted is not None and blocks:
             self._host[:, list(blocks)] = torch.nan
             self._evicted[:, list(blocks)] = False

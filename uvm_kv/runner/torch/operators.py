@@ -29,7 +29,7 @@ WARM_UPS = 3
 def operator_points(
     geometry: ModelGeometry, dtype: str, tokens: Sequence[int], *, repeats: int, device: str
 ) -> list[dict[str, Any]]:
-    """A point an operator and number of tokens: layer_name, tokens, and the seconds of every repeat."""
+    """One point per operator and number of tokens: layer_name, tokens, and the seconds of every repeat."""
     shape = dataclasses.replace(geometry, num_layers=LAYERS)
     model = random_model(shape, dtype, 0, device)
     found = []
@@ -91,7 +91,7 @@ def _calls(model: Any, shape: ModelGeometry, num_tokens: int) -> dict[str, list[
 
 
 def _time(calls: Sequence[Callable[[], Any]], repeats: int, device: str) -> list[float]:
-    """Seconds of all of them together, a repeat each."""
+    """Seconds of all of them together, one value per repeat."""
 
     def run() -> None:
         for call in calls:

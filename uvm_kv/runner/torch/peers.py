@@ -55,7 +55,7 @@ def peak_bytes(model: Any) -> int | None:
 class _Watch:
     """A stopping criterion that ends each row at its own length, and notes when each token of the batch was there.
 
-    The device is waited for: `generate` itself does so right after, to learn whether any row goes on.
+    It waits for the device. `generate` itself does so right after, to learn whether any row is still unfinished.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ import torch
 
 
 class Sink(NamedTuple):
-    """Where ranges go. One a process, as profilers are."""
+    """The sink of the ranges. There is one per process, as there is one profiler per process."""
 
     push: Callable[[str], object]
     pop: Callable[[], object]

@@ -253,7 +253,7 @@ class TorchRunner(ModelRunner):
         return logits if len(logits) == len(rows) else logits[rows]  # Some models drop the keyword.
 
     def _sample(self, request_ids: list[int], logits: Tensor) -> list[int]:
-        """One token a row of `logits` [row, vocabulary]."""
+        """One token per row of `logits` [row, vocabulary]."""
         if self._on_logits is not None:
             for request_id, row in zip(request_ids, logits, strict=True):
                 self._on_logits(request_id, row)

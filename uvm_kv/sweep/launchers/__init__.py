@@ -1,4 +1,4 @@
-"""Hydra's launchers, made to outlive their workers: a job whose worker dies is lost by itself, the others go on.
+"""Hydra's launchers, made to outlive their workers: only the job whose worker dies is lost, and the others continue.
 
 Each is Hydra's own with its settings (`hydra.launcher.*`); `use` puts the class of ours in the place of Hydra's.
 
@@ -48,7 +48,7 @@ OnLost = Callable[[Sequence[str], str], None]
 
 _on_lost: OnLost
 problems: list[str] = []
-"""Why a launcher could not go on, for the user."""
+"""Reasons why a launcher could not continue, for the user."""
 
 
 def check(name: str, tuned: Sequence[str]) -> None:
@@ -99,7 +99,7 @@ class Outliving(Launcher):  # type: ignore[misc]
 
     @abstractmethod
     def run_all(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn | None]:
-        """One return a job, in order; None for one that is lost, of which `lose` was told."""
+        """One return per job, in order; None for a job that is lost, which `lose` has reported."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         try:
@@ -122,7 +122,7 @@ def _line(error: BaseException) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Of an error that holds a traceback the last line, which says what it was."""
+    """The last line of an error that holds a traceback, which names the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -70,7 +70,7 @@ def _death(error: BrokenProcessPool) -> str:
 
 
 class _Pools:
-    """One process a thread."""
+    """One process per thread."""
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers, self.stopped = num_workers, False

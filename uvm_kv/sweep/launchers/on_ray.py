@@ -18,7 +18,7 @@ from uvm_kv.sweep.launchers import Outliving, last_line, lose
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report each use over the network.
 HERE = {"address": "local", "include_dashboard": False}
-"""Of a cluster that is started for the sweep, and ends with it."""
+"""Settings of a cluster that is started for the sweep and ends with it."""
 QUIET = {"log_to_driver": False, "logging_level": "warning"}
 
 

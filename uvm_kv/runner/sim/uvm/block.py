@@ -38,7 +38,7 @@ class Prefetcher(StrEnum):
     NONE = "none"
     """Only what faulted (uvm_perf_prefetch_enable=0)."""
     BLOCK = "block"
-    """Always the whole block."""
+    """Bring in the whole block."""
 
 
 class Policy(NamedTuple):
@@ -46,7 +46,7 @@ class Policy(NamedTuple):
 
     preferred: Location | None = None
     accessed_by: bool = False
-    """By the GPU."""
+    """The GPU maps the block wherever its pages lie."""
     read_mostly: bool = False
 
     @property
@@ -81,7 +81,7 @@ class BlockState(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What happened. Pages are of 4 KiB."""
+    """What happened. A page has 4 KiB."""
 
     fault_groups: int = 0
     """Services of a block within a batch of GPU faults."""
@@ -91,28 +91,28 @@ class Counts(NamedTuple):
     h2d_fault_pages: int = 0
     h2d_prefetch_pages: int = 0
     d2h_fault_pages: int = 0
-    """To the CPU because it touched them, or because the GPU touched them where the CPU is preferred."""
+    """Pages moved to the CPU because it touched them, or because the GPU touched them where the CPU is preferred."""
     d2h_prefetch_pages: int = 0
     d2h_eviction_pages: int = 0
     evicted_chunks: int = 0
     dropped_pages: int = 0
-    """Evicted without a copy: read-duplicated or discarded."""
+    """Pages evicted without a copy: read-duplicated or discarded."""
     cpu_mapped_pages: int = 0
-    """Copied to the GPU and mapped by the CPU until then, or no longer writable for it."""
+    """Pages copied to the GPU that the CPU had mapped until then, or may no longer write."""
     scattered_pages: int = 0
-    """Copied to the GPU from a block of which the CPU holds no single chunk."""
+    """Pages copied to the GPU from a block of which the CPU holds no single chunk."""
     zeroed_pages: int = 0
-    """First populated on the GPU."""
+    """Pages first populated on the GPU."""
     remote_maps: int = 0
     """Pages that a fault mapped over the link."""
     remote_read_pages: int = 0
-    """Read over the link by the GPU, page by page as asked."""
+    """Pages that the GPU read over the link, counted as they were asked for."""
     remote_write_pages: int = 0
     cpu_faults: int = 0
     throttles: int = 0
     """Services put off because the block is thrashing."""
     flushed_faults: int = 0
-    """Dropped from the fault buffer with a replay, because a batch was full; they fault again."""
+    """Faults dropped from the fault buffer with a replay, because a batch was full; they fault again."""
 
     @property
     def service_runs(self) -> int:
@@ -458,7 +458,7 @@ def _advise(state: BlockState, policy: Policy) -> Transition:
 
 
 def _cpu_access(state: BlockState, access: CpuAccess, rules: Rules) -> Transition:
-    """One fault a page: the CPU cannot map GPU memory, so every page comes to it."""
+    """One fault per page: the CPU cannot map GPU memory, so every page comes to it."""
     counts = NOTHING
     while missing := access.mask & ~(state.cpu_write if access.write else state.cpu_map):
         state, served, _ = _serve_cpu(state, missing & -missing, access, rules)

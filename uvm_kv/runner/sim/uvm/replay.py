@@ -1,4 +1,4 @@
-"""Replay of a published study of Unified Memory: kernels pass over two halves of a working set, time a pass.
+"""Replay of a published study of Unified Memory: kernels pass over two halves of a working set, and each pass is timed.
 
 The study (facts of an A30): a working set of `working_set_ratio * capacity_bytes` in two equal allocations A and B,
 initialised on the CPU; a grid-stride kernel adds one to every element of a half; passes A, B, A, B.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from uvm_kv.commands.study import update_reference
+from uvm_kv.config.grammar import parse
 from uvm_kv.config.settings import heeded, without_defaults
 from uvm_kv.store.checks import ANALYTIC
 from uvm_kv.store.directories import encode_json, run_id
@@ -32,12 +33,18 @@ OLD, NEW = 2, 3
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.rekey", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--json", action="store_true", help="the number of runs by folder, as one JSON object")
+    options, done = parse(parser, arguments), {}
     try:
-        for folder in parser.parse_args(arguments).folders:
-            print(f"{folder}: {_rekey(folder)} runs have new ids")
+        for folder in options.folders:
+            done[str(folder)] = _rekey(folder)
+            if not options.json:
+                print(f"{folder}: {done[str(folder)]} runs have new ids")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.json:
+        print(json.dumps(done, indent=1))
     return 0
 
 

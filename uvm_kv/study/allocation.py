@@ -12,7 +12,8 @@ import pandas as pd
 from uvm_kv.report.statistics import judge
 from uvm_kv.report.style import PAGE_IN, SMALL, SPARE
 from uvm_kv.report.verdict import INDIFFERENT, MEASURED, interval
-from uvm_kv.study.base import ADMISSIONS, Drawn, Study, served
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import ADMISSIONS, served
 
 PARTS = {
     "token_states": "token states",

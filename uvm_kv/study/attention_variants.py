@@ -19,7 +19,8 @@ from uvm_kv.report.repeats import REPEATS, medians, one_of_each
 from uvm_kv.report.statistics import judge
 from uvm_kv.report.style import PAGE_IN, SPARE
 from uvm_kv.report.verdict import INDIFFERENT, MEASURED
-from uvm_kv.study.base import Drawn, Study, phases, served, throughput
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import phases, served, throughput
 
 MECHANISM = "device_resident"
 KEY = ["kv_heads", "kv_bits"]

@@ -21,7 +21,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from uvm_kv.report.repeats import REPEATS, medians, one_of_each
 from uvm_kv.report.style import PAGE_IN, SPARE
-from uvm_kv.study.base import Drawn, Study, percent, served
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import percent, served
 
 SUSTAINED = 3.0
 LATENCY, TTFT, TPOT = "normalized_latency_s.mean", "ttft_s.p50", "tpot_s.p99"

@@ -14,7 +14,8 @@ from uvm_kv.report.load import points
 from uvm_kv.report.statistics import MIN_REPEATS
 from uvm_kv.report.style import COLUMN_IN, style_of
 from uvm_kv.report.verdict import INDIFFERENT, best_row, gain_of, is_cpu_backed, moved_kv
-from uvm_kv.study.base import Drawn, Study, percent, served
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import percent, served
 from uvm_kv.types import BASELINES
 
 

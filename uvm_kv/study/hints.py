@@ -29,7 +29,8 @@ from uvm_kv.report.repeats import REPEATS, medians, one_of_each
 from uvm_kv.report.statistics import MIN_REPEATS, Ratio, judge
 from uvm_kv.report.style import PAGE_IN, SPARE
 from uvm_kv.report.verdict import MEASURED
-from uvm_kv.study.base import Drawn, Study, inserted, served, throughput
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import inserted, served, throughput
 
 LAYERS_AHEAD = "layers ahead"
 HINT_COLUMNS = ("preferred_location", "accessed_by", "read_mostly", "discard_on_free")

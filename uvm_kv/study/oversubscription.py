@@ -18,7 +18,8 @@ from uvm_kv.report.load import points
 from uvm_kv.report.statistics import judge
 from uvm_kv.report.style import PAGE_IN, SMALL, STYLES, style_of
 from uvm_kv.report.verdict import MEASURED
-from uvm_kv.study.base import Drawn, Study, served
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import served
 from uvm_kv.types import BASELINES, Layout
 
 LAYOUTS = {Layout.LAYER_MAJOR.value: "-", Layout.BLOCK_MAJOR.value: "--"}

@@ -13,7 +13,7 @@ import pandas as pd
 
 from uvm_kv.report.load import load_runs
 from uvm_kv.store.directories import written_whole
-from uvm_kv.study.base import throughput
+from uvm_kv.study.kit import throughput
 from uvm_kv.study.publish import Published, remarks
 
 PAGE = "report.html"

@@ -25,7 +25,8 @@ from uvm_kv.report.load import GROUP, points
 from uvm_kv.report.statistics import judge
 from uvm_kv.report.style import PAGE_IN, SMALL, STYLES
 from uvm_kv.report.verdict import INDIFFERENT, MEASURED, is_cpu_backed, with_gains
-from uvm_kv.study.base import Drawn, Study, inserted, percent, phases, served
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import inserted, percent, phases, served
 from uvm_kv.types import GIB
 
 BASELINE = "device_resident"

@@ -15,7 +15,8 @@ from uvm_kv.report.repeats import REPEATS, medians, one_of_each
 from uvm_kv.report.statistics import MIN_REPEATS, judge
 from uvm_kv.report.style import PAGE_IN, SPARE
 from uvm_kv.report.verdict import INDIFFERENT, MEASURED
-from uvm_kv.study.base import Drawn, Study, percent, served
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import percent, served
 
 SWAP, RECOMPUTE = "pinned_swap", "device_recompute"
 KEY = ["prompt_tokens", "block_size"]

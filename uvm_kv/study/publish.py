@@ -19,7 +19,8 @@ from uvm_kv.store.checks import TEXT, check_fields, dict_of, parse_json, short
 from uvm_kv.store.directories import written_whole
 from uvm_kv.store.failures import failure_sha256, gaps
 from uvm_kv.store.records import LeftOut, Record, codes, read_failures, read_records
-from uvm_kv.study.base import Drawn, Study, phases, with_origin
+from uvm_kv.study.base import Drawn, Study, with_origin
+from uvm_kv.study.kit import count, phases
 
 INDEX = "index.json"
 """In a reference folder: {experiment: {"runs": {run id: sha256 of summary}, "failed": {run id: `failure_sha256`}}}."""
@@ -205,7 +206,7 @@ def publish(study: Study, source: Source, out: Path, index: Index, expected: Sou
 
 def _footer(it: Published) -> str:
     """What a reader must know who has nothing but the picture."""
-    text = f"{' and '.join(it.origins)}, {_num(it.num_runs, 'point' if it.origins == ['analytic'] else 'run')}"
+    text = f"{' and '.join(it.origins)}, {count(it.num_runs, 'point' if it.origins == ['analytic'] else 'run')}"
     return "; ".join([text, *remarks(it)])
 
 
@@ -213,13 +214,9 @@ def remarks(it: Published) -> list[str]:
     """How the runs differ from the reference set, for the figure's footer and the page; empty where they do not."""
     found = []
     if it.unknown:
-        found.append(f"{len(it.unknown)} of {_num(it.num_runs, 'run')} not of the reference set (hash unknown)")
+        found.append(f"{len(it.unknown)} of {count(it.num_runs, 'run')} not of the reference set (hash unknown)")
     if it.unknown_failures:
-        found.append(f"{_num(len(it.unknown_failures), 'refused or failed point')} not of the reference set")
+        found.append(f"{count(len(it.unknown_failures), 'refused or failed point')} not of the reference set")
     if it.missing:
-        found.append(f"{_num(len(it.missing), 'point')} missing")
+        found.append(f"{count(len(it.missing), 'point')} missing")
     return found
-
-
-def _num(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -55,7 +55,8 @@ def test_capacity_batch_and_intensity_follow_from_the_sizes(finished: pd.DataFra
 def test_claims_follow_the_data(finished: pd.DataFrame) -> None:
     usual = claims(finished)
     assert (
-        "MHA with fp8, int8 KV takes 256 KiB a token, 1/2 of MHA with fp16 KV; 4096 tokens fit instead of 2048" in usual
+        "MHA with fp8, int8 KV takes 256 KiB per token, 1/2 of MHA with fp16 KV; 4096 tokens fit instead of 2048"
+        in usual
     )
     assert "is not what limits the batch of" in usual and "all lie left of it" in usual
     assert "limits the running batch of all variants" in claims(finished.assign(device_kv_bytes=524288))
@@ -129,5 +130,5 @@ def test_repeats_count_by_their_median_and_measured_ones_may_be_ambiguous(finish
 
 
 def test_the_experiment_runs_what_is_drawn_and_nothing_else() -> None:
-    text = (Path(__file__).parents[3] / "conf" / "experiment" / "attention_variants.yaml").read_text()
+    text = (Path(__file__).parents[2] / "conf" / "experiment" / "attention_variants.yaml").read_text()
     assert "override /mechanism: device_resident" in text and "pinned" not in text

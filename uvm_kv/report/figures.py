@@ -80,25 +80,22 @@ def run_figure(steps: dict[str, list[Any]], title: str) -> Any:
         return sum(np.array([observed[n][s].sum() for s in spans]) for n in names) / lasted
 
     figure, axes = plt.subplots(4, 1, figsize=(PAGE_IN, 6.5), sharex=True)
+    sequences, kv, link, stalled = axes
     for name in ("running", "waiting"):
-        axes[0].plot(seconds, mean(f"num_{name}"), label=name)
-    axes[0].set_ylabel("sequences")
+        sequences.plot(seconds, mean(f"num_{name}"), label=name)
     for name in ("claimed", "reserved", "used"):
         if f"kv_{name}_bytes" in observed:
-            axes[1].plot(seconds, mean(f"kv_{name}_bytes") / 1e9, label=name)
-    axes[1].set_ylabel("KV, GB")
+            kv.plot(seconds, mean(f"kv_{name}_bytes") / 1e9, label=name)
     for direction in ("h2d", "d2h"):
-        names = [n for n in observed if n.startswith(f"{direction}_")]
-        if names:
-            axes[2].plot(seconds, rate(*names) / 1e9, label=direction)
-    axes[2].set_ylabel("link, GB/s")
+        if names := [n for n in observed if n.startswith(f"{direction}_")]:
+            link.plot(seconds, rate(*names) / 1e9, label=direction)
     if "stall_ns" in observed:
-        axes[3].plot(seconds, rate("stall_ns") * 1e-9, label="stall")
-    axes[3].set_ylabel("share of time")
-    axes[3].set_xlabel("seconds")
-    axes[0].set_title(title)
+        stalled.plot(seconds, rate("stall_ns") * 1e-9, label="stall")
+    for axis, label in zip(axes, ("sequences", "KV, GB", "link, GB/s", "share of time"), strict=True):
+        axis.set_ylabel(label)
+    stalled.set_xlabel("seconds")
+    sequences.set_title(title)
     for axis in axes:
-        axis.grid(alpha=0.25)
         axis.set_ylim(bottom=0)
         if axis.lines:
             axis.legend(loc="upper right")

@@ -20,7 +20,7 @@ PAGE = "report.html"
 LEADING = ("batch_sweep", "oversubscription", "phase_diagram", "long_context")
 """The studies whose headline is the answer."""
 MAX_ROWS = 60
-"""Of a study that is a table, on the page; the CSV has all."""
+"""Rows on the page of a study that is a table; the CSV has all."""
 RUN_COLUMNS = {
     "experiment": "experiment",
     "model": "model",

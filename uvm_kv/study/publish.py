@@ -25,7 +25,7 @@ from uvm_kv.study.kit import count, phases
 INDEX = "index.json"
 """In a reference folder: {experiment: {"runs": {run id: sha256 of summary}, "failed": {run id: `failure_sha256`}}}."""
 CHARACTERS_PER_IN = 24
-"""Of a footer, whose letters are SMALL."""
+"""In a footer, whose letters are SMALL."""
 Index = dict[str, dict[str, dict[str, str]]]
 
 
@@ -38,7 +38,7 @@ class Source:
     """By run id."""
     left_out: list[LeftOut]
     passed_over: frozenset[str] = frozenset()
-    """Ids of what is of another origin than was asked for."""
+    """Ids of runs and failures whose origin is not the one asked for."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Published:
     unknown: list[str]
     """Ids of runs that are not of the reference set, or not as they are there."""
     unknown_failures: list[str]
-    """The same of points that were refused or failed."""
+    """The same for points that were refused or failed."""
     missing: list[str]
     """Points of the reference set that are not here."""
     left_out: list[LeftOut]
@@ -100,7 +100,7 @@ def read_source(study: Study, results: Path, *, allow_mixed: bool = False, origi
 
 
 def _origins(records: Sequence[Record], failures: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Of runs, and of refused points, which claims rest on too."""
+    """The origins of runs, and of refused points, which claims rest on too."""
     return sorted({r.summary["origin"] for r in records} | {f["origin"] for f in failures.values() if "origin" in f})
 
 

@@ -105,7 +105,8 @@ def comparison_rows(
     A row is `height` inches high, `margin` is left for the legend. Titles name the card only where there are several,
     or several comparisons on one, unless they are `full_titles`.
     """
-    full = full_titles or len(table[["origin", "hardware"]].drop_duplicates()) > 1 or has_variants(table["title"])
+    several = len(table[["origin", "hardware"]].drop_duplicates()) > 1
+    full = full_titles or several or table["title"].str.contains("=").any()  # Settings that tell comparisons apart.
     groups = [part for _, part in table.groupby(GROUP, sort=True)]
     size = (PAGE_IN, height * len(groups) + margin)
     figure, axes = plt.subplots(len(groups), num_panels, figsize=size, squeeze=False)
@@ -113,11 +114,6 @@ def comparison_rows(
         title = part["title"].iloc[0]
         row[0].set_title(title.replace(", on a ", "\non a ") if full else title.partition(", on a ")[0])
     return figure, list(zip(groups, axes, strict=True))
-
-
-def has_variants(titles: pd.Series[str]) -> bool:
-    """Whether a title ends in the settings that tell its comparison from another one of the same name."""
-    return bool(titles.str.contains("=").any())
 
 
 def panels_by_batch(

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from tests.report.test_verdict import BASE, RECOMPUTE, table
-from uvm_kv.report.figures import STYLES, run_figure, sweep_figure
+from uvm_kv.report.figures import run_figure, sweep_figure
 from uvm_kv.report.load import points
+from uvm_kv.report.style import STYLES
 from uvm_kv.report.verdict import verdicts, with_gains
 from uvm_kv.telemetry.recorder import STEP_COLUMNS
 

@@ -55,7 +55,8 @@ def test_capacity_batch_and_intensity_follow_from_the_sizes(finished: pd.DataFra
 def test_claims_follow_the_data(finished: pd.DataFrame) -> None:
     usual = claims(finished)
     assert (
-        "MHA with fp8, int8 KV takes 256 KiB a token, 1/2 of MHA with fp16 KV; 4096 tokens fit instead of 2048" in usual
+        "MHA with fp8, int8 KV takes 256 KiB per token, 1/2 of MHA with fp16 KV; 4096 tokens fit instead of 2048"
+        in usual
     )
     assert "is not what limits the batch of" in usual and "all lie left of it" in usual
     assert "limits the running batch of all variants" in claims(finished.assign(device_kv_bytes=524288))

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from uvm_kv.report.style import save_figure
-from uvm_kv.study.batching import STUDY, knee, sustained
+from uvm_kv.study.batching import STUDY
+from uvm_kv.study.batching_rates import knee, sustained
 
 RATES = [1.0, 2.0, 4.0, 8.0]
 FLAT = [0.02, 0.021, 0.03, 0.5]
@@ -113,15 +114,15 @@ def test_labels_and_lines_are_those_of_the_runs() -> None:
 def test_claims_follow_the_curves() -> None:
     usual = claims(made(USUAL))
     assert "continuous (chunked prefill) 4;" in usual and "static 4;" in usual and "dynamic (1 s) 2;" in usual
-    assert "mean normalized latency of at most 60 ms a token, 3 times the lowest, " in usual
+    assert "mean normalized latency of at most 60 ms per token, 3 times the lowest, " in usual
     assert "Continuous batching sustains 2" in usual
     assert (
         "8 requests/s" not in usual
-        and "4 requests/s: chunked prefill lowers p99 TPOT (-6.2 %, of 3 requests a run)" in usual
+        and "4 requests/s: chunked prefill lowers p99 TPOT (-6.2 %, of 3 requests per run)" in usual
     )
 
     worse = USUAL | {("continuous", 1.0, True): [0.02, 0.025, 0.04, 0.9]}
-    assert "chunked prefill does not lower p99 TPOT (+25.0 %, of 3 requests a run)" in claims(made(worse))
+    assert "chunked prefill does not lower p99 TPOT (+25.0 %, of 3 requests per run)" in claims(made(worse))
     swapped = USUAL | {("dynamic", 1.0, True): [0.02, 0.02, 0.02, 0.02]}
     assert "Continuous batching sustains only" in claims(made(swapped)) and "8 and more" in claims(made(swapped))
     assert "chunked prefill" not in claims(made({k: v for k, v in USUAL.items() if k[2] and k[0] != "continuous"}))

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from uvm_kv.report.style import save_figure
-from uvm_kv.study.hints import STUDY, design_of_runs, lenth, remainder
+from uvm_kv.study.factorial import lenth, remainder
+from uvm_kv.study.hints import STUDY, design_of_runs
 
 
 def made(

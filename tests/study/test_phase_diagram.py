@@ -59,7 +59,7 @@ def test_gain_is_the_best_beyond_the_capacity_over_the_best_on_the_card() -> Non
 def test_claims_follow_the_gains() -> None:
     text = said(grid(0.1, 0.0, -0.4, 0.02))
     assert "pays (more than 1%) in 2 of 4 cells (50%)" in text and "at most +10.0 %" in text
-    assert "loses more than 1% in 1, at worst -40.0 %, at device KV (GiB) 2, tokens a request 256" in text
+    assert "loses more than 1% in 1, at worst -40.0 %, at device KV (GiB) 2, tokens per request 256" in text
     assert "pays in none of 4 cells (loses more than 1% in 1); its best is +0.9 %" in said(grid(0.0, 0.009, -0.4, 0.0))
     assert "it loses more than 1% in none" in said(grid(0.1, 0.0, 0.0, 0.02))
 

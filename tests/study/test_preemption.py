@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from uvm_kv.report.style import save_figure
-from uvm_kv.study.preemption import STUDY, crossings
+from uvm_kv.study.preemption import STUDY
+from uvm_kv.study.preemption_costs import crossings
 
 BLOCKS = (1, 16, 256)
 PIECE = 32 * 128 * 2  # Bytes of one token's K in one layer.

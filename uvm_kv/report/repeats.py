@@ -28,18 +28,21 @@ def one_per_draw(runs: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
     return runs[~order.duplicated([*key, "draw"]).reindex(runs.index)]
 
 
-def medians(runs: pd.DataFrame, key: Sequence[str], keep: Sequence[str] = ()) -> pd.DataFrame:
-    """A row a point, in `runs`' order: numbers are medians over its repeats (`one_per_draw`), the rest as in the first;
-    `num_runs`; and of the columns in `keep` a tuple of all repeats, `<column>.repeats`, in order of size.
+def medians(runs: pd.DataFrame, key: Sequence[str], keep: Sequence[str] = (), study: str = "") -> pd.DataFrame:
+    """A row per point, in `runs`' order: numbers are medians over its repeats (`one_per_draw`), the rest as in the
+    first; `num_runs`; and for each column in `keep` a tuple of all repeats, `<column>.repeats`, in order of size.
 
-    ValueError where the runs of a point differ in anything of SHARED.
+    ValueError, which begins with `study`, where the runs of a point differ in anything of SHARED.
     """
     names = list(key)
     for column in [c for c in SHARED if c in runs and c not in names]:
         told = runs[names].assign(value=runs[column].map(repr)).drop_duplicates()
         if len(several := told[told.duplicated(names)]):
             point = ", ".join(f"{name} {several[name].iloc[0]}" for name in names)
-            raise ValueError(f"several runs of {point} differ in {column}; only repeats of one setting are a point")
+            what = f"{study}: " if study else ""
+            raise ValueError(
+                f"{what}several runs of {point} differ in {column}; only repeats of one setting are a point"
+            )
     runs = one_per_draw(runs, names)
     grouped = runs.groupby(names, sort=False, dropna=False)
     numbers = [str(c) for c in runs if c not in names and runs[c].dropna().map(_is_number).all()]

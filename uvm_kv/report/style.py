@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +64,15 @@ STYLES |= {
     "hf_offloaded (peer)": ("#999933", "-.", "1"),
 }
 SPARE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255", "#000000"]
-"""For things that are no mechanism, in this order."""
+"""Colours for things that are no mechanism, in this order."""
 _OTHERS = ["#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A"]
 
 
-def style_of(mechanism: str, others: list[str]) -> tuple[str, str, str]:
-    """Colour, line and marker; `others`: the labels of the figure that have none of their own."""
-    if mechanism in STYLES:
-        return STYLES[mechanism]
-    return _OTHERS[others.index(mechanism) % len(_OTHERS)], ":", "."
-
-
-def look(mechanism: str, others: list[str] | None = None) -> dict[str, Any]:
-    """The same as keyword arguments of `Axes.plot`."""
-    colour, line, marker = style_of(mechanism, [mechanism] if others is None else others)
+def look(mechanism: str, others: Sequence[str]) -> dict[str, Any]:
+    """Colour, line and marker of a label, as keyword arguments of `Axes.plot`; `others`: all labels of the figure that
+    have none in STYLES."""
+    known = STYLES.get(mechanism)
+    colour, line, marker = known or (_OTHERS[others.index(mechanism) % len(_OTHERS)], ":", ".")
     return {"color": colour, "linestyle": line, "marker": marker}
 
 

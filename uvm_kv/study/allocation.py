@@ -9,10 +9,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from uvm_kv.report.drawing import Look, line_look
 from uvm_kv.report.statistics import judge
 from uvm_kv.report.style import PAGE_IN, SMALL, SPARE
 from uvm_kv.report.verdict import INDIFFERENT, MEASURED, interval
-from uvm_kv.study.base import ADMISSIONS, Drawn, Study, served
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import ADMISSIONS, served
 
 PARTS = {
     "token_states": "token states",
@@ -50,10 +52,12 @@ PUBLISHED = {
     "paged": Published(96.3, None, None, None, 30.42),
 }
 PUBLISHED_RATE = 2.0
+MARK = line_look("black", "none", "D", markersize=3.5)
+"""A published number."""
 
 
 def shares(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row an allocation and request rate: medians over runs; shares in percent of the device's KV memory."""
+    """A row per allocation and request rate: medians over runs; shares in percent of the device's KV memory."""
     if "kv_bytes_mean.future" not in runs or runs["kv_bytes_mean.future"].isna().any():
         raise ValueError(
             "allocation: some runs are of a version that did not tell what is reserved for later tokens from what is "
@@ -69,8 +73,7 @@ def shares(runs: pd.DataFrame) -> pd.DataFrame:
             f"give it runs of one setting"
         )
     total = runs["device_kv_bytes"].astype(float)
-    used, future = (runs[f"kv_bytes_mean.{name}"].astype(float) for name in ("used", "future"))
-    reserved = runs["kv_bytes_mean.reserved"].astype(float)
+    used, future, reserved = (runs[f"kv_bytes_mean.{name}"].astype(float) for name in ("used", "future", "reserved"))
     table = pd.DataFrame(
         {
             "allocation": runs["allocation"],
@@ -80,9 +83,8 @@ def shares(runs: pd.DataFrame) -> pd.DataFrame:
             "internal": 100 * (reserved - used - future) / total,
             "other": 100 * (1 - reserved / total),
             "running_batch": runs["running_batch_mean"].astype(float),
-            "output_tokens_per_s": runs["output_tokens_per_s"].astype(float),
-            "preemptions": runs["preemptions"].astype(float),
         }
+        | {name: runs[name].astype(float) for name in ("output_tokens_per_s", "preemptions")}
     )
     table = table.groupby(["allocation", "request_rate"], as_index=False).median()
     for name in Published._fields:
@@ -95,9 +97,8 @@ def shares(runs: pd.DataFrame) -> pd.DataFrame:
     return table.astype({"allocation": str}).reset_index(drop=True)
 
 
-def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
+def draw(runs: pd.DataFrame, _: Sequence[dict[str, Any]]) -> Drawn:
     """Shares under the highest rate, at which requests queue at any time; running batches at every rate."""
-    del failures
     table = shares(runs)
     rates = sorted(table["request_rate"].unique(), reverse=True)
     by_rate = {rate: table[table["request_rate"] == rate].set_index("allocation") for rate in rates}
@@ -108,33 +109,27 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     for part, label in PARTS.items():
         left.barh(rows, full[part], left=start, height=0.7, color=COLOURS[part], label=label)
         start = start + full[part].to_numpy()
-    published = full["published_token_states"]
-    mark = {"marker": "D", "linestyle": "none", "color": "black", "markersize": 3.5}
-    left.plot(published, rows, label="token states, published", **mark)
+    left.plot(full["published_token_states"], rows, label="token states, published", **MARK)
     for row, value in zip(rows, full["token_states"], strict=True):
         left.text(1.5, row, f"{value:.1f}", va="center", color="white", fontweight="bold")
     left.set_yticks(rows, [SCHEMES.get(str(a), str(a)) for a in full.index])
     left.invert_yaxis()
-    left.set_xlim(0, 100)
-    left.set_xlabel("share of KV memory (%)")
-    left.grid(visible=False, axis="y")
+    left.set(xlim=(0, 100), xlabel="share of KV memory (%)")
     height = 0.7 / len(rates)
     for i, (rate, part) in enumerate(by_rate.items()):
         at = rows + (i - (len(rates) - 1) / 2) * height
         values = part["running_batch"].reindex(full.index)
-        look = {"color": "white" if i else "#0072B2", "edgecolor": "#0072B2", "linewidth": 0.6}
+        look: Look = {"color": "white" if i else "#0072B2", "edgecolor": "#0072B2", "linewidth": 0.6}
         right.barh(at, values, height=height * 0.9, label=f"{rate:g} requests/s", **look)
         for y, value in zip(at, values, strict=True):
             right.text(0.4, y, f"{value:.1f}", va="center", fontsize=SMALL, color="black" if i else "white")
-    right.plot(full["published_running_batch"], rows, label=f"published, {PUBLISHED_RATE:g} requests/s", **mark)
-    right.set_xlabel("mean running batch (requests)")
-    right.set_xlim(0, 1.15 * max(table["running_batch"].max(), full["published_running_batch"].max()))
-    right.grid(visible=False, axis="y")
+    right.plot(full["published_running_batch"], rows, label=f"published, {PUBLISHED_RATE:g} requests/s", **MARK)
+    most = max(table["running_batch"].max(), full["published_running_batch"].max())
+    right.set(xlim=(0, 1.15 * most), xlabel="mean running batch (requests)")
     for axis in (left, right):
-        handles, labels = axis.get_legend_handles_labels()
-        order = [*range(1, len(handles)), 0]  # Bars before the mark.
-        axis.legend([handles[i] for i in order], [labels[i] for i in order], loc="lower center",
-                    bbox_to_anchor=(0.5, 1.0), ncols=2)  # fmt: skip
+        axis.grid(visible=False, axis="y")
+        mark, *bars = axis.get_legend_handles_labels()[0]
+        axis.legend(handles=[*bars, mark], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return Drawn(figure, table, _claims(table, runs))
 
 
@@ -152,9 +147,8 @@ def _claims(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     claims = [
         f"On a {runs['origin'].iloc[0]} {runs['hardware'].iloc[0]} serving {runs['model'].iloc[0]} with lengths of "
         f"{runs['workload'].iloc[0]} ({_admitted(runs)}), token states take {listed} % of KV memory (published in "
-        f"brackets): "
-        f"{len(within)} of {len(known)} within {TOLERANCE:g} points, the largest difference "
-        f"{off.max():.1f} ({off.idxmax()}), {'in' if same_order else 'not in'} the same order."
+        f"brackets): {len(within)} of {len(known)} within {TOLERANCE:g} points, the largest difference {off.max():.1f} "
+        f"({off.idxmax()}), {'in' if same_order else 'not in'} the same order."
     ]
     if far := [a for a in known if a not in within]:
         claims.append(f"Not within {TOLERANCE:g} points: {', '.join(f'{a} by {off[a]:.1f}' for a in far)}.")

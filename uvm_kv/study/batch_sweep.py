@@ -5,78 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from uvm_kv.report.drawing import REFERENCE, log_scale, panels_by_batch
 from uvm_kv.report.load import GROUP, points
-from uvm_kv.report.style import PAGE_IN, STYLES, look
 from uvm_kv.report.verdict import LIMIT, Verdict, interval, verdicts, with_gains
-from uvm_kv.study.base import Drawn, Study, inserted, percent, phases
-from uvm_kv.types import BASELINES
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import inserted, percent, phases
 
 PANELS = {
     "throughput": ("output tokens/s", 1.0),
     "tpot_s.p99": ("p99 TPOT (ms)", 1e3),
     "running_batch_mean": ("mean running batch", 1.0),
 }
-COLUMNS = (
-    *(
-        "origin",
-        "hardware",
-        "title",
-        "model",
-        "workload",
-        "label",
-        "offered_batch",
-        "throughput",
-        "throughput_low",
-        "throughput_high",
-        "num_runs",
-    ),
-    *("tpot_s.p50", "tpot_s.p99", "running_batch_mean", "gain", "gain_same_admission", "closed_form_ceiling"),
-)
+COLUMNS = ("origin", "hardware", "title", "model", "workload", "label", "offered_batch", "throughput", "throughput_low",
+           "throughput_high", "num_runs", "tpot_s.p50", "tpot_s.p99", "running_batch_mean", "gain",
+           "gain_same_admission", "closed_form_ceiling")  # fmt: skip
 
 
-def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
+def draw(runs: pd.DataFrame, _: Sequence[dict[str, Any]]) -> Drawn:
     """A row of panels for each model and workload of fixed lengths; those of drawn lengths are in the table."""
-    del failures
     everything = with_gains(points(runs))
     fixed = ~everything["drawn"].astype(bool)
-    table = everything[fixed] if fixed.any() else everything
-    several = len(table[["origin", "hardware"]].drop_duplicates()) > 1 or table["title"].str.contains("=").any()
-    groups = [part for _, part in table.groupby(GROUP, sort=True)]
-    figure, axes = plt.subplots(len(groups), len(PANELS), figsize=(PAGE_IN, 1.65 * len(groups) + 0.6), squeeze=False)
-    others = sorted(set(table["label"]) - set(STYLES))
-    shown: dict[str, Any] = {}
-    for row, part in zip(axes, groups, strict=True):
-        for axis, (column, (label, scale)) in zip(row, PANELS.items(), strict=True):
-            for name, lines in part.groupby("label", sort=True):
-                lines = lines.sort_values("offered_batch")
-                shown[str(name)] = axis.plot(
-                    lines["offered_batch"], lines[column].astype(float) * scale, **look(str(name), others)
-                )[0]
-            axis.set_ylabel(label)
-            _batch_axis(axis, part["offered_batch"])
-        row[0].set_ylim(bottom=0)
-        row[1].set_yscale("log")
-        row[1].yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        row[1].yaxis.set_minor_formatter(NullFormatter())
-        row[2].set_yscale("log", base=2)
-        row[2].yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        _diagonal(row[2], part["offered_batch"])
-        title = part["title"].iloc[0]
-        row[0].set_title(title.replace(", on a ", "\non a ") if several else title.partition(", on a ")[0])
-    for axis in axes[-1]:
-        axis.set_xlabel("offered batch (clients)")
-    order = [m for m in (*STYLES, *others) if m in shown]
-    figure.legend(
-        [shown[m] for m in order],
-        [f"{m} (baseline)" if m in BASELINES else m for m in order],
-        loc="outside upper center",
-        ncols=4,
-    )
+    figure, rows = panels_by_batch(everything[fixed] if fixed.any() else everything, PANELS, height=1.65, margin=0.6)
+    for part, (speed, latency, running) in rows:
+        speed.set_ylim(bottom=0)
+        log_scale(latency.yaxis)
+        log_scale(running.yaxis, base=2)
+        ends = [part["offered_batch"].min(), part["offered_batch"].max()]
+        running.plot(ends, ends, **REFERENCE)  # Where all clients run at once.
     told = everything.sort_values([*GROUP, "label", "offered_batch"])[[c for c in COLUMNS if c in everything]]
     found = verdicts(everything)
     return Drawn(figure, told.reset_index(drop=True), [*_headline(found, phases(runs)), *(v.line() for v in found)])
@@ -128,19 +85,6 @@ def _gain(verdict: Verdict) -> str:
 def _doubt(verdict: Verdict) -> str:
     assert verdict.main is not None and verdict.main.ratio is not None
     return _name(verdict) + interval(verdict.main.ratio)
-
-
-def _batch_axis(axis: Any, batches: pd.Series[float]) -> None:
-    axis.set_xscale("log", base=2)
-    powers = [2**n for n in range(0, 24, 2) if batches.min() <= 2**n <= batches.max()]
-    axis.set_xticks(powers, [str(b) for b in powers])
-    axis.minorticks_off()
-
-
-def _diagonal(axis: Any, batches: pd.Series[float]) -> None:
-    """Where all clients run at once."""
-    ends = np.array([batches.min(), batches.max()], float)
-    axis.plot(ends, ends, color="black", linewidth=0.5, linestyle=(0, (1, 2)), zorder=0)
 
 
 STUDY = Study(

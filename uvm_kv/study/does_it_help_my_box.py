@@ -12,15 +12,15 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from uvm_kv.report.load import points
 from uvm_kv.report.statistics import MIN_REPEATS
-from uvm_kv.report.style import COLUMN_IN, style_of
+from uvm_kv.report.style import COLUMN_IN, look
 from uvm_kv.report.verdict import INDIFFERENT, best_row, gain_of, is_cpu_backed, moved_kv
-from uvm_kv.study.base import Drawn, Study, percent, served
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import bracketed, percent, served
 from uvm_kv.types import BASELINES
 
 
-def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
-    """A bar a card and CPU-backed mechanism: its best throughput over the best of a baseline, each at its own batch."""
-    del failures
+def draw(runs: pd.DataFrame, _: Sequence[dict[str, Any]]) -> Drawn:
+    """A bar per card and CPU-backed mechanism: its best throughput over that of a baseline, each at its own batch."""
     table = best_gains(runs)
     cards = list(dict.fromkeys(zip(table["hardware"], table["origin"], strict=True)))
     mechanisms = sorted(set(table["mechanism"]))
@@ -29,7 +29,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
     for place, mechanism in enumerate(mechanisms):
         rows = table[table["mechanism"] == mechanism].set_index(["hardware", "origin"]).reindex(cards)
         at = np.arange(len(cards)) + (place - (len(mechanisms) - 1) / 2) * height
-        colour = style_of(mechanism, mechanisms)[0]
+        colour = look(mechanism, mechanisms)["color"]
         axis.barh(at, rows["gain"], height=0.9 * height, color=colour, label=mechanism, hatch=place * "//")
         spread = np.abs(rows[["gain_low", "gain_high"]].to_numpy(float).T - rows["gain"].to_numpy(float))
         axis.errorbar(rows["gain"], at, xerr=spread, fmt="none", ecolor="black", elinewidth=0.8)
@@ -56,7 +56,7 @@ def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
 
 
 def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a card, its origin and a CPU-backed mechanism, in order of the cards' baselines; medians over repeats.
+    """One row per card, its origin and a CPU-backed mechanism, in order of the cards' baselines; medians over repeats.
     ValueError where a card has no baseline, or the runs differ in more than the card."""
     found = points(runs)
     what = found["title"].str.partition(", on a ")[0]
@@ -105,18 +105,18 @@ def best_gains(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _claims(table: pd.DataFrame, scope: str) -> list[str]:
-    """One text, a sentence an origin. `scope`: what was served."""
+    """One text, a sentence per origin. `scope`: what was served."""
     parts = [part for _, part in table.groupby("origin", sort=True)]
     return [" ".join(_sentence(part, scope, of_several=len(parts) > 1) for part in parts)]
 
 
 def _sentence(table: pd.DataFrame, scope: str, *, of_several: bool) -> str:
-    # Of a card the largest gain that is certain; without any the largest.
+    # For each card the largest gain that is certain; without any the largest.
     ranked = table.assign(certain=table["word"] == "HIGHER").sort_values(["certain", "gain"], kind="stable")
     best = ranked.groupby("hardware", sort=False).tail(1).set_index("hardware")
     best = best.loc[list(dict.fromkeys(table["hardware"]))]
     helped, unclear = int((best["word"] == "HIGHER").sum()), best[best["word"] == "AMBIGUOUS"]
-    what = f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}{f' ({scope})' if scope else ''}"
+    what = f"{table['model'].iloc[0]}, {table['lengths'].iloc[0]}{bracketed(scope)}"
     cards = f"{len(best)} {table['origin'].iloc[0]} cards" if of_several else f"{len(best)} cards"
     each = ", ".join(f"{card} {percent(row['gain'])} ({row['mechanism']})" for card, row in best.iterrows())
     text = (

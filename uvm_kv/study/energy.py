@@ -5,117 +5,87 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator
 
+from uvm_kv.report.drawing import log_scale, panels_by_batch
 from uvm_kv.report.load import GROUP, points
-from uvm_kv.report.repeats import REPEATS
-from uvm_kv.report.statistics import judge
-from uvm_kv.report.style import PAGE_IN, STYLES, look
-from uvm_kv.report.verdict import INDIFFERENT, MEASURED, interval, is_cpu_backed, moved_kv
-from uvm_kv.study.base import Drawn, Study, percent, phases
+from uvm_kv.report.verdict import interval, is_cpu_backed, moved_kv
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import argmax, argmin, judged, percent, phases
 from uvm_kv.types import BASELINES
 
 TOTAL, ABOVE_IDLE = "energy_j_per_output_token", "energy_j_per_output_token_above_idle"
+UNITS = {TOTAL: "J per output token", ABOVE_IDLE: "J per output token above idle"}
 WORDS = {"LOWER": "less than", "HIGHER": "more than", "SAME": "as much as"}
 J_TICKS = [mantissa * 10.0**power for power in range(-2, 4) for mantissa in (1, 2, 3, 5, 7)]
-PANELS = {"throughput": "output tokens/s", TOTAL: "J per output token", ABOVE_IDLE: "J per output token above idle"}
+PANELS = {"throughput": ("output tokens/s", 1.0)} | {column: (unit, 1.0) for column, unit in UNITS.items()}
 COLUMNS = (*GROUP, "origin", "hardware", "model", "label", "offered_batch", *PANELS, "power_w", "idle_power_w",
            "running_batch_mean", "stall_s", "duration_s", "num_runs")  # fmt: skip
 
 
-def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
-    """A row a comparison."""
-    del failures
-    if absent := [name for name in (TOTAL, ABOVE_IDLE) if name not in runs or runs[name].isna().all()]:
+def draw(runs: pd.DataFrame, _: Sequence[dict[str, Any]]) -> Drawn:
+    """A row of panels per comparison."""
+    if absent := [name for name in UNITS if name not in runs or runs[name].isna().all()]:
         raise ValueError(f"energy: no run has {absent[0]}: without a power model or the card's counter there is none")
-    table = points(runs[runs[TOTAL].notna()], keep=(TOTAL, ABOVE_IDLE))
-    several = table[["origin", "hardware"]].drop_duplicates().shape[0] > 1
-    groups = [part for _, part in table.groupby(GROUP, sort=True)]
-    figure, axes = plt.subplots(len(groups), 3, figsize=(PAGE_IN, 1.9 * len(groups) + 0.75), squeeze=False)
-    others = sorted(set(table["label"]) - set(STYLES))
-    shown: dict[str, Any] = {}
-    for row, part in zip(axes, groups, strict=True):
-        for axis, (column, title) in zip(row, PANELS.items(), strict=True):
-            for label, line in part.groupby("label", sort=True):
-                line = line.sort_values("offered_batch")
-                style = look(str(label), others)
-                shown[str(label)] = axis.plot(line["offered_batch"], line[column], **style)[0]
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-            axis.set_ylabel(title)
-            if column != "throughput":
-                axis.set_yscale("log")
-                axis.yaxis.set_major_locator(FixedLocator(J_TICKS))
-                axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-                axis.yaxis.set_minor_formatter(NullFormatter())
-        row[0].set_ylim(bottom=0)
-        title = part["title"].iloc[0]
-        row[0].set_title(title.replace(", on a ", "\non a ") if several else title.partition(", on a ")[0])
-    for axis in axes[-1]:
-        axis.set_xlabel("offered batch (clients)")
-    order = [name for name in (*STYLES, *others) if name in shown]
-    figure.legend(
-        [shown[name] for name in order],
-        [f"{name} (baseline)" if name in BASELINES else name for name in order],
-        loc="outside upper center",
-        ncols=4,
-        title="; ".join(
-            f"{card}, at rest {part['idle_power_w'].median():.0f} W"
-            for card, part in table.groupby("hardware", sort=True)
-        ),
-    )
+    table = points(runs[runs[TOTAL].notna()], keep=tuple(UNITS))
+    cards = table.groupby("hardware", sort=True)["idle_power_w"].median()
+    at_rest = "; ".join(f"{card}, at rest {watts:.0f} W" for card, watts in cards.items())
+    figure, rows = panels_by_batch(table, PANELS, height=1.9, margin=0.75, title=at_rest)
+    for _part, (speed, *energies) in rows:
+        speed.set_ylim(bottom=0)
+        for axis in energies:
+            log_scale(axis.yaxis)
+            axis.yaxis.set_major_locator(FixedLocator(J_TICKS))
     drawn = table[[c for c in COLUMNS if c in table]].sort_values([*GROUP, "label", "offered_batch"])
-    said = [claim for part in groups for claim in claims(part, phases(runs))]
+    said = [claim for part, _ in rows for claim in claims(part, phases(runs))]
     return Drawn(figure, drawn.drop(columns="group").reset_index(drop=True), said)
 
 
 def claims(part: pd.DataFrame, scope: str = "") -> list[str]:
-    """Of one comparison: what batching saves, the least energy with and without CPU memory, and the most wasted.
+    """For one comparison: the least energy with and without CPU memory, what batching saves, and the most wasted.
     `scope`: what was run of the requests."""
     title = f"{part['title'].iloc[0]}{f', {scope}' if scope else ''}"
     base, backed = part[part["mechanism"].isin(BASELINES)], part[is_cpu_backed(part) & moved_kv(part)]
     if base.empty or backed.empty:
         absent = "device-only" if base.empty else "CPU-backed"
         return [f"{title}: no {absent} run{' that moved KV' * backed.empty}, so that energies cannot be compared."]
-    said = []
-    for column, name in ((TOTAL, "J per output token"), (ABOVE_IDLE, "J per output token above idle")):
-        least, other = base.iloc[int(base[column].argmin())], backed.iloc[int(backed[column].argmin())]
-        sides = other[f"{column}{REPEATS}"], least[f"{column}{REPEATS}"]
-        found = judge(*sides, INDIFFERENT, measured=least["origin"] == MEASURED)
-        if found.word == "AMBIGUOUS":
-            head = f"whether CPU-backed KV at its best takes less than the card alone is AMBIGUOUS{interval(found)}"
-        else:
-            head = f"at its best CPU-backed KV takes {WORDS[found.word]} the card alone"
-        said.append(
-            f"{title}: {head}: {other[column]:.3g} {name} "
-            f"({other['label']}, batch {other['offered_batch']:.0f}) against {least[column]:.3g} ({least['label']}, "
-            f"batch {least['offered_batch']:.0f}), {percent(found.ratio - 1)}; the card's energy, without the CPU's."
-        )
-    one = base.iloc[int(base["offered_batch"].argmin())]
-    least = base.iloc[int(base[TOTAL].argmin())]
+    said = [_least(argmin(backed, column), argmin(base, column), column) for column in UNITS]
+    one, least = argmin(base, "offered_batch"), argmin(base, TOTAL)
     said.append(
-        f"{title}: on the card alone batching takes it from {one[TOTAL]:.3g} J per output token at batch "
+        f"on the card alone batching takes it from {one[TOTAL]:.3g} J per output token at batch "
         f"{one['offered_batch']:.0f} to {least[TOTAL]:.3g} at batch {least['offered_batch']:.0f}, a factor of "
         f"{one[TOTAL] / least[TOTAL]:.3g}."
     )
-    at_batch = base.groupby("offered_batch")[TOTAL].min()
-    ratio = backed[TOTAL] / backed["offered_batch"].map(at_batch)
+    ratio = backed[TOTAL] / backed["offered_batch"].map(base.groupby("offered_batch")[TOTAL].min())
     if ratio.notna().any():
         worst = backed.iloc[int(ratio.argmax())]
         said.append(
-            f"{title}: most is wasted by {worst['label']} at batch {worst['offered_batch']:.0f}: {worst[TOTAL]:.3g} J "
-            f"per output token, {ratio.max():.3g} times the card alone at that batch."
+            f"most is wasted by {worst['label']} at batch {worst['offered_batch']:.0f}: {worst[TOTAL]:.3g} J per "
+            f"output token, {ratio.max():.3g} times the card alone at that batch."
         )
-    fastest, thriftiest = part.iloc[int(part["throughput"].argmax())], part.iloc[int(part[TOTAL].argmin())]
-    same = fastest["label"] == thriftiest["label"] and fastest["offered_batch"] == thriftiest["offered_batch"]
-    point = f"{thriftiest['label']} at batch {thriftiest['offered_batch']:.0f}"
-    said.append(
-        f"{title}: the point of least energy, {point}, is {'also' if same else 'not'} the fastest"
-        + ("." if same else f", which is {fastest['label']} at batch {fastest['offered_batch']:.0f}.")
+    fastest, thriftiest = (
+        f"{point['label']} at batch {point['offered_batch']:.0f}"
+        for point in (argmax(part, "throughput"), argmin(part, TOTAL))
     )
-    return said
+    same = "also the fastest." if fastest == thriftiest else f"not the fastest, which is {fastest}."
+    said.append(f"the point of least energy, {thriftiest}, is {same}")
+    return [f"{title}: {claim}" for claim in said]
+
+
+def _least(backed: pd.Series[Any], alone: pd.Series[Any], column: str) -> str:
+    """The points of least energy of either side against each other."""
+    found = judged(backed, alone, column)
+    if found.word == "AMBIGUOUS":
+        head = f"whether CPU-backed KV at its best takes less than the card alone is AMBIGUOUS{interval(found)}"
+    else:
+        head = f"at its best CPU-backed KV takes {WORDS[found.word]} the card alone"
+    ours, theirs = (
+        f"{point[column]:.3g}{unit} ({point['label']}, batch {point['offered_batch']:.0f})"
+        for point, unit in ((backed, f" {UNITS[column]}"), (alone, ""))
+    )
+    change = percent(found.ratio - 1)
+    return f"{head}: {ours} against {theirs}, {change}; the card's energy, without the CPU's."
 
 
 STUDY = Study(

@@ -11,24 +11,25 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+from uvm_kv.report.drawing import REFERENCE, Look, handle, log_scale, log_ticks, plain_numbers, without_look
 from uvm_kv.report.load import points
 from uvm_kv.report.statistics import judge
-from uvm_kv.report.style import PAGE_IN, SMALL, STYLES, style_of
+from uvm_kv.report.style import PAGE_IN, SMALL, STYLES, look
 from uvm_kv.report.verdict import MEASURED
-from uvm_kv.study.base import Drawn, Study, served
+from uvm_kv.study.base import Drawn, Study
+from uvm_kv.study.kit import argmax, one_comparison, served
 from uvm_kv.types import BASELINES, Layout
 
 LAYOUTS = {Layout.LAYER_MAJOR.value: "-", Layout.BLOCK_MAJOR.value: "--"}
 TOOLS = {"none": "", "device": "prefer device", "host": "prefer host", "by_tier": "by tier"}
 MARKERS = "<>12348p"
+"""For lines whose hints are not those of a named mechanism."""
 NEAR = (0.92, 1.12)
-"""Within it lies what the enlarged panel shows."""
+"""The range of ratios in the enlarged panel."""
 TICKS = (0.5, 0.75, 1, 1.5, 2, 3, 4)
 AFTER = (1.05, 2.0)
-"""Ratios at which what is lost is said: at the first point tried from there on."""
+"""The loss is told at the first point tried from each of these ratios on."""
 STANDS = 0.5
 """A throughput below this part of the best one within the capacity has fallen off the cliff."""
 LITTLE = 0.01
@@ -37,67 +38,61 @@ NEARLY = 0.05
 DEMAND = "managed_demand"
 
 
-def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
-    """Throughput, the same enlarged around the capacity, bytes moved a token; layouts by the dash of the line."""
-    del failures
+COLUMNS = ["title", "group", "origin", "hardware", "model", "throughputs", "curve", "layout", "working_set_ratio",
+           "offered_batch", "throughput", "throughput_low", "throughput_high", "running_batch_mean",
+           "moved_mb_per_token", "h2d_bytes", "d2h_bytes", "gpu_fault_groups", "evicted_chunks", "stall_s",
+           "kv_bytes_mean.used", "num_runs", "in_use_ratio"]  # fmt: skip
+
+
+def draw(runs: pd.DataFrame, _: Sequence[dict[str, Any]]) -> Drawn:
+    """Throughput, the same enlarged around the capacity, bytes moved per token; layouts by the dash of the line."""
     table = _table(runs)
     curves = sorted(set(table["curve"]), key=lambda name: (name not in STYLES, name))
-    look, below = _looks(curves), _stacked(table)
-    figure, (whole, near, moved) = plt.subplots(1, 3, figsize=(PAGE_IN, 3.2))
+    looks, below = _looks(curves), _stacked(table, curves)
+    figure, axes = plt.subplots(1, 3, figsize=(PAGE_IN, 3.2))
+    whole, near, moved = axes
+    is_near = table["working_set_ratio"].between(*NEAR)
+    panels = ((whole, table, "throughput"), (near, table[is_near], "throughput"), (moved, table, "moved_mb_per_token"))
     # Broad lines first, so that what lies on them leaves their edges to be seen.
-    lines = sorted(table.groupby(["curve", "layout"], sort=True), key=lambda it: -below[it[0]])
-    for (curve, layout), part in lines:
-        part = part.sort_values("working_set_ratio")
-        style = look[str(curve)] | {"linestyle": LAYOUTS.get(str(layout), ":")} | _breadth(below[curve, layout])
-        whole.plot(part["working_set_ratio"], part["throughput"], **style)
-        close = part[part["working_set_ratio"].between(*NEAR)]
-        near.plot(close["working_set_ratio"], close["throughput"], **style)
-        moved.plot(part["working_set_ratio"], part["moved_mb_per_token"], **style)
+    for curve, layout in sorted(sorted(below), key=lambda line: -below[line]):
+        style = looks[curve] | {"linestyle": LAYOUTS.get(layout, ":")} | _breadth(below[curve, layout])
+        for axis, shown, column in panels:
+            part = shown[(shown["curve"] == curve) & (shown["layout"] == layout)]
+            axis.plot(part["working_set_ratio"], part[column], **style)
     for axis in (whole, near):
-        axis.set_yscale("log")
-        axis.set_ylim(_decades(table["throughput"]))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        log_scale(axis.yaxis)
+        axis.set_ylim(table["throughput"].min() / 1.5, table["throughput"].max() * 1.5)
         axis.set_ylabel("output tokens/s")
     moved.set_yscale("symlog", linthresh=1, linscale=0.4)
     moved.set_ylim(bottom=0)
-    moved.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    plain_numbers(moved.yaxis)
     moved.set_ylabel("MB over the link per output token")
     for axis in (whole, moved):
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_locator(FixedLocator(TICKS))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    shown = table["working_set_ratio"][table["working_set_ratio"].between(*NEAR)]
-    if len(shown):
-        near.set_xlim(min(shown.min(), 1) - 0.01, max(shown.max(), 1) + 0.01)
-    for axis, title in zip((whole, near, moved), ("Throughput", "Around the capacity", "Migrated"), strict=True):
-        axis.axvline(1, color="black", linewidth=0.6, linestyle=(0, (1, 2)), zorder=0)
+        log_ticks(axis.xaxis, TICKS)
+    if is_near.any():
+        ratios = table["working_set_ratio"][is_near]
+        near.set_xlim(min(ratios.min(), 1) - 0.01, max(ratios.max(), 1) + 0.01)
+    for axis, title in zip(axes, ("Throughput", "Around the capacity", "Migrated"), strict=True):
+        axis.axvline(1, **REFERENCE)
         axis.set_xlabel("working set / device KV")
         axis.set_title(title)
     broadest = {name: max(n for (curve, _), n in below.items() if curve == name) for name in curves}
-    handles = [Line2D([], [], label=name, **look[name], **_breadth(broadest[name])) for name in curves]
-    handles += [
-        Line2D([], [], color="black", linestyle=line, label=layout)
-        for layout, line in LAYOUTS.items()
-        if layout in set(table["layout"])
-    ]
+    handles = [handle(name, **looks[name], **_breadth(broadest[name])) for name in curves]
+    layouts = [layout for layout in LAYOUTS if layout in set(table["layout"])]
+    handles += [handle(layout, color="black", linestyle=LAYOUTS[layout]) for layout in layouts]
     where = f"{table['title'].iloc[0].partition(', on a ')[0]} tokens, {runs['hardware'].iloc[0]}"
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=SMALL, title=where)
     return Drawn(figure, table.drop(columns=["title", "group", "throughputs"]), claims(table, served(runs)))
 
 
-def _decades(values: pd.Series[float]) -> tuple[float, float]:
-    return float(values.min()) / 1.5, float(values.max()) * 1.5
-
-
-def _stacked(table: pd.DataFrame) -> dict[Any, int]:
-    """Of each line (curve, layout): how many of later curves lie on it, as `_coincide` has it."""
+def _stacked(table: pd.DataFrame, curves: Sequence[str]) -> dict[tuple[str, str], int]:
+    """For each line (curve, layout): how many of later curves lie on it, as `_coincide` says."""
     found = {}
     for layout, lines in table.groupby("layout", sort=True):
-        parts = {str(c): part.set_index("working_set_ratio") for c, part in lines.groupby("curve", sort=True)}
-        names = sorted(parts, key=lambda name: (name not in STYLES, name))
+        parts = {str(curve): part.set_index("working_set_ratio") for curve, part in lines.groupby("curve")}
+        names = [curve for curve in curves if curve in parts]
         for i, name in enumerate(names):
-            found[name, layout] = sum(_coincide(parts[name], parts[rest]) for rest in names[i + 1 :])
+            found[name, str(layout)] = sum(_coincide(parts[name], parts[rest]) for rest in names[i + 1 :])
     return found
 
 
@@ -106,8 +101,8 @@ def _breadth(below: int) -> dict[str, Any]:
 
 
 def _coincide(one: pd.DataFrame, other: pd.DataFrame) -> bool:
-    """Equal within 2 x LITTLE at the points that both have, in throughput and bytes; some of these must lie beyond the
-    capacity, because within it most curves are one."""
+    """Whether two lines are equal within 2 x LITTLE at the points that both have, in throughput and bytes; some of them
+    must lie beyond the capacity, because within it most curves are one."""
     both = one.index.intersection(other.index)
     if not (both > 1).any():
         return False
@@ -116,16 +111,12 @@ def _coincide(one: pd.DataFrame, other: pd.DataFrame) -> bool:
     return bool(np.isclose(a, b, rtol=2 * LITTLE, atol=0.05).all())
 
 
-def _looks(curves: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A mechanism as everywhere; what has hints of its own, in the spare colours."""
-    found: dict[str, dict[str, Any]] = {}
-    others = [curve for curve in curves if curve not in STYLES]
-    for curve in curves:
-        colour, _, marker = style_of(curve, others)
-        if curve in others:
-            marker = MARKERS[others.index(curve) % len(MARKERS)]
-        found[curve] = {"color": colour, "marker": marker}
-    return found
+def _looks(curves: Sequence[str]) -> dict[str, Look]:
+    """A mechanism as everywhere; a line with hints of its own in the spare colours."""
+    others = without_look(curves)
+    looks = {name: look(name, others) for name in curves}
+    looks |= {name: looks[name] | {"marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(others)}
+    return {name: {"color": found["color"], "marker": found["marker"]} for name, found in looks.items()}
 
 
 def curve_name(run: pd.Series[Any]) -> str:
@@ -140,7 +131,7 @@ def curve_name(run: pd.Series[Any]) -> str:
 
 
 def _table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Medians by curve, layout and working set. ValueError where the runs are several comparisons or say no ratio."""
+    """Medians by curve, layout and working set. ValueError where runs are of several comparisons or have no ratio."""
     if "working_set_ratio" not in runs or runs["working_set_ratio"].isna().all():
         raise ValueError(
             "oversubscription: no run says its working_set_ratio: it takes a closed_loop of workload=fixed"
@@ -153,30 +144,11 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
         made = points(part)
         if made["label"].nunique() > 1:
             raise ValueError(f"oversubscription: {curve}, {layout}: several lines in one: {sorted(set(made['label']))}")
-        made["curve"], made["layout"] = str(curve), str(layout)
-        parts.append(made)
+        parts.append(made.assign(curve=str(curve), layout=str(layout)))
     table = pd.concat(parts, ignore_index=True)
-    if table["title"].nunique() > 1:
-        several = "; ".join(sorted(set(table["title"]))[:3])
-        raise ValueError(f"oversubscription: the runs are of several comparisons ({several}); draw them one by one")
-    columns = [
-        "title",
-        "group",
-        "origin",
-        "hardware",
-        "model",
-        "throughputs",
-        "curve",
-        "layout",
-        "working_set_ratio",
-        "offered_batch",
-        "throughput",
-    ]
-    columns += ["throughput_low", "throughput_high", "running_batch_mean", "moved_mb_per_token", "h2d_bytes"]
-    columns += ["d2h_bytes", "gpu_fault_groups", "evicted_chunks", "stall_s", "kv_bytes_mean.used", "num_runs"]
+    one_comparison(table, "oversubscription: the runs")
     table["in_use_ratio"] = table["kv_bytes_mean.used"].astype(float) / table["device_kv_bytes"].astype(float)
-    table = table[[*columns, "in_use_ratio"]]
-    return table.sort_values(["curve", "layout", "working_set_ratio"]).reset_index(drop=True)
+    return table[COLUMNS].sort_values(["curve", "layout", "working_set_ratio"]).reset_index(drop=True)
 
 
 def claims(table: pd.DataFrame, scope: str) -> list[str]:
@@ -202,15 +174,12 @@ def _headline(table: pd.DataFrame, scope: str) -> list[str]:
     if demand.empty or rest.empty:
         return []
     share = demand["throughput"] / demand["within"]
-    top = rest.reset_index(drop=True)
-    top = top.loc[[(top["throughput"] / top["within"]).idxmax()]]
-    gain = float((top["throughput"] / top["within"]).iloc[0])
-    where = f"{top['curve'].iloc[0]} at {float(top['working_set_ratio'].iloc[0]):.3g}"
-    curve, layout = top["curve"].iloc[0], top["layout"].iloc[0]
-    inside = table[(table["working_set_ratio"] <= 1) & (table["curve"] == curve) & (table["layout"] == layout)]
-    best = inside.loc[inside["throughput"].idxmax()]
+    top = rest.iloc[int((rest["throughput"] / rest["within"]).argmax())]
+    gain, where = top["throughput"] / top["within"], f"{top['curve']} at {top['working_set_ratio']:.3g}"
+    own = (table["curve"] == top["curve"]) & (table["layout"] == top["layout"])
+    best = argmax(table[own & (table["working_set_ratio"] <= 1)], "throughput")
     measured = bool((table["origin"] == MEASURED).all())
-    word = judge(top["throughputs"].iloc[0], best["throughputs"], LITTLE, measured=measured).word
+    word = judge(top["throughputs"], best["throughputs"], LITTLE, measured=measured).word
     if word == "AMBIGUOUS":
         verb = f"whether any raises it is AMBIGUOUS, the best reaches {gain:.2f} times that"
     else:

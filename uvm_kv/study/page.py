@@ -13,14 +13,14 @@ import pandas as pd
 
 from uvm_kv.report.load import load_runs
 from uvm_kv.store.directories import written_whole
-from uvm_kv.study.base import throughput
+from uvm_kv.study.kit import throughput
 from uvm_kv.study.publish import Published, remarks
 
 PAGE = "report.html"
 LEADING = ("batch_sweep", "oversubscription", "phase_diagram", "long_context")
 """The studies whose headline is the answer."""
 MAX_ROWS = 60
-"""Of a study that is a table, on the page; the CSV has all."""
+"""Rows on the page of a study that is a table; the CSV has all."""
 RUN_COLUMNS = {
     "experiment": "experiment",
     "model": "model",

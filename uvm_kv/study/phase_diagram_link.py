@@ -1,5 +1,5 @@
-"""The same diagram for links of other machines and for smaller KV: link bandwidth against bytes of KV a token, of one
-model whose KV heads and bits are varied."""
+"""The same diagram for links of other machines and for smaller KV: link bandwidth against bytes of KV per token, for
+one model whose KV heads and bits are varied."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 
 from uvm_kv.study.base import Drawn, Study
-from uvm_kv.study.phase_diagram import Axis, draw_grid
+from uvm_kv.study.grid import Axis
+from uvm_kv.study.grid_figure import draw_grid
 from uvm_kv.types import KIB
 
 LINKS = {11.5: "PCIe 3", 25.0: "PCIe 4", 56.0: "PCIe 5", 375.0: "NVLink-C2C"}
-"""conf/link by the GB/s from host to device that it says; any other is written as its number."""
+"""Names of conf/link by their GB/s from host to device; any other rate is written as its number."""
 
 
 def _link(run: pd.Series[Any]) -> tuple[float, str]:
@@ -39,12 +40,11 @@ def _kinds(runs: pd.DataFrame) -> str:
     return ", ".join(f"{kind}: {heads} KV heads" for heads, kind in sorted(found, reverse=True) if kind != "MQA")
 
 
-KV = Axis("kv_kib_per_token", "KV a token (KiB)", _kv)
+KV = Axis("kv_kib_per_token", "KV per token (KiB)", _kv)
 LINK = Axis("link_gb_per_s", "link, host to device (GB/s)", _link)
 
 
-def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
-    del failures
+def draw(runs: pd.DataFrame, _: Sequence[dict[str, Any]]) -> Drawn:
     return draw_grid(runs, KV, LINK, _kinds(runs))
 
 

@@ -19,12 +19,13 @@ from uvm_kv.store.checks import TEXT, check_fields, dict_of, parse_json, short
 from uvm_kv.store.directories import written_whole
 from uvm_kv.store.failures import failure_sha256, gaps
 from uvm_kv.store.records import LeftOut, Record, codes, read_failures, read_records
-from uvm_kv.study.base import Drawn, Study, phases, with_origin
+from uvm_kv.study.base import Drawn, Study, with_origin
+from uvm_kv.study.kit import count, phases
 
 INDEX = "index.json"
 """In a reference folder: {experiment: {"runs": {run id: sha256 of summary}, "failed": {run id: `failure_sha256`}}}."""
 CHARACTERS_PER_IN = 24
-"""Of a footer, whose letters are SMALL."""
+"""In a footer, whose letters are SMALL."""
 Index = dict[str, dict[str, dict[str, str]]]
 
 
@@ -37,7 +38,7 @@ class Source:
     """By run id."""
     left_out: list[LeftOut]
     passed_over: frozenset[str] = frozenset()
-    """Ids of what is of another origin than was asked for."""
+    """Ids of runs and failures whose origin is not the one asked for."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Published:
     unknown: list[str]
     """Ids of runs that are not of the reference set, or not as they are there."""
     unknown_failures: list[str]
-    """The same of points that were refused or failed."""
+    """The same for points that were refused or failed."""
     missing: list[str]
     """Points of the reference set that are not here."""
     left_out: list[LeftOut]
@@ -99,7 +100,7 @@ def read_source(study: Study, results: Path, *, allow_mixed: bool = False, origi
 
 
 def _origins(records: Sequence[Record], failures: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Of runs, and of refused points, which claims rest on too."""
+    """The origins of runs, and of refused points, which claims rest on too."""
     return sorted({r.summary["origin"] for r in records} | {f["origin"] for f in failures.values() if "origin" in f})
 
 
@@ -205,7 +206,7 @@ def publish(study: Study, source: Source, out: Path, index: Index, expected: Sou
 
 def _footer(it: Published) -> str:
     """What a reader must know who has nothing but the picture."""
-    text = f"{' and '.join(it.origins)}, {_num(it.num_runs, 'point' if it.origins == ['analytic'] else 'run')}"
+    text = f"{' and '.join(it.origins)}, {count(it.num_runs, 'point' if it.origins == ['analytic'] else 'run')}"
     return "; ".join([text, *remarks(it)])
 
 
@@ -213,13 +214,9 @@ def remarks(it: Published) -> list[str]:
     """How the runs differ from the reference set, for the figure's footer and the page; empty where they do not."""
     found = []
     if it.unknown:
-        found.append(f"{len(it.unknown)} of {_num(it.num_runs, 'run')} not of the reference set (hash unknown)")
+        found.append(f"{len(it.unknown)} of {count(it.num_runs, 'run')} not of the reference set (hash unknown)")
     if it.unknown_failures:
-        found.append(f"{_num(len(it.unknown_failures), 'refused or failed point')} not of the reference set")
+        found.append(f"{count(len(it.unknown_failures), 'refused or failed point')} not of the reference set")
     if it.missing:
-        found.append(f"{_num(len(it.missing), 'point')} missing")
+        found.append(f"{count(len(it.missing), 'point')} missing")
     return found
-
-
-def _num(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"

@@ -9,8 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
+from uvm_kv.report.drawing import Look, draw_roof, handle, line_look, log_scale, log_ticks, plain_numbers
 from uvm_kv.report.style import PAGE_IN, SPARE
 from uvm_kv.study.base import Drawn, Study
 
@@ -38,34 +39,32 @@ PUBLISHED_MS = {
 """Milliseconds of a step of 2048 tokens on an RTX A6000: LLM-Viewer ("LLM Inference Unveiled"), its table 1 and the
 same code with other bits."""
 AGREES = 0.001
-COLUMNS = (
-    *("hardware", "model", "counting", "stage", "bits", "batch_size", "sequence_length", "total_ms", "intensity"),
-    *("attained_ops_per_s", "total_ops", "total_bytes", "parts.projections.ms", "parts.projections.intensity"),
-    *("parts.projections.attained_ops_per_s", "parts.attention.ms", "parts.attention.intensity"),
-    *("parts.attention.attained_ops_per_s", "parts.head.ms", "parts.elementwise.ms", "required_bytes"),
-    *("card_bytes", "fits", "beyond_context", "published_ms", "peak_ops_per_s", "hbm_bytes_per_s", "drawn_in"),
-)
+COLUMNS = ["hardware", "model", "counting", "stage", "bits", "batch_size", "sequence_length", "total_ms", "intensity",
+           "attained_ops_per_s", "total_ops", "total_bytes", "parts.projections.ms", "parts.projections.intensity",
+           "parts.projections.attained_ops_per_s", "parts.attention.ms", "parts.attention.intensity",
+           "parts.attention.attained_ops_per_s", "parts.head.ms", "parts.elementwise.ms", "required_bytes",
+           "card_bytes", "fits", "beyond_context", "published_ms", "peak_ops_per_s", "hbm_bytes_per_s",
+           "drawn_in"]  # fmt: skip
 
 
-def draw(runs: pd.DataFrame, failures: Sequence[dict[str, Any]]) -> Drawn:
-    """A row of panels a card: the roof, decode time, prefill time."""
-    del failures
+def draw(runs: pd.DataFrame, _: Sequence[dict[str, Any]]) -> Drawn:
+    """A row of panels per card: the roof, decode time, prefill time."""
     table = _table(runs)
-    shown = [key for key in ROWS if not table[(table["hardware"] == key[0]) & (table["counting"] == key[1])].empty]
+    parts = dict(list(table[table["bits"] == FP16].groupby(["hardware", "counting"])))
+    shown = [key for key in ROWS if key in parts]
     figure, axes = plt.subplots(len(shown), 3, figsize=(PAGE_IN, 1.95 * len(shown) + 0.75), squeeze=False)
-    for row, key in zip(axes, shown, strict=True):
-        part = table[(table["hardware"] == key[0]) & (table["counting"] == key[1]) & (table["bits"] == FP16)]
-        _roof(row[0], part)
-        row[0].set_title(f"{part['model'].iloc[0]} on an {ROWS[key]}")
-        _times(row[1], part[part["stage"] == "decode"], ms=1)
-        row[1].set_ylabel("decode step (ms)")
-        _times(row[2], part[part["stage"] == "prefill"], ms=1e3)
-        row[2].set_ylabel("prefill step (s)")
-    for axis in axes[-1, 1:]:
-        axis.set_xlabel("tokens a sequence")
-    axes[-1, 0].set_xlabel("operations per byte")
+    for (roof, decode, prefill), key in zip(axes, shown, strict=True):
+        part = parts[key]
+        _roof(roof, part)
+        roof.set_title(f"{part['model'].iloc[0]} on an {ROWS[key]}")
+        _times(decode, part[part["stage"] == "decode"], ms=1)
+        decode.set_ylabel("decode step (ms)")
+        _times(prefill, part[part["stage"] == "prefill"], ms=1e3)
+        prefill.set_ylabel("prefill step (s)")
+    for axis, label in zip(axes[-1], ("operations per byte", *2 * ["tokens per sequence"]), strict=True):
+        axis.set_xlabel(label)
     figure.legend(handles=_legend(), loc="outside upper center", ncols=5)
-    return Drawn(figure, table[list(COLUMNS)], _claims(table))
+    return Drawn(figure, table[COLUMNS], _claims(table))
 
 
 def _table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -90,12 +89,9 @@ def _table(runs: pd.DataFrame) -> pd.DataFrame:
         table[f"parts.{name}.intensity"] = table[f"parts.{name}.ops"] / table[f"parts.{name}.bytes"]
         table[f"parts.{name}.attained_ops_per_s"] = table[f"parts.{name}.ops"] / table[f"parts.{name}.ms"] * 1e3
     table["beyond_context"] = table["sequence_length"] > table["max_position_embeddings"]
-    published = []
-    for _, point in table.iterrows():
-        printed = point["counting"] == "llm_viewer" and point["sequence_length"] == PART_SEQUENCE
-        key = (str(point["stage"]), int(point["batch_size"]), str(point["bits"]))
-        published.append(PUBLISHED_MS.get(key, np.nan) if printed else np.nan)
-    table["published_ms"] = published
+    is_printed = (table["counting"] == "llm_viewer") & (table["sequence_length"] == PART_SEQUENCE)
+    keys = zip(table["stage"], table["batch_size"], table["bits"], strict=True)
+    table["published_ms"] = pd.Series([PUBLISHED_MS.get(key, np.nan) for key in keys], table.index).where(is_printed)
     table["drawn_in"] = [_drawn_in(point) for _, point in table.iterrows()]
     order = ["hardware", "counting", "stage", "bits", "batch_size", "sequence_length"]
     return table.sort_values(order).reset_index(drop=True)
@@ -110,76 +106,63 @@ def _drawn_in(point: pd.Series[Any]) -> str:
     return " ".join(name for name, shown in (("roof", at_roof), ("times", in_times)) if shown)
 
 
-# Colour, marker, its size: attention's points lie on each other, below the first of the others, and are drawn larger.
-_SERIES = {
-    "decode: attention": (SPARE[3], "s", 7.0),
-    "decode: projections": (SPARE[0], "o", 3.8),
-    "decode: whole step": (SPARE[7], "D", 2.2),
-    "prefill: whole step": (SPARE[2], "^", 3.2),
+# Attention's points lie on each other, below the first of the others, and are drawn larger.
+SERIES = {
+    "decode: attention": line_look(SPARE[3], "-", "s", markersize=7.0),
+    "decode: projections": line_look(SPARE[0], "-", "o", markersize=3.8),
+    "decode: whole step": line_look(SPARE[7], "-", "D", markersize=2.2),
+    "prefill: whole step": line_look(SPARE[2], "-", "^", markersize=3.2),
 }
-_BATCH_LOOKS = ((SPARE[5], "v"), (SPARE[1], "P"), (SPARE[4], "h"), (SPARE[6], "X"))
+BATCH_LOOKS = [
+    line_look(SPARE[i], "-", marker, markersize=3.6) for i, marker in ((5, "v"), (1, "P"), (4, "h"), (6, "X"))
+]
+STAR: Look = {"linestyle": "", "marker": "*", "markerfacecolor": "white"}
 
 
 def _roof(axis: Any, part: pd.DataFrame) -> None:
-    """The roof, and what operators attain at 2048 tokens a sequence, one point a batch."""
+    """The roof, and what operators attain at 2048 tokens per sequence, one point per batch."""
     part = part[part["sequence_length"] == PART_SEQUENCE].sort_values("batch_size")
-    decode, prefill = part[part["stage"] == "decode"], part[part["stage"] == "prefill"]
     peak, hbm = float(part["peak_ops_per_s"].iloc[0]), float(part["hbm_bytes_per_s"].iloc[0])
-    x = np.geomspace(0.5, 1e4, 200)
-    axis.plot(x, np.minimum(peak, hbm * x) / 1e12, color="black", linewidth=1.2, zorder=1)
+    draw_roof(axis, peak, hbm, 0.5, 1e4, unit=1e12)
     axis.text(0.04, 0.94, f"{hbm / 1e9:.4g} GB/s\n{peak / 1e12:.4g} TOP/s", transform=axis.transAxes, va="top")
-    for name, (colour, marker, size) in _SERIES.items():
-        points = prefill if name.startswith("prefill") else decode
-        if name.endswith("whole step"):
-            intensity, rate = points["intensity"], points["attained_ops_per_s"]
-        else:
-            column = f"parts.{name.partition(': ')[2]}"
-            intensity, rate = points[f"{column}.intensity"], points[f"{column}.attained_ops_per_s"]
-        _line(axis, intensity, rate / 1e12, points["fits"], colour, marker, size)
-    axis.set(xscale="log", yscale="log", ylabel="TOP/s attained")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    for name, look in SERIES.items():
+        stage, _, what = name.partition(": ")
+        points, prefix = part[part["stage"] == stage], "" if what == "whole step" else f"parts.{what}."
+        _line(axis, points[f"{prefix}intensity"], points[f"{prefix}attained_ops_per_s"] / 1e12, points["fits"], look)
+    axis.set_ylabel("TOP/s attained")
+    plain_numbers(axis.xaxis)
+    plain_numbers(axis.yaxis)
 
 
 def _times(axis: Any, part: pd.DataFrame, ms: float) -> None:
-    """Time in units of `ms` against sequence length, a line a batch; published totals as stars."""
-    for batch, (colour, marker) in zip(LINES, _BATCH_LOOKS, strict=True):
+    """Time in units of `ms` against sequence length, a line per batch; published totals as stars."""
+    for batch, look in zip(LINES, BATCH_LOOKS, strict=True):
         points = part[part["batch_size"] == batch].sort_values("sequence_length")
-        _line(axis, points["sequence_length"], points["total_ms"] / ms, points["fits"], colour, marker, 3.6)
+        _line(axis, points["sequence_length"], points["total_ms"] / ms, points["fits"], look)
     printed = part[part["published_ms"].notna()]
-    axis.plot(printed["sequence_length"], printed["published_ms"] / ms, linestyle="", marker="*", markersize=8,
-              markerfacecolor="white", markeredgecolor="black", markeredgewidth=0.8, zorder=5)  # fmt: skip
-    axis.set(xscale="log", yscale="log")
-    ticks = [t for t in (128, 512, 2048, 8192, 50000) if t in set(part["sequence_length"])]
-    axis.set_xticks(ticks, [f"{t}" for t in ticks])
-    axis.minorticks_off()
+    star = STAR | {"markersize": 8, "markeredgecolor": "black", "markeredgewidth": 0.8, "zorder": 5}
+    axis.plot(printed["sequence_length"], printed["published_ms"] / ms, **star)
+    log_ticks(axis.xaxis, [t for t in (128, 512, 2048, 8192, 50000) if t in set(part["sequence_length"])])
+    log_scale(axis.yaxis)
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if ms == 1 else (1.0,)))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
 
-def _line(
-    axis: Any, x: pd.Series[float], y: pd.Series[float], fits: pd.Series[bool], colour: str, marker: str, size: float
-) -> None:
+def _line(axis: Any, x: pd.Series[float], y: pd.Series[float], fits: pd.Series[bool], look: Look) -> None:
     """Filled where it fits the card, open where it does not."""
-    axis.plot(x, y, color=colour, linewidth=0.8, zorder=2)
-    for where, face in ((fits, colour), (~fits, "white")):
-        axis.plot(x[where], y[where], linestyle="", marker=marker, markersize=size, color=colour,
-                  markerfacecolor=face, markeredgewidth=0.8, zorder=3)  # fmt: skip
+    axis.plot(x, y, color=look["color"], linewidth=0.8, zorder=2)
+    for where, face in ((fits, look["color"]), (~fits, "white")):
+        points = look | {"linestyle": "", "markerfacecolor": face, "markeredgewidth": 0.8, "zorder": 3}
+        axis.plot(x[where], y[where], **points)
 
 
 def _legend() -> list[Line2D]:
-    looks = [(name, colour, marker) for name, (colour, marker, _) in _SERIES.items()]
-    batches = [(f"batch {batch}", *style) for batch, style in zip(LINES, _BATCH_LOOKS, strict=True)]
-    lines = [
-        Line2D([], [], color=colour, marker=marker, linewidth=0.8, label=name)
-        for pair in zip(looks, batches, strict=True)
-        for name, colour, marker in pair
-    ]
-    open_ = Line2D([], [], color="black", marker="o", markerfacecolor="white", linestyle="", label="does not fit")
-    star = Line2D([], [], linestyle="", marker="*", markersize=7, color="black", markerfacecolor="white",
-                  label="published")  # fmt: skip
-    return [*lines, open_, star]
+    batches = {f"batch {batch}": look for batch, look in zip(LINES, BATCH_LOOKS, strict=True)}
+    pairs = zip(SERIES.items(), batches.items(), strict=True)
+    usual: Look = {"linewidth": 0.8, "markersize": 3.2}
+    lines = [handle(name, **look | usual) for pair in pairs for name, look in pair]
+    open_ = line_look("black", "", "o", markerfacecolor="white")
+    return [*lines, handle("does not fit", **open_), handle("published", color="black", markersize=7, **STAR)]
 
 
 def _claims(table: pd.DataFrame) -> list[str]:
@@ -282,8 +265,8 @@ STUDY = Study(
     how_to_read=(
         "Left, the roof of each card: nothing can lie above the black line. A larger batch moves the projections, "
         "whose weights are read once for all sequences, to the right and up; attention stays where it is, because "
-        "every sequence reads its own KV cache. In the middle and on the right, the time of a step by tokens a "
-        "sequence, a line a batch. Open markers do not fit the card's memory: the time that a card with more memory "
+        "every sequence reads its own KV cache. In the middle and on the right, the time of a step by tokens per "
+        "sequence, a line per batch. Open markers do not fit the card's memory: the time that a card with more memory "
         "would take. Stars are the totals that LLM-Viewer publishes. Sequences beyond 4096 tokens are of the model's "
         "shapes, beyond what it was trained for."
     ),

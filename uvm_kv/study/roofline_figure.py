@@ -8,10 +8,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FuncFormatter
 
 from uvm_kv.hw.counting import Counting
 from uvm_kv.hw.step import Operator, StepAnalysis
+from uvm_kv.report.drawing import draw_roof, handle, line_look, plain_numbers
 from uvm_kv.report.style import PAGE_IN, save_figure
 
 # Kinds of operators in Okabe and Ito's colours, each with a marker of its own for print without colour.
@@ -56,10 +56,7 @@ def roofline_figure(step: StepAnalysis) -> Any:
         x=0.01,
         ha="left",
     )
-    kinds = [
-        plt.Line2D([], [], linestyle="", marker=marker, color=colour, label=name)
-        for name, (colour, marker) in KINDS.items()
-    ]
+    kinds = [handle(name, **line_look(colour, "", marker)) for name, (colour, marker) in KINDS.items()]
     figure.legend(handles=kinds, loc="outside lower center", ncols=len(kinds))
     return figure
 
@@ -71,16 +68,14 @@ def _draw_roof(axis: Any, step: StepAnalysis) -> None:
     hbm, peaks = shown[0].hbm_bytes_per_s, sorted({op.peak_ops_per_s for op in shown})
     left = min(0.1, 0.5 * min(op.intensity for op in shown))
     right = max(20 * peaks[-1] / hbm, 60 * max(op.intensity for op in shown))  # Room for the labels.
-    x = np.geomspace(left, right, 400)
     for peak in peaks:
-        axis.plot(x, np.minimum(peak, hbm * x), color="black", linewidth=1.4, zorder=1)
+        draw_roof(axis, peak, hbm, left, right)
         note = f"{peak / 1e12:.4g} TOP/s"
         axis.annotate(note, (right, peak), (-3, 4), textcoords="offset points", ha="right")
     middle = (left * peaks[0] / hbm) ** 0.5
     note = f"{hbm / 1e9:.4g} GB/s"
     axis.annotate(note, (middle, hbm * middle), (-6, 4), textcoords="offset points", ha="right")
-    axis.set(xscale="log", yscale="log", xlim=(left, right))
-    axis.set_ylim(0.1 * min(reached.values()), 4 * peaks[-1])
+    axis.set(xlim=(left, right), ylim=(0.1 * min(reached.values()), 4 * peaks[-1]))
     for op in shown:
         colour, marker = KINDS[kind_of(op.name)]
         roof = op.attainable_ops_per_s
@@ -153,6 +148,6 @@ def _draw_time(axis: Any, step: StepAnalysis) -> None:
     axis.set_yticks(range(len(times)), names)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.15 * max(times))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    plain_numbers(axis.xaxis)
     axis.set_xlabel("time in the step (ms)")
     axis.set_title("share of the step's time")

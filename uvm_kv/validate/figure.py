@@ -7,8 +7,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 
+from uvm_kv.report.drawing import handle, line_look, plain_numbers
 from uvm_kv.report.style import PAGE_IN
 from uvm_kv.validate.comparison import METRICS, Comparison
 from uvm_kv.validate.recorded import Recording
@@ -40,24 +41,21 @@ def validation_figure(
     scatter.plot(span, span, color="black", linewidth=0.8)
     scatter.fill_between(span, span * (1 - tolerance), span * (1 + tolerance), color="black", alpha=0.1, linewidth=0)
     scatter.set(xscale="log", yscale="log", xlim=span, ylim=span)
-    scatter.set_xlabel("recorded latency (s)")
-    scatter.set_ylabel("simulated latency (s)")
-    scatter.set_title(f"one point a request; grey: within {tolerance:.0%}")
-    scatter.legend(fontsize=8, frameon=False, loc="upper left")
+    scatter.set(xlabel="recorded latency (s)", ylabel="simulated latency (s)")
+    scatter.set_title(f"one point per request; grey: within {tolerance:.0%}")
+    scatter.legend(fontsize=8, loc="upper left")
     cdf.set(xscale="log", ylim=(0, 1.02), xlabel="latency (s)", ylabel="share of requests")
-    cdf.legend(fontsize=8, frameon=False, loc="lower right" if len(cdf.lines) < 3 else "best")
+    cdf.legend(fontsize=8, loc="lower right" if len(cdf.lines) < 3 else "best")
     system.step(*_in_system(recorded), where="post", color="black", linewidth=1.3, label="recorded")
     look = {"color": "#D55E00", "linestyle": "--", "linewidth": 1.3}
     system.step(*_in_system(simulated), where="post", label="simulated", **look)
-    system.set_xlabel("time from the first arrival (s)")
-    system.set_ylabel("requests in the system")
+    system.set(xlabel="time from the first arrival (s)", ylabel="requests in the system")
     system.set_ylim(bottom=0)
-    system.legend(fontsize=8, frameon=False, loc="best")
+    system.legend(fontsize=8, loc="best")
     _error_panel(errors, rows, tolerance)
     for scale in (scatter.xaxis, scatter.yaxis, cdf.xaxis):
         scale.set_major_locator(LogLocator(subs=(1, 2, 5) if span[1] < 100 * span[0] else (1,)))
-        scale.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        scale.set_minor_formatter(NullFormatter())
+        plain_numbers(scale)
     return figure
 
 
@@ -82,12 +80,8 @@ def _error_panel(axis: Any, rows: Sequence[Comparison], tolerance: float) -> Non
     axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if widest > 0.2 else 1))
     axis.set_xlabel("error of the simulation")
     words = sorted({row.verdict for row in known}, key=lambda w: [*VERDICT_COLOURS, "LESS", "MORE"].index(w))
-    handles = [
-        plt.Line2D([], [], linestyle="", marker="o", color=VERDICT_COLOURS.get(w, "#CC79A7"), label=w) for w in words
-    ]
+    handles = [handle(word, **line_look(VERDICT_COLOURS.get(word, "#CC79A7"), "", "o")) for word in words]
     axis.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(words))
-    axis.grid(alpha=0.25, axis="x")
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _latency_s(run: Recording, column: str) -> Any:

@@ -92,7 +92,6 @@ def test_good_overrides_pass_the_name_check() -> None:
         ),
         (["memory=vmm", "placement=static_split", "memory.pageable=true"], "needs memory=pinned and placement"),
         (["mechanism=pinned_swap", "memory.pageable=true"], "mechanism=pinned_swap means memory.pageable=False"),
-        (["hardware.sources.managed=null"], "hardware.managed.stream_fault_pages has no source"),
         (["hardware.operators.q_proj.compute_efficiency=50"], "q_proj.compute_efficiency=50.0; a share lies between"),
         (["hardware.managed.stream_fault_pages=1000"], "stream_fault_pages=1000; the driver fetches at most 256"),
         (["hardware.managed.fault_batch_us=-1"], "fault_batch_us=-1.0; it must be zero or a positive number"),

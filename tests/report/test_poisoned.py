@@ -231,7 +231,7 @@ def readers(results: Path, out: Path) -> dict[str, Callable[[], object]]:
 
     def studied() -> int:
         (records, _), (failures, _) = read_records(home), read_failures(home)
-        study.compare_sweeps(records, records)
+        study.compare(records, records)
         study.compare_failures(failures, failures)
         SweepEnd(1, 1, 0, 0).write(home)
         study.unfinished(home, failures, 0)

@@ -23,7 +23,7 @@ from uvm_kv.job.resolve import resolve
 from uvm_kv.memory import Slab, capabilities, decode_workspace_bytes, new_workspace
 from uvm_kv.runner.torch.cuda_kv import CudaKV
 from uvm_kv.sweep import listing
-from uvm_kv.sweep.worker import Reach, explain, reach_of
+from uvm_kv.sweep.worker import Scope, explain, scope_of
 from uvm_kv.types import CHUNK_BYTES, MIB
 
 HEADS = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
@@ -295,7 +295,7 @@ def test_nan_in_logits_is_a_line_and_the_next_job_is_served(
         ValueError, match=r"its logits are NaN.*exceeds the range of float16: try dtype=bfloat16"
     ) as error:
         run_job(job, argv=["test"], load=lambda _: model)
-    assert (explain(error.value), reach_of(error.value)) == (str(error.value), Reach.JOB)
+    assert (explain(error.value), scope_of(error.value)) == (str(error.value), Scope.JOB)
     assert "\n" not in str(error.value)
     assert not job.directory.exists()
     assert run_job(job, argv=["test"], load=models.load_served)["num_requests"] == 4
@@ -324,7 +324,7 @@ def test_host_memory_that_cannot_be_pinned_says_what_to_lower(
     (job,) = jobs_of(resolve(compose(folder, tmp_path, *sizes)), "test")
     with pytest.raises(ValueError, match=r"no room for .*memory.host_kv_bytes=67108864: cudaHostAlloc.*lower") as error:
         run_job(job, argv=["test"], load=models.load_served)
-    assert (explain(error.value), reach_of(error.value)) == (str(error.value), Reach.WORKER)
+    assert (explain(error.value), scope_of(error.value)) == (str(error.value), Scope.WORKER)
     assert "\n" not in str(error.value)
 
 

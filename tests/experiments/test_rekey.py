@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from tests import jobs
 from tests.helpers import vouch
 from uvm_kv.cli import main as uvm_kv
 from uvm_kv.commands.rekey import main, new_id
+from uvm_kv.commands.study import update_reference
+from uvm_kv.job.build import identity
 from uvm_kv.peers.job import run_any_job
-from uvm_kv.store.records import read_records
+from uvm_kv.store.failures import write_failure
+from uvm_kv.store.records import read_failures, read_records
 
 WAYS = (
     (),
@@ -47,3 +51,43 @@ def test_old_runs_are_renamed_and_found_by_both_ids(tmp_path: Path, capsys: pyte
         assert f"run: {job.directory}" in capsys.readouterr().out.replace("\n", "")
     assert main([str(tmp_path)]) == 0
     assert "0 runs have new ids" in capsys.readouterr().out
+
+
+def test_a_second_run_loses_no_refused_point(tmp_path: Path) -> None:
+    """Also of a packed set, whose failures were lost once."""
+    job = jobs.job(tmp_path, "max_steps=3")
+    run_any_job(job, argv=["test"])
+    old = job.directory.with_name("fedcba987654-r0")
+    told = identity(job) | {"schema_version": 2}
+    write_failure(old, identity=told, error="no room", tried=False, argv=[], git_sha=None, refused=True)
+    records, failures = read_records(tmp_path)[0], read_failures(tmp_path)[0]
+    assert list(failures) == [old.name]
+    reference = tmp_path / "reference"
+    update_reference("test", records, failures, reference)
+    for _ in range(2):
+        assert main([str(tmp_path / "reference")]) == 0
+        ((name, record),) = read_failures(reference)[0].items()
+        assert (name, record["formerly"], record["error"]) == (job.directory.name, old.name, "no room")
+        assert [it.id for it in read_records(reference)[0]] == [job.directory.name]
+
+
+def test_a_loose_record_of_a_failure_is_renamed(tmp_path: Path) -> None:
+    job = jobs.job(tmp_path, "max_steps=3")
+    told = identity(job) | {"schema_version": 2}
+    old = job.directory.with_name("fedcba987654-r0")
+    write_failure(old, identity=told, error="no room", tried=True, argv=[], git_sha=None)
+    assert main([str(tmp_path)]) == 0
+    assert list(read_failures(tmp_path)[0]) == [job.directory.name]
+
+
+def test_a_run_that_is_there_under_both_ids_is_kept_once(tmp_path: Path) -> None:
+    """As a kill between the copy and the removal leaves it."""
+    job = jobs.job(tmp_path, "max_steps=3")
+    run_any_job(job, argv=["test"])
+    old = job.directory.with_name("0123456789ab-r0")
+    shutil.copytree(job.directory, old)
+    summary = json.loads((old / "summary.json").read_text()) | {"schema_version": 2}
+    (old / "summary.json").write_text(json.dumps(summary))
+    vouch(old)
+    assert main([str(tmp_path)]) == 0
+    assert not old.exists() and [it.id for it in read_records(tmp_path)[0]] == [job.directory.name]

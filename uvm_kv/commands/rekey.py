@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,8 @@ from uvm_kv.commands.study import update_reference
 from uvm_kv.config.grammar import parse
 from uvm_kv.config.settings import heeded, without_defaults
 from uvm_kv.store.checks import ANALYTIC
-from uvm_kv.store.directories import encode_json, run_id
+from uvm_kv.store.directories import encode_json, run_id, temporary_path
+from uvm_kv.store.failures import failure_files
 from uvm_kv.store.records import PACKED, Record, read_failures, read_records
 from uvm_kv.study.publish import INDEX
 from uvm_kv.telemetry.summary import SCHEMA_VERSION
@@ -67,30 +69,51 @@ def _rekey(folder: Path) -> int:
     old = [record for record in records if record.summary["schema_version"] == OLD]
     for directory in (record.place for record in old if record.place.name != PACKED):
         _rekey_directory(directory)
+    for name, file in failure_files(folder).items():
+        _rekey_failure(name, file)
     for file in sorted(folder.rglob(PACKED)):
         _rekey_packed(file.parent)
     return len(old)
 
 
 def _rekey_directory(directory: Path) -> None:
+    """Copy it under its new name, then remove it: a kill leaves one of the two whole."""
     summary, manifest = (json.loads((directory / name).read_text()) for name in ("summary.json", "manifest.json"))
-    name = new_id(summary, directory.name)
-    content = encode_json(summary | {"schema_version": NEW})
-    manifest |= {"id": name, "formerly": directory.name, "summary_sha256": hashlib.sha256(content).hexdigest()}
-    (directory / "summary.json").write_bytes(content)
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    directory.rename(directory.with_name(name))
+    target = directory.with_name(new_id(summary, directory.name))
+    if not target.exists():
+        content = encode_json(summary | {"schema_version": NEW})
+        manifest |= {"id": target.name, "formerly": directory.name}
+        manifest["summary_sha256"] = hashlib.sha256(content).hexdigest()
+        copy = temporary_path(target)
+        shutil.copytree(directory, copy)
+        (copy / "summary.json").write_bytes(content)
+        (copy / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        copy.rename(target)
+    shutil.rmtree(directory)
+
+
+def _rekey_failure(name: str, file: Path) -> None:
+    record = json.loads(file.read_text())
+    if record.get("schema_version") == OLD:
+        new = _rekeyed_failure(name, record)
+        temporary = temporary_path(file)
+        temporary.write_text(json.dumps(new, indent=2) + "\n")
+        temporary.replace(file.with_name(file.name.replace(name, new_id(record, name))))
+        file.unlink(missing_ok=True)
+
+
+def _rekeyed_failure(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"schema_version": NEW, "formerly": name}
 
 
 def _rekey_packed(folder: Path) -> None:
-    records = [_rekeyed(record) for record in read_records(folder, any_schema=True)[0]]
-    failures = {
-        new_id(record, name): record | {"schema_version": NEW, "formerly": name}
-        for name, record in read_failures(folder)[0].items()
-        if record["schema_version"] == OLD
-    }
     if not (folder.parent / INDEX).is_file():
         raise ValueError(f"{folder.parent} has no {INDEX}, so it is no reference set; give a folder of run directories")
+    records = [_rekeyed(record) for record in read_records(folder, any_schema=True)[0]]
+    failures = {}
+    for name, record in read_failures(folder)[0].items():
+        is_old = record["schema_version"] == OLD
+        failures[new_id(record, name) if is_old else name] = _rekeyed_failure(name, record) if is_old else record
     update_reference(folder.name, records, failures, folder.parent)
 
 

@@ -202,7 +202,7 @@ def check(parts: Sequence[Part], report: Report, *, seconds: float, force: bool)
 
 
 def sources_digest() -> str:
-    """Of every file that decides what a part does; also where there is no git."""
+    """Hash of every file that decides what a part does; it needs no git."""
     digest = hashlib.sha256()
     for folder in ("cuda_ext", "uvm_kv", "experiments", "tests/cuda"):
         for path in sorted((ROOT / folder).rglob("*")):

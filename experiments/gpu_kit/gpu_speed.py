@@ -49,7 +49,7 @@ def traces(folder: Path) -> dict[str, Any]:
 
 
 def attention_share(trace: dict[str, Any]) -> float | None:
-    """Of a step's device time; None for a trace without a device."""
+    """Share of attention in the device time of a step; None for a trace without a device."""
     profile = step_profile(trace)
     of = {row.name: row.device_ms for row in profile.rows}
     total = sum(ms or 0.0 for ms in of.values())

@@ -35,7 +35,7 @@ class Run:
     step_s: float | None
     """Median of the steps in which every sequence had one token."""
     embedding_bytes: int
-    """Of the table that a step reads a few rows of; 0 where it is the head's too."""
+    """Size of the embedding table, of which a step reads a few rows; 0 where the head shares it."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -89,7 +89,7 @@ def _read(directory: Path, config: dict[str, Any]) -> Run:
 
 
 def decode_lines(runs: Iterable[Run], copy_bytes_per_s: float) -> list[Line]:
-    """Of runs of device_resident, eager and compiled; the copy rate counts bytes read and written."""
+    """Lines on decode steps of device_resident, eager and compiled. The copy rate counts bytes read and written."""
     found = []
     for compiled, target in ((False, EAGER_TARGET), (True, COMPILED_TARGET)):
         name = f"decode step / its bytes, {'torch.compile' if compiled else 'the model as it is'}"

@@ -36,7 +36,7 @@ SHORT_US = 10.0
 class Row(NamedTuple):
     name: str
     host_ms: float
-    """Of a step, mean."""
+    """Mean per step."""
     device_ms: float | None
     """None where the trace has no device."""
 
@@ -48,7 +48,7 @@ class StepProfile(NamedTuple):
     step_ms: float
     """From one step's begin to the next one's."""
     device_busy_ms: float | None
-    """Of a step; what runs at the same time counts once."""
+    """Mean per step; what runs at the same time counts once."""
 
 
 class _Range(NamedTuple):
@@ -87,14 +87,14 @@ class LayerKernels(NamedTuple):
     num_ours: float
     """Append, attention and merge."""
     device_us: float
-    """Of all of them together."""
+    """Time of all kernels of a layer together."""
     num_short: float
-    """Of `num`, those below SHORT_US: what a launch costs is what they take."""
+    """Number of kernels below SHORT_US, which take as long as their launch."""
 
 
 def layer_kernels(trace: dict[str, Any]) -> LayerKernels | None:
-    """Of eager steps: a graph's kernels are launched by no layer. The last layer is left out, since the norm and the
-    head come behind it. None for a trace without kernels of layers."""
+    """Kernels per layer of eager steps: no layer launches the kernels of a graph. The last layer is left out,
+    since the norm and the head come behind it. None for a trace without kernels of layers."""
     events = [e for e in trace.get("traceEvents", ()) if e.get("ph") == "X"]
     layers = [e for e in events if e.get("cat") == "user_annotation" and _word(e["name"]) == "layer"]
     last = max((int(e["name"].split()[1]) for e in layers), default=0)

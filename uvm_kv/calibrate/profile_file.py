@@ -24,20 +24,20 @@ from uvm_kv.job.resolve import build_profile
 
 def load_profile(name: str) -> HardwareProfile:
     """The profile in `conf/hardware/<name>.yaml`; ValueError for a name that is not there."""
-    known = names.groups()["hardware"]
-    if name not in known:
-        raise names.unknown_option("base", name, known)
-    hardware: Any = OmegaConf.to_object(compose_config([f"hardware={name}"]).hardware)
-    return build_profile(hardware)
+    return build_profile(_option("hardware", name, "base"))
 
 
 def load_geometry(name: str) -> ModelGeometry:
     """The shapes in `conf/model/<name>.yaml`; ValueError for a name that is not there."""
-    known = names.groups()["model"]
+    return build_model(_option("model", name, "model"))
+
+
+def _option(group: str, name: str, key: str) -> Any:
+    """An option of a group as its schema; the error for an unknown name calls it by the `key` that it is given with."""
+    known = names.groups()[group]
     if name not in known:
-        raise names.unknown("model", name, known)
-    model: Any = OmegaConf.to_object(compose_config([f"model={name}"]).model)
-    return build_model(model)
+        raise names.unknown_option(key, name, known)
+    return OmegaConf.to_object(compose_config([f"{group}={name}"])[group])
 
 
 def check_name(name: str) -> None:

@@ -105,7 +105,7 @@ class SweepRequest:
     overrides: list[Any]
     """Parsed, those of the experiment's sweep included."""
     given: list[Any]
-    """Those of the command alone."""
+    """The overrides of the command line, without those of the experiment's file."""
     on_gpu: bool
     """Some job has runner=cuda."""
     refine: bool

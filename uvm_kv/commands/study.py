@@ -47,7 +47,7 @@ TOLERANCE = 0.001
 NOTHING = 1e-9
 """Numbers this near to each other are equal, whatever their ratio: a ns, or what a difference of floats leaves of 0."""
 MAX_NAMED = 3
-"""Of a point's differing numbers."""
+"""Most of the differing numbers of a point that are printed."""
 COMPUTED: dict[str, Callable[[Path], None]] = {"roofline": write_roofline}
 """Experiments whose points are computed, not run: each writes its packed set into a folder."""
 MAX_LINES = 5
@@ -91,7 +91,7 @@ class Agreement:
 
 
 def experiments_of(names: Sequence[str]) -> list[str]:
-    """Of all studies, or of these experiments or studies; ValueError for one that there is not."""
+    """The experiments of all studies, or of those named; ValueError for an unknown name."""
     known = list(dict.fromkeys(source for study in STUDIES.values() for source in study.sources))
     wanted: dict[str, None] = {}
     for name in names or known:
@@ -117,7 +117,7 @@ def run_experiment(name: str, folder: Path) -> int:
 
 
 def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Of a summary: `tpot_s.p99`, `warnings[0]`."""
+    """Paths and values of the leaves of a summary, such as `tpot_s.p99` and `warnings[0]`."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _leaves(value, f"{name}.{key}" if name else key)

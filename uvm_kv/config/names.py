@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from uvm_kv.config.schema import ConfigSchema, HardwareSchema, LengthsSchema, OperatorSchema, WorkloadSchema
 from uvm_kv.config.shipped import shipped
+from uvm_kv.setting import RULE
 
 CONF_DIR = shipped("conf")
-ALLOWED = {"rerun": ("false", "true", "changed")}
-"""Of settings that are no group: their values, known before anything is composed."""
+ALLOWED = {it.name: it.metadata[RULE].allowed for it in fields(ConfigSchema) if it.name == "rerun"}
+"""Values of a text setting whose words YAML reads as another type."""
 NOT_A_KEY = ("experiment", "link")
 """Groups of the main config whose options fill in keys of others."""
 

@@ -234,7 +234,7 @@ def _of_peer(default: Any, *engines: str, **rule: Any) -> Any:
 @dataclass
 class PeerSchema:
     cache: str = _of_peer("dynamic", *CACHES, allowed=("dynamic", "static"))
-    page_size: int = _of_peer(256, CONTINUOUS)
+    page_size: int = _of_peer(256, CONTINUOUS, least=4)
     max_batch_tokens: int | None = _of_peer(None, CONTINUOUS)
     use_cuda_graph: bool | None = _of_peer(None, CONTINUOUS)
 

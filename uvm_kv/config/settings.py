@@ -94,7 +94,7 @@ GROUPS = {"hardware.managed.": {"memory.kind": ("managed",)}, "hardware.power.":
 
 
 def heeded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings of a job (by dotted path) that it heeds."""
+    """The settings of a job, by dotted path, without those that it ignores."""
     current = {path: str(value) for path, value in values.items()}
     current.setdefault("engine", OUR_ENGINE)
     current["runner"] = str(values.get("replay.recorded_runner") or values["runner"])
@@ -108,7 +108,7 @@ def heeded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that differ from the default of their setting. So a setting that is new changes no run that it was not
+    """The values that differ from the defaults of their settings. So a new setting changes only the runs that it is
     given to."""
     known = settings()
     return {path: value for path, value in values.items() if path not in known or value != known[path].default}

@@ -68,7 +68,7 @@ class Job:
 
     @property
     def sampling_seed(self) -> int:
-        """Of the tokens that a real model samples."""
+        """Seed of the tokens that a real model samples."""
         return int(np.random.SeedSequence(self.entropy(Purpose.SAMPLING)).generate_state(1)[0])
 
 

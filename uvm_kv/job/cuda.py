@@ -204,7 +204,7 @@ def build_kv(resolved: Resolved, model: Any) -> Any:
 
 @contextmanager
 def energy_meter(config: ConfigSchema) -> Iterator[EnergyMeter | None]:
-    """Of the card that the job runs on. None for other runners, and where there is no NVML."""
+    """The energy meter of the card that the job runs on. None for other runners, and where there is no NVML."""
     if config.runner != "cuda":
         yield None
         return

@@ -22,7 +22,6 @@ from uvm_kv.types import OUR_ENGINE
 NOT_OURS = ("memory", "placement", "reach", "hints", "admission", "preemption", "layout", "block_size", "allocation")
 """What a peer's runs say nothing of."""
 PACKAGES = ("torch", "transformers", "accelerate")
-MIN_PAGE_SIZE = 4
 
 
 def is_peer(config: ConfigSchema) -> bool:
@@ -67,8 +66,6 @@ def check_engine(config: ConfigSchema) -> None:
         raise ValueError(
             f"workload.arrival={arrival} with engine={engine}; a peer is served in a closed_loop or all_at_once"
         )
-    if peer.page_size < MIN_PAGE_SIZE:
-        raise ValueError(f"peer.page_size={peer.page_size}; it must be at least {MIN_PAGE_SIZE}")
     if peer.max_batch_tokens is not None and peer.max_batch_tokens < config.batch_size:
         raise ValueError(
             f"peer.max_batch_tokens={peer.max_batch_tokens} is below batch_size={config.batch_size}; a decode step "
@@ -126,7 +123,7 @@ def _check_defaults(config: ConfigSchema) -> None:
 
 
 def _first_difference(name: str, given: Any, default: Any) -> tuple[str, Any]:
-    """Of a group: its first field that differs."""
+    """Name and value of what differs; for a group, of its first field that does."""
     if not is_dataclass(default):
         return name, given
     field = next(f.name for f in fields(default) if getattr(given, f.name) != getattr(default, f.name))

@@ -483,7 +483,7 @@ def _check_steady_start(config: ConfigSchema) -> None:
 
 
 def _check_lengths(workload: WorkloadSchema) -> None:
-    """Of numbers, a distribution and a file it is one that says how long requests are."""
+    """Lengths come from exactly one of: two fixed numbers, a distribution, a trace file. ValueError otherwise."""
     numbers = {"workload.prompt_tokens": workload.prompt_tokens, "workload.output_tokens": workload.output_tokens}
     ways = {
         "fixed": [f"{path}={value}" for path, value in numbers.items() if value is not None],

@@ -35,7 +35,7 @@ class Serving:
     """Whether text prompts went through the model's chat template, in words; None where there are none."""
 
     def fingerprint(self) -> str:
-        """Of what is served: the model's files and the prompts, by content."""
+        """Hashes of what is served: the model's files and the prompts, by content."""
         from uvm_kv.runner.torch import content_digest
 
         if self.folder is None:

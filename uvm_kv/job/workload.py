@@ -14,7 +14,7 @@ from uvm_kv.workload.prompts import Prompt
 from uvm_kv.workload.trace import TraceRow, read_trace
 
 REQUESTS_PER_CLIENT = 8
-"""Of a closed loop whose `num_requests` is not given. With fewer it has hardly a steady window."""
+"""Requests per client of a closed loop, unless `num_requests` is given. With fewer, its steady window is short."""
 REQUESTS_PER_SEQUENCE_IF_PREEMPTED = 32
 """The same where requests are preempted, for each sequence that the device holds: the throughput of such a loop settles
 slowly. Llama-3-8B at 62 clients, swapped: 1285, 1256, 1255 and 1245 tokens/s with 8, 16, 32 and 64 for each."""

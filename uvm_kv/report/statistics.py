@@ -38,7 +38,7 @@ class Ratio(NamedTuple):
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """Of repeats in fresh processes. ValueError for none."""
+    """Median of repeats in fresh processes, and its interval. ValueError for no repeats."""
     sample = np.asarray(values, float)
     if sample.size == 0:
         raise ValueError("no values: a median needs at least one")

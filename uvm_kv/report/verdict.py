@@ -81,7 +81,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one group of points that differ in mechanism and batch only."""
+    """The verdict on one group of points that differ in mechanism and batch only."""
 
     title: str
     baseline: Best | None

@@ -22,12 +22,12 @@ from uvm_kv.types import GIB, MIB, MemoryKind
 COPY_TARGET, TORCH_TARGET = 0.85, 1.0
 SHAPES = tuple(Shape(heads, dtype) for dtype in ("float16", "bfloat16") for heads in (32, 8))
 BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
-"""Of torch.nn.attention.SDPBackend. MATH, which copies K and V to float32, is timed by itself, and not with quick."""
+"""Backends of torch.nn.attention.SDPBackend. MATH copies K and V to float32; it is timed by itself, not with quick."""
 SPLITS = (128, 512, 1024)
 """Tokens a piece; beside the default."""
 COPY_BYTES = GIB
 MIN_LAYER_BYTES = 2 * GIB
-"""Of all layers together: many times any L2 cache."""
+"""Least KV of all layers together: many times any L2 cache."""
 TORCH_SPARE_BYTES = 1 << 30
 """For what torch allocates besides K and V."""
 
@@ -184,7 +184,7 @@ class TorchAttention:
             return self._attend(self._queries[layer], key, value, **grouped)
 
     def output(self, backend: str) -> Array:
-        """Of layer 0, uint16 bits [sequences, query heads, head size]; RuntimeError where the backend refuses."""
+        """Output of layer 0: uint16 bits [sequences, query heads, head size]. RuntimeError if the backend refuses."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # It warns of every reason for which it refuses.
             out = self._run(backend, 0)

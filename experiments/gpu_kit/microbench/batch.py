@@ -29,7 +29,7 @@ POISON = 0xFF
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a decode step: one query token a sequence."""
+    """Shape of a decode step: one query token per sequence."""
 
     num_kv_heads: int
     dtype: str = "float16"

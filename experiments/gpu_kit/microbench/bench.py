@@ -50,7 +50,7 @@ class Settings(NamedTuple):
     quick: bool
     repeats: int
     host_repeats: int
-    """Of what takes tens of milliseconds each."""
+    """Repeats of cases that take tens of milliseconds each."""
 
     @classmethod
     def of(cls, *, quick: bool) -> Settings:
@@ -134,7 +134,7 @@ class Bench:
     ) -> None:
         self.record, self.ledger, self.prediction, self.settings = record, ledger, prediction, settings
         self.deadline = deadline
-        """Of time.monotonic(): no case is begun after it."""
+        """Value of time.monotonic() after which no case begins."""
         self.broken: str | None = None
         """The case after which the device answers every call with an error; none is run after it."""
         self.stream = new_stream()

@@ -258,7 +258,7 @@ def target_lines(contents: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _write_tables(output: Path, head: Sequence[str]) -> list[str]:
-    """Of every part that is there; returns the table of the targets."""
+    """Write the tables of the finished parts; returns the table of the targets."""
     contents = [content for name in PARTS if (content := read_part(output / f"{name}.json")) is not None]
     targets = target_lines(contents)
     lines = [*head, *targets, *(line for content in contents for line in part_lines(content))]

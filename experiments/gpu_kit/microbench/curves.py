@@ -24,7 +24,7 @@ HBM_MIB = (4, 16, 64, 256, 1024)
 MIN_POINTS = {"link": 2, "copy": 2, "zero_copy": 1, "hbm": 2, "prefetch": 2, "fault": 2}
 BUSY_PIECE = 64 * MIB
 NUM_BLOCKS = 512
-"""Of 2 MiB, in each of four buffers."""
+"""Blocks of 2 MiB in each of four buffers."""
 
 
 def run(bench: Bench) -> None:

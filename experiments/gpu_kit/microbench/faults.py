@@ -18,7 +18,7 @@ from uvm_kv.memory.extension import extension
 from uvm_kv.types import CHUNK_BYTES, MIB
 
 STREAM_CHUNKS, RANDOM_CHUNKS, TOUCH_CHUNKS = 128, 16, 16
-"""Of a half."""
+"""Chunks of one half."""
 PASSES = ("A", "B")
 
 

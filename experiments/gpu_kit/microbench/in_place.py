@@ -26,9 +26,9 @@ MHA, GQA = Shape(32), Shape(8)
 COPY_TARGET_BYTES = 2 * GIB
 """Room on the card that larger footprints are copied to piece by piece."""
 LINK_BYTES = 256 * MIB
-"""Of each layer, what the link's own rate is read over while KV lies in both tiers."""
+"""KV per layer over which the link's own rate is read while KV lies in both tiers."""
 HBM_COPY_BYTES = GIB // 2
-"""Of the copy within the card's memory beside them."""
+"""Size of the copy within the card's memory that runs beside them."""
 HOST_WORKERS = (32, 128, 512)
 """Warps that start with what lies on the host; beside the default."""
 LAYERS = 2

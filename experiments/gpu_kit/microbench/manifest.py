@@ -82,7 +82,7 @@ def _version(package: str) -> str | None:
 
 
 def uvm_parameters(folder: Path = UVM_PARAMETERS) -> dict[str, str]:
-    """Of the driver's module, those that may be read."""
+    """The readable parameters of the driver's module."""
     found = {}
     for name in UVM_NAMES:
         try:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 COPY_SHARE = 0.9
-"""Of nominal HBM bandwidth, by a large copy: 0.89 to 0.91 on RTX 3090, RTX 4090, A100, H100 and H200 (facts/uvm.md,
-and copies on this workplace's own H100 and H200)."""
+"""Share of the nominal HBM bandwidth that a large copy reaches: 0.89 to 0.91 on RTX 3090, RTX 4090, A100, H100 and
+H200 (published measurements, and copies of our own on an H100 and an H200)."""
 PREFETCH_SHARE = 0.956
-"""Of a pinned copy, by a prefetch: 10.9 of 11.4 GB/s (Sakharnykh 2017, PCIe 3.0)."""
+"""Share of a pinned copy's rate that a prefetch reaches: 10.9 of 11.4 GB/s (Sakharnykh 2017, PCIe 3.0)."""
 FAULT_SERVICES_US = 600.0
-"""Of 2 MiB besides its copy, with the tree prefetcher: six services of about 100 us (from the A30 study's 687 us)."""
+"""Time to serve the faults of 2 MiB beside the copy, with the tree prefetcher: six services of about 100 us (from the
+A30 study's 687 us)."""
 PREFETCH_CALL_US, PREFETCH_CHUNK_US = 10.0, 20.0
 """Assumed: published nowhere."""
 
@@ -77,7 +78,7 @@ class Prediction(NamedTuple):
 
     @staticmethod
     def prefetch_call_us(num_chunks: int, h2d: float | None) -> float | None:
-        """Of a call and its synchronisation; `h2d` None for chunks that are there already."""
+        """Time of a call and its synchronisation; `h2d` None for chunks that are there already."""
         copy = 0.0 if h2d is None else num_chunks * (2 << 20) / (h2d * PREFETCH_SHARE * 1e3)
         return PREFETCH_CALL_US + max(num_chunks * PREFETCH_CHUNK_US, copy)
 

@@ -19,7 +19,7 @@ from uvm_kv.types import CHUNK_BYTES, MIB
 TARGET = 0.85
 NUM_CHUNKS, LEAST_CHUNKS = 512, 64
 CALL_CHUNKS = (1, 4, 16, 64, 256)
-"""Of the calls whose cost is measured; the points of the curves file."""
+"""Sizes of the calls whose cost is measured; the points of the curves file."""
 SPARE_BYTES = 256 * MIB
 
 Ranges = list[tuple[int, int]]

@@ -13,7 +13,7 @@ FORMAT = "uvm-kv microbench"
 SCHEMA_VERSION = 1
 OK, NOT_RUN, FAILED = "ok", "not run", "failed"
 COMPLETE, STOPPED = "complete", "stopped"
-"""Of a part. Complete: it came to its end, whatever became of its cases."""
+"""States of a part. A complete part came to its end, whatever became of its cases."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ class BlockState(NamedTuple):
     gpu_map: int = 0
     """The GPU has a mapping, to its own memory or, where the page is resident on the CPU only, over the link."""
     gpu_write: int = 0
-    """That mapping allows writes."""
+    """Pages whose GPU mapping allows writes."""
     cpu_map: int = 0
     cpu_write: int = 0
     discarded: int = 0

@@ -49,6 +49,7 @@ def _panels(axes: Any, part: pd.DataFrame, others: list[str]) -> None:
     for axis in (by_batch, gain):
         batch_axis(axis.xaxis, part["offered_batch"])
         axis.set_xlabel(BATCH)
+    log_scale(latency.xaxis)  # Before the limits are set: without latencies those of a linear axis begin below 0.
     for axis in (by_batch, latency):
         axis.set_ylabel("output tokens per second")
         axis.set_ylim(bottom=0)
@@ -59,8 +60,6 @@ def _panels(axes: Any, part: pd.DataFrame, others: list[str]) -> None:
     gain.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     gain.set_ylabel("gain over device_resident")
     gain.set_title("dotted: closed-form ceiling of the reach;\ncut off at -50 %")
-    if (part["tpot_s.p99"].astype(float) > 0).any():  # Runs of a few steps have none.
-        log_scale(latency.xaxis)
     latency.set_xlabel("p99 TPOT (ms)")
     latency.set_title("up and left is better")
 

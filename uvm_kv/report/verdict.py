@@ -27,6 +27,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import t as student
 
+from uvm_kv.config.shipped import command
 from uvm_kv.report.load import GROUP
 from uvm_kv.report.statistics import CONFIDENCE, MIN_REPEATS, Ratio, judge
 from uvm_kv.telemetry.summary import is_limited_by_memory
@@ -465,7 +466,7 @@ def _command(part: pd.DataFrame, missing: _Missing) -> str | None:
     kept = [it for it in typed[start:] if it != "-m" and not it.startswith(tuple(dropped))]
     if set(more) <= set(typed[start:]):
         return None  # It is what was run.
-    return shlex.join(["python", "-m", "experiments.run", "-m", *kept, *more])
+    return shlex.join([*command("run"), "-m", *kept, *more])
 
 
 def with_gains(points: pd.DataFrame) -> pd.DataFrame:

@@ -25,8 +25,9 @@ from pathlib import Path
 
 from hydra.errors import HydraException
 
+from uvm_kv.commands.ending import say_why
 from uvm_kv.config.command import compose_command
-from uvm_kv.config.grammar import take_json
+from uvm_kv.config.grammar import with_json_key
 from uvm_kv.config.schema import RooflineSchema
 from uvm_kv.hw.step import StepAnalysis
 from uvm_kv.job.roofline import analyze
@@ -34,8 +35,7 @@ from uvm_kv.job.roofline import analyze
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 2 for a mistake in `arguments` (default: the command line's), said in a line."""
-    arguments, as_json = take_json(sys.argv[1:] if arguments is None else arguments)
-    arguments += ["json=true"] if as_json else []
+    arguments = with_json_key(arguments)
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         analysis = analyze(config)
         figure = _draw(analysis, Path(config.figure_dir)) if config.figure else []
     except (ValueError, HydraException) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return say_why(error)
     except OverflowError:
         print("error: the time of the step overflows; a rate given under hardware is far too small", file=sys.stderr)
         return 2

@@ -12,14 +12,14 @@ apart.
 from __future__ import annotations
 
 import json
-import sys
 
 from rich.console import Console
 from rich.table import Table
 
 from uvm_kv.calibrate.profile_file import load_profile
+from uvm_kv.commands.ending import say_why
 from uvm_kv.config.command import compose_command
-from uvm_kv.config.grammar import take_json
+from uvm_kv.config.grammar import with_json_key
 from uvm_kv.config.schema import UvmReplaySchema
 from uvm_kv.job.resolve import build_profile
 from uvm_kv.runner.sim.uvm.block import Prefetcher, Rules
@@ -80,8 +80,7 @@ def run(config: UvmReplaySchema) -> list[PassResult]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 2 for a mistake in `arguments`, said in a line."""
-    arguments, as_json = take_json(sys.argv[1:] if arguments is None else arguments)
-    arguments += ["json=true"] if as_json else []
+    arguments = with_json_key(arguments)
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
@@ -89,8 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = compose_command("uvm_replay", UvmReplaySchema, arguments)
         results = run(config)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return say_why(error)
     published = published_ms(config)
     passes = [
         result.to_json() | {"published_milliseconds": known} for result, known in zip(results, published, strict=True)

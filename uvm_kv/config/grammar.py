@@ -14,6 +14,12 @@ def take_json(arguments: Sequence[str]) -> tuple[list[str], bool]:
     return [word for word in arguments if word != JSON], JSON in arguments
 
 
+def with_json_key(arguments: Sequence[str] | None) -> list[str]:
+    """The arguments (default: the command line's) of a command whose config has the key `json`: --json sets it."""
+    words, as_json = take_json(sys.argv[1:] if arguments is None else arguments)
+    return [*words, "json=true"] if as_json else words
+
+
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of `parser` from `arguments` (default: the command line's), written key=value or --key value; flags
     take true and false. A word whose key is no option stays what it is. SystemExit for a mistake, as of argparse."""
